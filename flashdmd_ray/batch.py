@@ -1,0 +1,175 @@
+"""What crosses a role border: plain dataclasses of tensors and texts, and the only source of randomness.
+
+Every dataclass here splits and concatenates along the batch, so that a worker group can hand each rank its shard. Noise is drawn per
+sample from (seed, stream, global index): the numbers a sample sees do not depend on how many ranks share the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class Batch:
+    """Base of the dataclasses below: split and concatenate along dimension 0; ints are common to the whole batch."""
+
+    def __len__(self) -> int:
+        first = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
+        return len(first)
+
+    def split(self, parts: int) -> list[Self]:
+        """Cut into `parts` shards of sizes that differ by at most one. Raises ValueError when a shard would be empty."""
+        if len(self) < parts:
+            raise ValueError(f"cannot split a batch of {len(self)} over {parts} ranks: use a larger batch or fewer ranks")
+        columns = {f.name: split_value(getattr(self, f.name), parts) for f in fields(self)}  # type: ignore[arg-type]
+        return [type(self)(**{name: column[i] for name, column in columns.items()}) for i in range(parts)]
+
+    @classmethod
+    def concat(cls, shards: Sequence[Self]) -> Self:
+        """The inverse of `split`."""
+        return cls(**{f.name: concat_values([getattr(s, f.name) for s in shards]) for f in fields(cls)})  # type: ignore[arg-type]
+
+
+def split_value(value: Any, parts: int) -> list[Any]:
+    """One value per rank: batches, tensors (dim 0) and tuples of texts are cut, everything else is common to all ranks."""
+    if isinstance(value, Batch):
+        return list(value.split(parts))
+    if isinstance(value, Tensor) and value.ndim:
+        return list(torch.tensor_split(value, parts))
+    if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+        bounds = [len(value) * 1 // parts] if parts == 1 else _bounds(len(value), parts)
+        return [value] if parts == 1 else [value[a:b] for a, b in bounds]
+    return [value] * parts
+
+
+def concat_values(values: Sequence[Any]) -> Any:
+    """The inverse of `split_value`; tuples of values are joined element by element, common values must be equal."""
+    first = values[0]
+    if isinstance(first, Batch):
+        return type(first).concat(values)
+    if isinstance(first, Tensor):
+        return torch.cat(list(values)) if first.ndim else torch.stack(list(values)).mean()
+    if isinstance(first, tuple) and all(isinstance(item, str) for item in first):
+        return tuple(item for value in values for item in value)
+    assert all(value == first for value in values), "ranks disagree about a value that is common to the batch"
+    return first
+
+
+def _bounds(length: int, parts: int) -> list[tuple[int, int]]:
+    size, extra = divmod(length, parts)
+    starts = [i * size + min(i, extra) for i in range(parts + 1)]
+    return list(zip(starts, starts[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class Prompts(Batch):
+    """Texts and their global positions in the batch. Embeddings never travel: each process encodes (and caches) its own.
+
+    indices: int64 (B,).
+    """
+
+    texts: tuple[str, ...]
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Latents(Batch):
+    """Clean latents x0, float32 (B, C, h, w), already scaled by the autoencoder's scaling factor."""
+
+    values: Tensor
+    prompts: Prompts
+
+
+@dataclass(frozen=True)
+class Prediction(Batch):
+    """The two generator forwards of one update: `coarse` at high noise (distribution matching), `fine` at low noise (pixel GAN).
+
+    In the DMD2 baseline both losses act on one forward and the two are the same values.
+    """
+
+    coarse: Latents
+    fine: Latents
+
+
+@dataclass(frozen=True)
+class Candidates(Batch):
+    """K Gaussian hops from one noisy latent (ALGORITHM 4).
+
+    noisy: float32 (B, C, h, w) at `timestep`; values: float32 (B, K, C, h, w) at `next_timestep`; clean: float32 (B, K, C, h, w), each
+    candidate carried on to a clean latent for the pixel rewards; version: the published weights that made them.
+    """
+
+    prompts: Prompts
+    noisy: Tensor
+    values: Tensor
+    clean: Tensor
+    timestep: int
+    next_timestep: int
+    version: int
+
+
+@dataclass(frozen=True)
+class PreferencePairs(Batch):
+    """Winner and loser of each prompt group, float32 (B, C, h, w); weights float32 (B,) is 0 where the pair was not kept."""
+
+    prompts: Prompts
+    noisy: Tensor
+    winners: Tensor
+    losers: Tensor
+    weights: Tensor
+    margins: Tensor
+    timestep: int
+    next_timestep: int
+    version: int
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """Generator weights as rollout workers receive them: a version (the step they follow) and a checksum they read back."""
+
+    version: int
+    tensors: Any
+    checksum: str
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from any parts, equal on every machine and run."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def noise(indices: Tensor, shape: Sequence[int], seed: int, stream: str) -> Tensor:
+    """Standard normal noise, float32 (B, *shape), drawn sample by sample from (seed, stream, global index)."""
+    rows = []
+    for index in indices.tolist():
+        generator = torch.Generator().manual_seed(derive_seed(seed, stream, index))
+        rows.append(torch.randn(tuple(shape), generator=generator))
+    return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All discrete choices of one step. Each is named by its purpose, so adding one never shifts another."""
+
+    run_seed: int
+    step: int
+
+    def seed(self, purpose: str) -> int:
+        """A seed for the ranks' noise."""
+        return derive_seed(self.run_seed, self.step, purpose)
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed(purpose))
+
+    def index(self, purpose: str, count: int) -> int:
+        """One draw from 0..count-1 for the whole global batch (all ranks must make the same number of forwards)."""
+        return int(torch.randint(count, (), generator=self._generator(purpose)))
+
+    def timesteps(self, purpose: str, count: int, low: int, high: int) -> Tensor:
+        """int64 (count,), uniform on low..high-1."""
+        return torch.randint(low, high, (count,), generator=self._generator(purpose))

@@ -1,0 +1,403 @@
+"""The whole configuration, one typed tree. Imports no torch: help, errors and `--dry-run` are instant.
+
+A field marked [open] is a point that the Flash-DMD paper (arXiv 2511.20549) leaves unstated; its default and where it comes from are in
+the docstring under it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+DEFAULT_CONFIG = Path(__file__).parents[1] / "jobs" / "configs" / "demo.yaml"
+
+PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+Count = Annotated[int, Field(strict=True, ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Timestep = Annotated[int, Field(strict=True, ge=0, le=999)]
+
+REWARD_KINDS = ("pickscore", "latent")
+LATER_REWARD_KINDS = ("hpsv2", "hpsv2.1", "hpsv3", "imagereward", "clipscore", "aesthetic", "mps")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=())
+
+
+def _plain_name(name: str) -> str:
+    if not name or name in {".", ".."} or any(c in name for c in "/\\\0") or ".." in name:
+        raise ValueError("must be a plain folder name without '/', '\\' or '..'")
+    return name
+
+
+class RunConfig(Section):
+    name: Annotated[str, AfterValidator(_plain_name)] = "demo"
+    """Folder of this run below `dir`; the same name again resumes it."""
+    dir: Path = Path("runs")
+    """Where run folders and the default MLflow database live."""
+
+
+class ModelConfig(Section):
+    family: Literal["sdxl"] = "sdxl"
+    """Which adapter of flashdmd_ray/models drives the networks. (SD1.5 and SD3 follow.)"""
+    teacher: str = "demo"
+    """'demo' for the weights in the package, a directory, or a hub id of a diffusers pipeline."""
+    sam: str = "demo"
+    """'demo', a directory with config.json and model.safetensors, or an official sam_vit_*.pth file."""
+
+
+class DataConfig(Section):
+    source: Literal["demo"] = "demo"
+    """Prompts and real images. 'demo' composes digit scenes of the train split; files and web datasets follow."""
+    scenes: PositiveInt = 20_000
+    """How many distinct scenes the demo source holds."""
+
+
+class SamplingConfig(Section):
+    timesteps: tuple[Timestep, ...] = (999, 749, 499, 249)
+    """Denoising timesteps of the generator, strictly descending; 1, 2, 4 or 8 of them are usual."""
+
+    @field_validator("timesteps")
+    @classmethod
+    def _descending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or any(a <= b for a, b in zip(value, value[1:], strict=False)):
+            raise ValueError(f"must be a strictly descending list such as [999, 749, 499, 249], got {list(value)}")
+        return value
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 1e-4
+    """AdamW learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Count = 20
+    """Updates of linear warm-up. x0 = (x - s eps)/a multiplies an error by 14.6 at t=999: without warm-up a student can be destroyed in 20 updates."""
+    clip: PositiveFloat = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+
+class ScoreConfig(OptimizerConfig):
+    lr: PositiveFloat = 5e-4
+    """5-10 x the generator's at TTUR 1: at an equal rate the score estimator lags and the generator degrades."""
+    ema: Fraction = 0.98
+    """[open] l of the coupling psi <- l psi + (1-l) theta after every generator update; 0.98 is SenseFlow's, 1 switches it off."""
+    timestep_range: tuple[Timestep, Timestep] = (0, 999)
+    """Lowest and highest timestep of the denoising loss."""
+    target: Literal["network", "x0"] = "network"
+    """[open] Regress the network's own parameterisation (eps, v or velocity) or its x0."""
+
+
+class MatchingConfig(Section):
+    routing: Literal["timestep_aware", "shared"] = "timestep_aware"
+    """timestep_aware: distribution matching at high noise, GAN at the last timestep (Flash-DMD). shared: both on one forward at any timestep (DMD2)."""
+    timestep_range: tuple[Timestep, Timestep] = (20, 980)
+    """[open] Where x is noised for the DM gradient; the range is DMD2's."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 8.0
+    """Classifier-free guidance of the teacher: 8 for SDXL, 7 for SD3 in related work, about 3 for the demo."""
+    epsilon: PositiveFloat = 1e-6
+    """Keeps the per-sample normaliser mean|x - x_real| from zero."""
+
+
+class AdversarialConfig(Section):
+    space: Literal["pixel", "latent"] = "pixel"
+    """pixel: heads on frozen SAM features of decoded images (Flash-DMD). latent: a head on the score estimator's mid block (DMD2)."""
+    loss: Literal["hinge", "non_saturating"] = "hinge"
+    """[open] The paper's equations print log D while its text names the hinge loss."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """[open] lambda of L_DM + lambda L_adv. With `balance` set it multiplies the balanced gradient instead."""
+    balance: Annotated[float, Field(gt=0)] | None = None
+    """[open] Ratio of the adversarial to the DM gradient's norm (both in latent space) that lambda is set to reach each update; null uses `weight` as it is."""
+    real_through_vae: bool = False
+    """Encode and decode real images first, so that the discriminator cannot tell fakes by the autoencoder's traces."""
+    prompt_projection: bool = False
+    """[open] Heads also see the pooled prompt embedding (projection discriminator)."""
+    score_weight: Annotated[float, Field(ge=0)] = 1e-2
+    """latent space only: weight of the GAN loss beside the denoising loss in the score estimator's update (DMD2)."""
+    hidden: PositiveInt = 32
+    """Channels of a discriminator head."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, betas=(0.0, 0.99))
+    """The heads' optimizer."""
+
+
+class PreferenceConfig(Section):
+    updates: Count = 5
+    """Preference updates beside each distillation step; 5 is the paper's best of 1, 2, 5, 10. 0 distils only."""
+    every: PositiveInt = 1
+    """Do the updates beside every n-th distillation step (ratios below 1:1)."""
+    start_step: Count = 0
+    """First step with preference updates; the reference policy is frozen there."""
+    distill: bool = True
+    """false: preference updates alone. A control that shows reward hacking, not a way to train."""
+    batch: PositiveInt = 8
+    """Prompt groups per preference update."""
+    candidates: Annotated[int, Field(strict=True, ge=2)] = 4
+    """K hops from one noisy latent; the best and the worst make the pair."""
+    high_noise: PositiveInt = 2
+    """How many of the first denoising timesteps candidates are drawn at ({999, 749})."""
+    beta: PositiveFloat = 0.1
+    """[open] Temperature of -logsigmoid(beta H). LPO's 500 belongs to low-noise hops; at high noise it must be retuned."""
+    lr: PositiveFloat = 2e-5
+    """Learning rate of preference updates; they keep AdamW moments of their own."""
+    warmup: Count = 20
+    threshold: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
+    """Smallest softmax margin of winner over loser for a pair to be kept (LPO: 0.45-0.6)."""
+    temperature: PositiveFloat = 1.0
+    """Divides the normalised rewards inside that softmax."""
+    reward_timestep: Literal["current", "next"] = "current"
+    """[open] Timestep given to a latent reward for a candidate: LPO scores x_{t-1} with the current t."""
+    candidate_image: Literal["one_hop", "remaining_hops"] = "one_hop"
+    """How a candidate becomes a clean image for pixel rewards: one generator forward, or all remaining hops."""
+
+
+class RewardConfig(Section):
+    kind: str
+    """'pickscore' (any CLIP in PickScore's format) or 'latent' (latent reward model)."""
+    name: str = ""
+    """What metrics call it; the kind when empty."""
+    path: str = "demo"
+    """'demo', a directory or a hub id."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight after normalisation within the prompt group; 0 logs the reward without optimising it."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.kind
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind in LATER_REWARD_KINDS:
+            raise ValueError(f"the reward '{kind}' is not implemented yet; use one of {', '.join(REWARD_KINDS)}")
+        if kind not in REWARD_KINDS:
+            raise ValueError(f"unknown reward '{kind}'{suggestion(kind, REWARD_KINDS)}; known: {', '.join(REWARD_KINDS)}")
+        return kind
+
+
+class EngineConfig(Section):
+    kind: Literal["torch", "deepspeed"] = "torch"
+    """What runs the learner's optimizer."""
+    zero_stage: Literal[1] = 1
+    """DeepSpeed ZeRO stage. (2 and 3 follow.)"""
+
+
+class GroupConfig(Section):
+    workers: PositiveInt = 1
+    """Processes (ranks of a group, members of a pool)."""
+    cpus: PositiveFloat = 0.5
+    """Ray CPUs each worker reserves; a reservation, not a limit."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs, or a share of one, for each worker."""
+
+
+class PlacementConfig(Section):
+    learner: GroupConfig = GroupConfig()
+    """Teacher, generator and score estimator; ZeRO shards over its ranks."""
+    discriminator: GroupConfig = GroupConfig()
+    """Decoder, SAM and heads."""
+    rollout: GroupConfig = GroupConfig()
+    """Candidate generation from the published weights."""
+    reward: GroupConfig = GroupConfig()
+    """Reward models."""
+    threads: PositiveInt = 1
+    """torch threads of every process, local runtime included: sums depend on it, so it is part of the configuration."""
+
+
+class DeadlineConfig(Section):
+    start_s: PositiveFloat = 300.0
+    """For a worker to come up and load its models."""
+    call_s: PositiveFloat = 600.0
+    """For one call of a role."""
+    retries: Count = 3
+    """Replays of a call whose pool worker died."""
+    attempts: PositiveInt = 3
+    """Times the job is built anew from the last checkpoint after a learner or discriminator worker was lost."""
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 50
+    """Steps between checkpoints; the last step always writes one."""
+    keep: PositiveInt = 2
+    """Complete checkpoints to keep."""
+
+
+class TrackingConfig(Section):
+    uri: str | None = None
+    """MLflow tracking server; null uses a sqlite file beside the runs."""
+    experiment: str = "flashdmd_ray"
+    enabled: bool = True
+    """false writes only the run folder."""
+    samples_every: PositiveInt = 50
+    """Steps between sample grids."""
+    log_every: PositiveInt = 1
+    """Steps between metric records."""
+
+
+class EvaluationConfig(Section):
+    samples: Annotated[int, Field(strict=True, ge=2)] = 500
+    """Held-out prompts per row of the final table."""
+    batch: PositiveInt = 100
+    teacher_steps: PositiveInt = 25
+    guidance_scale: Annotated[float, Field(ge=1)] = 3.0
+    """The teacher's guidance in its row of the table."""
+    student_steps: tuple[PositiveInt, ...] = (1, 2, 4)
+    """Few-step rows of the table; each divides the number of denoising timesteps, 1 uses the first timestep only."""
+
+
+class Config(Section):
+    """Everything a joint training run is told."""
+
+    seed: Count = 0
+    steps: PositiveInt = 200
+    """Passes of the loop: one generator update each, with its score, discriminator and preference updates."""
+    batch: PositiveInt = 32
+    """Global batch of the distillation step, split over the learner's ranks."""
+    ttur: PositiveInt = 1
+    """Score-estimator and discriminator updates per generator update: 1 or 2 here, 5 in DMD2."""
+    runtime: Literal["local", "ray"] = "ray"
+    """local: one process, no Ray. ray: learner, discriminator, rollout and reward workers."""
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    generator: OptimizerConfig = OptimizerConfig()
+    score: ScoreConfig = ScoreConfig()
+    matching: MatchingConfig = MatchingConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+    rewards: tuple[RewardConfig, ...] = (RewardConfig(kind="pickscore"), RewardConfig(kind="latent"))
+    engine: EngineConfig = EngineConfig()
+    placement: PlacementConfig = PlacementConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for group, key, batch in (
+            ("learner", "batch", self.batch),
+            ("discriminator", "batch", self.batch),
+            ("learner", "preference.batch", self.preference.batch),
+        ):
+            workers = getattr(self.placement, group).workers
+            if batch % workers:
+                raise ValueError(f"placement.{group}.workers: {workers} ranks cannot share {key} {batch} equally; choose a multiple of the ranks")
+        labels = [reward.label for reward in self.rewards]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"rewards: two rewards are called the same ({', '.join(labels)}); give each a name")
+        for name in ("matching", "score"):
+            low, high = getattr(self, name).timestep_range
+            if low >= high:
+                raise ValueError(f"{name}.timestep_range: the first must be below the second, got [{low}, {high}]")
+        if self.runtime == "local" and any(getattr(self.placement, g).workers > 1 for g in ("learner", "discriminator", "rollout", "reward")):
+            raise ValueError("placement: more than one worker needs runtime 'ray'")
+        if (self.matching.routing == "shared") != (self.adversarial.space == "latent"):
+            raise ValueError(
+                "matching.routing: 'shared' goes with adversarial.space 'latent' (DMD2) and 'timestep_aware' with 'pixel' (Flash-DMD); change one of the two"
+            )
+        if self.preference.updates:
+            self._check_preference()
+        elif not self.preference.distill:
+            raise ValueError("preference.distill: false with preference.updates 0 leaves nothing to train")
+        for steps in self.evaluation.student_steps:
+            if len(self.sampling.timesteps) % steps:
+                raise ValueError(
+                    f"evaluation.student_steps: {steps} does not divide the {len(self.sampling.timesteps)} sampling.timesteps; choose divisors"
+                )
+        return self
+
+    def _check_preference(self) -> None:
+        hops = len(self.sampling.timesteps) - 1
+        if self.preference.high_noise > hops:
+            raise ValueError(
+                f"preference.high_noise: candidates need a hop to a next timestep and {list(self.sampling.timesteps)} has {hops}; "
+                f"set it to at most {hops}" + ("" if hops else ", or preference.updates to 0")
+            )
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: preference updates need at least one reward with weight above 0; add one or set preference.updates to 0")
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """', did you mean ...?' for the nearest known word, else ''."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (the shipped demo when None), apply `key.sub=value` overrides and validate.
+
+    Raises ValueError, one line per problem, naming the key, what is wrong and the remedy.
+    """
+    source = DEFAULT_CONFIG if path is None else Path(path)
+    try:
+        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{source}: cannot read the configuration ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{source}: expected keys and values at the top level, found a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Validate a nested mapping. Raises ValueError like `load_config`."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = dict.fromkeys(_describe(detail) for detail in error.errors())
+        raise ValueError("\n".join(lines)) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ValueError(f"--set {override}: expected key=value, for example --set steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override}: the value is not valid YAML; quote it") from None
+    for depth, part in enumerate(parts[:-1], start=1):
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--set {override}: '{'.'.join(parts[:depth])}' is a single value or a list, it has no key '{parts[depth]}'")
+    tree[parts[-1]] = value
+
+
+def _describe(detail: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        parents, key = detail["loc"][:-1], str(detail["loc"][-1])
+        return f"{where}: unknown key{suggestion(key, _keys_at(parents))}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+    return list(section.model_fields)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, ready to be run again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
