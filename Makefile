@@ -1,0 +1,50 @@
+# What a machine with Python >= 3.11 (and its venv module) needs:  make demo   make test
+# Every other target is listed by `make help`.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# torch on many threads makes small models slower, and the tests share the machine with Ray's processes.
+TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## the environment in .venv: locked versions, this package editable, the development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed, but $(PYTHON) is $$($(PYTHON) -V 2>&1): name another one with make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { echo "no virtual environment could be made: on Debian, install python3-venv"; exit 1; }
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install ## the main job on the shipped demo: distillation and preference RL on real images, a few minutes
+	$(BIN)/python jobs/joint_train.py
+
+test: install ## all tests
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+check: install ## style, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+lock: install ## resolve the floors of pyproject.toml anew into constraints.txt (no registry address is written)
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
+	  --no-header --no-annotate --no-emit-index-url --quiet --output-file constraints.txt
+
+clean: ## remove caches and build leftovers; runs/ and .venv stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find flashdmd_ray jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
