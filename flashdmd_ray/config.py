@@ -298,10 +298,6 @@ class Config(Section):
                 raise ValueError(f"{name}.timestep_range: the first must be below the second, got [{low}, {high}]")
         if self.runtime == "local" and any(getattr(self.placement, g).workers > 1 for g in ("learner", "discriminator", "rollout", "reward")):
             raise ValueError("placement: more than one worker needs runtime 'ray'")
-        if (self.matching.routing == "shared") != (self.adversarial.space == "latent"):
-            raise ValueError(
-                "matching.routing: 'shared' goes with adversarial.space 'latent' (DMD2) and 'timestep_aware' with 'pixel' (Flash-DMD); change one of the two"
-            )
         if self.preference.updates:
             self._check_preference()
         elif not self.preference.distill:

@@ -1,0 +1,81 @@
+"""The pixel discriminator D_omega: frozen decoder, frozen SAM features, trained heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashdmd_ray.batch import Latents
+from flashdmd_ray.checkpoint import load_tensors, save_tensors
+from flashdmd_ray.config import Config
+from flashdmd_ray.data import ImageSource, build_images
+from flashdmd_ray.engine import Engine, build_engine
+from flashdmd_ray.models.discriminator import PixelDiscriminator
+from flashdmd_ray.models.sam import load_sam_encoder
+from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
+from flashdmd_ray.roles.networks import Metrics, load_family, resolve
+
+
+class Discriminator:
+    """Answers the generator with a gradient in latent space, and learns to tell its decoded images from real ones."""
+
+    def __init__(self, config: Config, family: SDXL, engine: Engine, images: ImageSource):
+        self.config = config
+        self.family = family
+        self.engine = engine
+        self.images = images
+
+    @classmethod
+    def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Discriminator:
+        family = load_family(config.model)
+        encoder = load_sam_encoder(resolve(config.model.sam, "sam"), family.image_size)
+        prompt_width = family.pooled_width if config.adversarial.prompt_projection else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = PixelDiscriminator(encoder, hidden=config.adversarial.hidden, prompt_width=prompt_width)
+        engine = build_engine(config.engine, network, config.adversarial.optimizer, role="discriminator")
+        return cls(config, family, engine, build_images(config.data, config.seed))
+
+    def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
+        """dL_adv/dlatents, float32 (B, C, h, w), through decoder and SAM (ALGORITHM 3.2). The heads do not move.
+
+        `timesteps` and `seed` serve the DMD2 form, which judges re-noised latents.
+        """
+        latents = fine.values.detach().requires_grad_()
+        logits = self.engine.module(self.family.decode(latents), self._prompts(fine))
+        loss = generator_loss(logits, self.config.adversarial.loss)
+        (gradient,) = torch.autograd.grad(loss, latents)
+        return gradient, {"adversarial/generator_loss": loss.item()}
+
+    def update(self, fakes: Latents, real_indices: Tensor) -> Metrics:
+        """One update of the heads: decoded fakes against the real images at `real_indices`, int64 (B,) (ALGORITHM 3.5)."""
+        with torch.no_grad():
+            fake_images = self.family.decode(fakes.values)
+            real_images = self.images.images(real_indices)
+            if self.config.adversarial.real_through_vae:
+                real_images = self.family.decode(self.family.encode_images(real_images))
+        prompts = self._prompts(fakes)
+        real_prompts = None if prompts is None else self.family.encode(self.images.prompts(real_indices)).pooled
+        both = None if prompts is None or real_prompts is None else torch.cat([real_prompts, prompts])
+        real_logits, fake_logits = self.engine(torch.cat([real_images, fake_images]), both).chunk(2)
+        loss = discriminator_loss(real_logits, fake_logits, self.config.adversarial.loss)
+        self.engine.backward(loss)
+        norm = self.engine.update("distillation", lr=self.config.adversarial.optimizer.lr)
+        return {
+            "discriminator/loss": loss.item(),
+            "discriminator/grad_norm": norm,
+            "discriminator/accuracy_real": (real_logits > 0).float().mean().item(),
+            "discriminator/accuracy_fake": (fake_logits < 0).float().mean().item(),
+        }
+
+    def _prompts(self, latents: Latents) -> Tensor | None:
+        return self.family.encode(latents.prompts.texts).pooled if self.config.adversarial.prompt_projection else None
+
+    def save(self, directory: Path) -> None:
+        save_tensors(directory / "discriminator.safetensors", self.engine.state())
+
+    def load(self, directory: Path) -> None:
+        self.engine.load_state(load_tensors(directory / "discriminator.safetensors"))

@@ -1,0 +1,130 @@
+"""The generator: the few-step student G_theta and its frozen reference policy."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashdmd_ray.batch import Latents, PreferencePairs, Prediction, Prompts, noise
+from flashdmd_ray.checkpoint import load_tensors, save_tensors
+from flashdmd_ray.config import Config
+from flashdmd_ray.diffusion.sampling import PredictX0, backward_simulation, complete, transition
+from flashdmd_ray.engine import Engine, build_engine
+from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.objectives.preference import log_ratio_difference, preference_loss
+from flashdmd_ray.roles.networks import Metrics, bind, frozen, full, load_family, noise_stream
+
+
+class Generator:
+    """Trained by the DM gradient, the adversarial gradient and the preference loss; starts as a copy of the teacher."""
+
+    def __init__(self, config: Config, family: SDXL, engine: Engine):
+        self.config = config
+        self.family = family
+        self.schedule = family.schedule
+        self.timesteps = config.sampling.timesteps
+        self.engine = engine
+        self.reference: torch.nn.Module | None = None
+        self._outputs: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Generator:
+        family = load_family(config.model)
+        return cls(config, family, build_engine(config.engine, family.denoiser(), config.generator, role="generator"))
+
+    def predict(self, prompts: Prompts, high: int, low: int | None, seed: int) -> Prediction:
+        """The two forwards of one update, kept for `update` (ALGORITHM 3.1, 3.2).
+
+        coarse = G(B(t_high), t_high), from backward simulation to step index `high`. fine = G(x^, low), where x^ is the coarse output
+        carried on to a clean latent, detached and noised to timestep `low`: no gradient of one reaches the other's forward. With `low`
+        None both objectives act on the coarse forward (DMD2). Values are returned detached.
+        """
+        predict_x0 = bind(self.engine, self.schedule, self.family.encode(prompts.texts))
+        coarse, fine = self._two_forwards(predict_x0, prompts, high, low, seed)
+        self._outputs = (coarse, fine)
+        return Prediction(Latents(coarse.detach(), prompts), Latents(fine.detach(), prompts))
+
+    @torch.no_grad()
+    def sample(self, prompts: Prompts, high: int, low: int | None, seed: int) -> Prediction:
+        """As `predict`, outside autograd: fresh fakes for the further updates of a TTUR above 1."""
+        predict_x0 = bind(self.engine.module, self.schedule, self.family.encode(prompts.texts))
+        coarse, fine = self._two_forwards(predict_x0, prompts, high, low, seed)
+        return Prediction(Latents(coarse, prompts), Latents(fine, prompts))
+
+    def _two_forwards(self, predict_x0: PredictX0, prompts: Prompts, high: int, low: int | None, seed: int) -> tuple[Tensor, Tensor]:
+        shape = self.family.latent_shape
+        simulate = frozen(predict_x0)
+        noisy = backward_simulation(simulate, self.schedule, self.timesteps, high, noise_stream(prompts, shape, seed, "simulate"))
+        coarse = predict_x0(noisy, full(self.timesteps[high], noisy))
+        if low is None:
+            return coarse, coarse
+        clean = complete(simulate, self.schedule, self.timesteps, high, coarse.detach(), noise_stream(prompts, shape, seed, "complete"))
+        at_low = full(low, clean)
+        noisy = self.schedule.add_noise(clean, noise(prompts.indices, shape, seed, "low"), at_low)
+        return coarse, predict_x0(noisy, at_low)
+
+    def update(self, matching: Tensor, realism: Tensor) -> Metrics:
+        """One backward and one optimizer step from the critics' gradients dLoss/dlatents, each float32 (B, C, h, w).
+
+        One backward of the sum: two would lose the first gradient under ZeRO. Raises FloatingPointError when not finite.
+        """
+        assert self._outputs is not None, "update() without predict()"
+        coarse, fine = self._outputs
+        self._outputs = None
+        self.engine.backward((coarse * matching).sum() + (fine * realism).sum())
+        norm = self.engine.update("distillation", lr=self.config.generator.lr)
+        with torch.no_grad():
+            return {
+                "generator/grad_norm": norm,
+                "generator/latent_mean": coarse.mean().item(),
+                "generator/latent_std": coarse.std().item(),
+                "generator/saturation": (coarse.abs() > 3).float().mean().item(),
+            }
+
+    def prefer(self, pairs: PreferencePairs) -> Metrics:
+        """One preference update: L = -logsigmoid(beta H), averaged over the kept pairs (ALGORITHM 4)."""
+        assert self.reference is not None, "prefer() before freeze_reference()"
+        conditioning = self.family.encode(pairs.prompts.texts)
+        at = full(pairs.timestep, pairs.noisy)
+        x0 = bind(self.engine, self.schedule, conditioning)(pairs.noisy, at)
+        with torch.no_grad():
+            reference_x0 = bind(self.reference, self.schedule, conditioning)(pairs.noisy, at)
+        mean, std = transition(self.schedule, x0, pairs.next_timestep)
+        reference_mean, _ = transition(self.schedule, reference_x0, pairs.next_timestep)
+        ratio = log_ratio_difference(mean, reference_mean, pairs.winners, pairs.losers, std)
+        loss = preference_loss(ratio, self.config.preference.beta, pairs.weights)
+        self.engine.backward(loss)
+        norm = self.engine.update("preference", lr=self.config.preference.lr)
+        with torch.no_grad():
+            kept = pairs.weights > 0
+            return {
+                "preference/loss": loss.item(),
+                "preference/grad_norm": norm,
+                "preference/ratio": ratio[kept].abs().mean().item(),
+                "preference/implicit_accuracy": (ratio[kept] > 0).float().mean().item(),
+                "preference/drift": (mean - reference_mean).square().mean().sqrt().item(),
+            }
+
+    def freeze_reference(self) -> None:
+        """The reference policy G_ref: a frozen copy of the generator as it is now."""
+        self.reference = copy.deepcopy(self.engine.module).eval().requires_grad_(False)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full float32 weights for the rollout workers and the export."""
+        return self.engine.weights()
+
+    def save(self, directory: Path) -> None:
+        """Write weights, moments and the reference; every rank calls, rank 0 writes."""
+        save_tensors(directory / "generator.safetensors", self.engine.state())
+        if self.reference is not None:
+            save_tensors(directory / "reference.safetensors", self.reference.state_dict())
+
+    def load(self, directory: Path) -> None:
+        self.engine.load_state(load_tensors(directory / "generator.safetensors"))
+        if (directory / "reference.safetensors").exists():
+            self.freeze_reference()
+            assert self.reference is not None
+            self.reference.load_state_dict(load_tensors(directory / "reference.safetensors"))

@@ -1,0 +1,81 @@
+"""Rollout: candidates for the preference updates, from published generator weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashdmd_ray.batch import Candidates, Prompts, PublishedWeights, noise
+from flashdmd_ray.config import Config
+from flashdmd_ray.diffusion.sampling import backward_simulation, complete, transition
+from flashdmd_ray.models.denoiser import Conditioning, Denoiser
+from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.roles.networks import bind, full, load_family, noise_stream
+
+
+class Rollout:
+    """Stateless but for a copy of the generator's weights, which every call names by version."""
+
+    def __init__(self, config: Config, family: SDXL, network: Denoiser):
+        self.config = config
+        self.family = family
+        self.schedule = family.schedule
+        self.timesteps = config.sampling.timesteps
+        self.network = network.eval().requires_grad_(False)
+        self.version: int | None = None
+
+    @classmethod
+    def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Rollout:
+        family = load_family(config.model)
+        return cls(config, family, family.denoiser())
+
+    def load_weights(self, weights: PublishedWeights) -> None:
+        """Take over published weights; raises ValueError when what arrived is not what was published."""
+        if self.version == weights.version:
+            return
+        self.network.load_state_dict(weights.tensors)
+        found = checksum(self.network.state_dict())
+        if found != weights.checksum:
+            raise ValueError(f"rollout: weights of version {weights.version} arrived with checksum {found}, published as {weights.checksum}")
+        self.version = weights.version
+
+    @torch.no_grad()
+    def candidates(self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights) -> Candidates:
+        """K hops from one noisy latent at step index `high`: z^k = mean + std e^k (ALGORITHM 4)."""
+        self.load_weights(weights)
+        shape, count = self.family.latent_shape, self.config.preference.candidates
+        conditioning = self.family.encode(prompts.texts)
+        predict_x0 = bind(self.network, self.schedule, conditioning)
+        noisy = backward_simulation(predict_x0, self.schedule, self.timesteps, high, noise_stream(prompts, shape, seed, "simulate"))
+        x0 = predict_x0(noisy, full(self.timesteps[high], noisy))
+        mean, std = transition(self.schedule, x0, self.timesteps[high + 1])
+        values = mean[:, None] + std * noise(prompts.indices, (count, *shape), seed, "candidates")
+        clean = self._carry_on(values, high + 1, conditioning, prompts, seed)
+        return Candidates(prompts, noisy, values, clean, self.timesteps[high], self.timesteps[high + 1], weights.version)
+
+    def _carry_on(self, values: Tensor, step_index: int, conditioning: Conditioning, prompts: Prompts, seed: int) -> Tensor:
+        """Each candidate as a clean latent, for the pixel rewards; empty (B, 0, C, h, w) when no reward needs it."""
+        if all(reward.kind == "latent" for reward in self.config.rewards):
+            return values[:, :0]
+        groups, count = values.shape[:2]
+        flat = values.flatten(0, 1)
+        predict_x0 = bind(self.network, self.schedule, conditioning.repeat_interleave(count))
+        clean = predict_x0(flat, full(self.timesteps[step_index], flat))
+        if self.config.preference.candidate_image == "remaining_hops":
+            # Every candidate of a group takes the same later noise, so that the reward compares the candidates and nothing else.
+            shared = noise_stream(prompts, self.family.latent_shape, seed, "carry")
+            clean = complete(
+                predict_x0, self.schedule, self.timesteps, step_index, clean, lambda hop: shared(hop).repeat_interleave(count, dim=0)
+            )
+        return clean.unflatten(0, (groups, count))
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names and bytes, in name order."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,79 @@
+"""The score estimator mu_psi ("fake score" in DMD papers) beside the teacher mu_real: the critic of distribution matching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashdmd_ray.batch import Latents, noise
+from flashdmd_ray.checkpoint import load_tensors, save_tensors
+from flashdmd_ray.config import Config
+from flashdmd_ray.diffusion.sampling import guided
+from flashdmd_ray.engine import Engine, build_engine
+from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.objectives.matching import distribution_matching_gradient
+from flashdmd_ray.objectives.score import denoising_loss
+from flashdmd_ray.roles.generator import Generator
+from flashdmd_ray.roles.networks import Metrics, bind, load_family
+
+
+class ScoreEstimator:
+    """Tracks the generator's distribution by denoising its samples and, after every generator update, by EMA coupling."""
+
+    def __init__(self, config: Config, family: SDXL, engine: Engine):
+        self.config = config
+        self.family = family
+        self.schedule = family.schedule
+        self.engine = engine
+
+    @classmethod
+    def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> ScoreEstimator:
+        family = load_family(config.model)
+        return cls(config, family, build_engine(config.engine, family.denoiser(), config.score, role="score estimator"))
+
+    @torch.no_grad()
+    def gradient(self, coarse: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
+        """dL_DM/dx, float32 (B, C, h, w), at timesteps int64 (B,): teacher with guidance against this network without (ALGORITHM 3.1)."""
+        x = coarse.values
+        conditioning = self.family.encode(coarse.prompts.texts)
+        noisy = self.schedule.add_noise(x, self._noise(coarse, seed), timesteps)
+        teacher = bind(self.family.teacher, self.schedule, conditioning)
+        blank = bind(self.family.teacher, self.schedule, self.family.unconditional(len(x)))
+        x_real = guided(teacher, blank, self.config.matching.guidance_scale)(noisy, timesteps)
+        x_fake = bind(self.engine.module, self.schedule, conditioning)(noisy, timesteps)
+        gradient = distribution_matching_gradient(x, x_real, x_fake, self.config.matching.epsilon)
+        return gradient, {
+            "matching/real_fake_gap": (x_real - x_fake).square().mean().sqrt().item(),
+            "matching/real_generated_gap": (x_real - x).square().mean().sqrt().item(),
+        }
+
+    def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_indices: Tensor) -> Metrics:
+        """One denoising update on detached generator samples. `real_indices` serves the DMD2 form, whose GAN head lives on this network."""
+        loss = self._denoising_loss(fakes, timesteps, seed)
+        self.engine.backward(loss)
+        norm = self.engine.update("distillation", lr=self.config.score.lr)
+        return {"score/loss": loss.item(), "score/grad_norm": norm}
+
+    def _denoising_loss(self, fakes: Latents, timesteps: Tensor, seed: int) -> Tensor:
+        draw = self._noise(fakes, seed)
+        noisy = self.schedule.add_noise(fakes.values, draw, timesteps)
+        conditioning = self.family.encode(fakes.prompts.texts)
+        prediction = self.engine(noisy, self.schedule.network_timestep(timesteps), conditioning)
+        if self.config.score.target == "x0":
+            return denoising_loss(self.schedule.to_x0(prediction, noisy, timesteps), fakes.values)
+        return denoising_loss(prediction, self.schedule.target(fakes.values, draw, timesteps))
+
+    def _noise(self, latents: Latents, seed: int) -> Tensor:
+        return noise(latents.prompts.indices, self.family.latent_shape, seed, "diffuse")
+
+    def couple(self, generator: Generator, decay: float) -> None:
+        """psi <- decay psi + (1 - decay) theta, on the float32 masters (ALGORITHM 3.4)."""
+        self.engine.couple(generator.engine, decay)
+
+    def save(self, directory: Path) -> None:
+        save_tensors(directory / "score_estimator.safetensors", self.engine.state())
+
+    def load(self, directory: Path) -> None:
+        self.engine.load_state(load_tensors(directory / "score_estimator.safetensors"))
