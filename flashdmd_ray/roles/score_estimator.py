@@ -51,19 +51,18 @@ class ScoreEstimator:
 
     def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_indices: Tensor) -> Metrics:
         """One denoising update on detached generator samples. `real_indices` serves the DMD2 form, whose GAN head lives on this network."""
-        loss = self._denoising_loss(fakes, timesteps, seed)
+        draw = self._noise(fakes, seed)
+        noisy = self.schedule.add_noise(fakes.values, draw, timesteps)
+        prediction = self.engine(noisy, self.schedule.network_timestep(timesteps), self.family.encode(fakes.prompts.texts))
+        loss = self._denoising_loss(prediction, fakes.values, noisy, draw, timesteps)
         self.engine.backward(loss)
         norm = self.engine.update("distillation", lr=self.config.score.lr)
         return {"score/loss": loss.item(), "score/grad_norm": norm}
 
-    def _denoising_loss(self, fakes: Latents, timesteps: Tensor, seed: int) -> Tensor:
-        draw = self._noise(fakes, seed)
-        noisy = self.schedule.add_noise(fakes.values, draw, timesteps)
-        conditioning = self.family.encode(fakes.prompts.texts)
-        prediction = self.engine(noisy, self.schedule.network_timestep(timesteps), conditioning)
+    def _denoising_loss(self, prediction: Tensor, x0: Tensor, noisy: Tensor, draw: Tensor, timesteps: Tensor) -> Tensor:
         if self.config.score.target == "x0":
-            return denoising_loss(self.schedule.to_x0(prediction, noisy, timesteps), fakes.values)
-        return denoising_loss(prediction, self.schedule.target(fakes.values, draw, timesteps))
+            return denoising_loss(self.schedule.to_x0(prediction, noisy, timesteps), x0)
+        return denoising_loss(prediction, self.schedule.target(x0, draw, timesteps))
 
     def _noise(self, latents: Latents, seed: int) -> Tensor:
         return noise(latents.prompts.indices, self.family.latent_shape, seed, "diffuse")

@@ -1,0 +1,98 @@
+"""Preference pairs for the learner: candidates from the rollout pool, rewards from the reward pool, best against worst.
+
+A request is answered while the distillation update of the same step runs, from the weights published after the step before. This fixed
+lag is part of the algorithm, so a run is reproducible whatever the pools' speed.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from flashdmd_ray.batch import Candidates, Draws, PreferencePairs, PublishedWeights
+from flashdmd_ray.config import Config
+from flashdmd_ray.objectives.preference import combine_rewards, select_pairs
+from flashdmd_ray.roles.networks import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RatedPairs:
+    """The pairs of one preference update and what their making showed. `pairs` is None when no group was left to learn from."""
+
+    pairs: PreferencePairs | None
+    metrics: Metrics
+
+
+class PreferenceSource:
+    """Asks the pools for the pairs of a step, one preference update after the other."""
+
+    def __init__(self, config: Config, runtime, prompts):
+        self.config = config
+        self.runtime = runtime
+        self.prompts = prompts
+        self.weights: PublishedWeights | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether `step` has preference updates."""
+        preference = self.config.preference
+        return bool(preference.updates) and step >= preference.start_step and (step - preference.start_step) % preference.every == 0
+
+    def publish(self, step: int) -> None:
+        """Give the rollout pool the generator's weights as they are before `step`, if that step needs them."""
+        if self.due(step):
+            self.weights = self.runtime.publish(self.runtime.generator.weights(), version=step)
+
+    def request(self, draw: Draws) -> list[Future[RatedPairs]]:
+        """Start making the pairs of this step; empty when it has no preference updates."""
+        if not self.due(draw.step):
+            return []
+        return [self.runtime.background(lambda update=update: self._rated_pairs(draw, update)) for update in range(self.config.preference.updates)]
+
+    def _rated_pairs(self, draw: Draws, update: int) -> RatedPairs:
+        preference = self.config.preference
+        purpose = f"preference/{update}"
+        assert self.weights is not None and self.weights.version == draw.step, "request() before publish()"
+        candidates = self.runtime.rollouts.candidates(
+            self.prompts(draw, purpose, preference.batch),
+            draw.index(f"{purpose}/high", preference.high_noise),
+            draw.seed(f"{purpose}/noise"),
+            self.weights,
+        )
+        return rate(candidates, self.runtime.rewards.score(candidates), self.config)
+
+
+def rate(candidates: Candidates, rewards: dict[str, torch.Tensor], config: Config) -> RatedPairs:
+    """Winner and loser of each prompt group, and the figures that tell whether the rewards are of use."""
+    preference = config.preference
+    weights = {reward.label: reward.weight for reward in config.rewards}
+    combined, finite = combine_rewards(rewards, weights)
+    winner, loser, margin, kept = select_pairs(combined, preference.threshold, preference.temperature)
+    kept = kept & finite
+    rows = torch.arange(len(winner))
+    metrics = {f"reward/{label}": values[finite].mean().item() for label, values in rewards.items() if bool(finite.any())}
+    metrics |= {
+        "preference/kept": kept.float().mean().item(),
+        "preference/dropped": (~finite).float().mean().item(),
+        "preference/margin": margin[finite].mean().item() if bool(finite.any()) else 0.0,
+    }
+    if not bool(finite.all()):
+        logger.warning("step %d: %d of %d prompt groups dropped, a reward was not finite", candidates.version, int((~finite).sum()), len(finite))
+    if not bool(kept.any()):
+        return RatedPairs(None, metrics)
+    pairs = PreferencePairs(
+        prompts=candidates.prompts,
+        noisy=candidates.noisy,
+        winners=candidates.values[rows, winner],
+        losers=candidates.values[rows, loser],
+        weights=kept.float() * len(kept) / kept.sum(),  # the mean over all pairs is then the mean over the kept ones, on any number of ranks
+        margins=margin,
+        timestep=candidates.timestep,
+        next_timestep=candidates.next_timestep,
+        version=candidates.version,
+    )
+    return RatedPairs(pairs, metrics)

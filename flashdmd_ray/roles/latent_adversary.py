@@ -1,0 +1,114 @@
+"""DMD2's adversary (arXiv 2405.14867): a small head on the score estimator's mid block, in latent space.
+
+The head and the score estimator are one network with one optimizer, so the two roles of the baseline share one object: the estimator
+trains both losses in its update, and `LatentDiscriminator` answers the generator from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flashdmd_ray.batch import Latents, noise
+from flashdmd_ray.config import Config
+from flashdmd_ray.data import ImageSource, build_images
+from flashdmd_ray.engine import Engine, build_engine
+from flashdmd_ray.models.denoiser import Conditioning, Denoiser
+from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
+from flashdmd_ray.roles.networks import Metrics, load_family
+from flashdmd_ray.roles.score_estimator import ScoreEstimator
+
+
+class DenoiserWithHead(nn.Module):
+    """A denoiser that also judges: `logits` reads the mid block's features."""
+
+    def __init__(self, denoiser: Denoiser, width: int, hidden: int):
+        super().__init__()
+        self.denoiser = denoiser
+        self.head = nn.Sequential(
+            nn.Conv2d(width, hidden, 3, padding=1), nn.GroupNorm(4, hidden), nn.SiLU(), nn.Conv2d(hidden, 1, 3, padding=1)
+        )
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, judged: tuple[Tensor, Tensor, Conditioning] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The prediction; with `judged` (noisy latents, timesteps, conditioning) also their logits, from one call of the engine."""
+        prediction = self.denoiser(noisy, timesteps, conditioning)
+        return prediction if judged is None else (prediction, self.logits(*judged))
+
+    def logits(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """float32 (B, N): one logit per position of the mid block."""
+        return self.head(self.denoiser.mid_features(noisy, timesteps, conditioning).float()).flatten(1)
+
+
+class AdversarialScoreEstimator(ScoreEstimator):
+    """The score estimator of DMD2: denoising loss + score_weight * GAN loss in every update."""
+
+    images: ImageSource
+
+    @classmethod
+    def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> AdversarialScoreEstimator:
+        family = load_family(config.model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = DenoiserWithHead(family.denoiser(), family.mid_width, config.adversarial.hidden)
+        estimator = cls(config, family, build_engine(config.engine, network, config.score, role="score estimator"))
+        estimator.images = build_images(config.data, config.seed)
+        return estimator
+
+    def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_indices: Tensor) -> Metrics:
+        draw = self._noise(fakes, seed)
+        noisy = self.schedule.add_noise(fakes.values, draw, timesteps)
+        conditioning = self.family.encode(fakes.prompts.texts)
+        reals = self.family.encode_images(self.images.images(real_indices))
+        noisy_reals = self.schedule.add_noise(reals, noise(fakes.prompts.indices, self.family.latent_shape, seed, "real"), timesteps)
+        network_timesteps = self.schedule.network_timestep(timesteps)
+        judged = (
+            torch.cat([noisy_reals, noisy]),
+            network_timesteps.repeat(2),
+            Conditioning.cat([self.family.encode(self.images.prompts(real_indices)), conditioning]),
+        )
+        prediction, logits = self.engine(noisy, network_timesteps, conditioning, judged)
+        real_logits, fake_logits = logits.chunk(2)
+        denoising = self._denoising_loss(prediction, fakes.values, noisy, draw, timesteps)
+        adversarial = discriminator_loss(real_logits, fake_logits, self.config.adversarial.loss)
+        self.engine.backward(denoising + self.config.adversarial.score_weight * adversarial)
+        norm = self.engine.update("distillation", lr=self.config.score.lr)
+        return {
+            "score/loss": denoising.item(),
+            "score/grad_norm": norm,
+            "discriminator/loss": adversarial.item(),
+            "discriminator/accuracy_real": (real_logits > 0).float().mean().item(),
+            "discriminator/accuracy_fake": (fake_logits < 0).float().mean().item(),
+        }
+
+
+class LatentDiscriminator:
+    """The discriminator's verbs for DMD2. It owns no weights: its head trains and is saved with the score estimator."""
+
+    def __init__(self, estimator: AdversarialScoreEstimator):
+        self.estimator = estimator
+
+    def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
+        """dL_adv/dlatents, float32 (B, C, h, w), from latents re-noised to `timesteps`, int64 (B,)."""
+        estimator = self.estimator
+        latents = fine.values.detach().requires_grad_()
+        noisy = estimator.schedule.add_noise(latents, noise(fine.prompts.indices, estimator.family.latent_shape, seed, "judge"), timesteps)
+        conditioning = estimator.family.encode(fine.prompts.texts)
+        logits = estimator.engine.module.logits(noisy, estimator.schedule.network_timestep(timesteps), conditioning)
+        loss = generator_loss(logits, estimator.config.adversarial.loss)
+        (gradient,) = torch.autograd.grad(loss, latents)
+        return gradient, {"adversarial/generator_loss": loss.item()}
+
+    def update(self, fakes: Latents, real_indices: Tensor) -> Metrics:
+        """Nothing to do: the estimator's own update trains the head."""
+        return {}
+
+    def save(self, directory: Path) -> None:
+        """Saved with the score estimator."""
+
+    def load(self, directory: Path) -> None:
+        """Loaded with the score estimator."""
