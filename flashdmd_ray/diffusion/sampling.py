@@ -1,0 +1,132 @@
+"""Samplers: the few-step generator's stochastic hops, and the teacher's deterministic steps.
+
+`timesteps` is always descending, for example (999, 749, 499, 249). A sampler is given its noise: `draw_noise(k)` returns the noise of
+hop k, float32 (B, C, h, w), on the device of the model; k = 0 is the start and k > 0 the hop into timesteps[k]. It is asked once for
+each k it needs, so noise that depends on k alone is fresh at every hop. (Correlated noise leaves artefacts in DMD-type training.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flashdmd_ray.diffusion.schedule import NoiseSchedule, widen
+
+PredictX0 = Callable[[Tensor, Tensor], Tensor]
+"""(noisy (B, C, h, w), timesteps int64 (B,)) -> x0 (B, C, h, w) in float32; conditioning is already bound."""
+
+DrawNoise = Callable[[int], Tensor]
+
+
+def x0_predictor(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule) -> PredictX0:
+    """Wrap a network `predict(noisy, timesteps)` that answers in its own parameterisation."""
+    return lambda noisy, t: schedule.to_x0(predict(noisy, t), noisy, t)
+
+
+def guided(predict_cond: PredictX0, predict_uncond: PredictX0, scale: float) -> PredictX0:
+    """Classifier-free guidance x0 = x0_uncond + scale (x0_cond - x0_uncond).
+
+    At one (x_t, t) x0 is affine in eps and in v, so this is the usual guidance of those. Scale 1 does not call `predict_uncond`.
+    """
+    if scale == 1:
+        return predict_cond
+
+    def predict(noisy: Tensor, t: Tensor) -> Tensor:
+        uncond = predict_uncond(noisy, t)
+        return uncond + scale * (predict_cond(noisy, t) - uncond)
+
+    return predict
+
+
+def hop(schedule: NoiseSchedule, x0: Tensor, t_next: int, noise: Tensor) -> Tensor:
+    """One stochastic hop x_next = a_next x0 + s_next e with fresh noise e; all arguments (B, C, h, w). No skip or output scalings."""
+    return schedule.add_noise(x0, noise, _filled(x0, t_next))
+
+
+def transition(schedule: NoiseSchedule, x0: Tensor, next_timestep: int) -> tuple[Tensor, float]:
+    """The hop as a Gaussian policy N(mean, std^2 I): mean = a_next x0 (B, C, h, w), with gradient; std = s_next."""
+    a, s = schedule.coefficients(torch.tensor([next_timestep]))
+    return a.item() * widen(x0), s.item()
+
+
+@torch.no_grad()
+def backward_simulation(
+    predict_x0: PredictX0, schedule: NoiseSchedule, timesteps: Sequence[int], step_index: int, draw_noise: DrawNoise
+) -> Tensor:
+    """B(t_i): the generator's own input at timesteps[step_index], simulated without gradient from pure noise.
+
+    x_{k+1} = a_{k+1} G(x_k, t_k) + s_{k+1} e_{k+1}, from x_0 = e_0; float32 (B, C, h, w). Makes `step_index` forwards: all ranks of a
+    group must be given the same.
+    """
+    assert 0 <= step_index < len(timesteps), f"step {step_index} of {len(timesteps)} timesteps"
+    noisy = draw_noise(0)
+    for k in range(step_index):
+        x0 = predict_x0(noisy, _filled(noisy, timesteps[k]))
+        noisy = hop(schedule, x0, timesteps[k + 1], draw_noise(k + 1))
+    return noisy
+
+
+@torch.no_grad()
+def complete(
+    predict_x0: PredictX0,
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int],
+    step_index: int,
+    x0: Tensor,
+    draw_noise: DrawNoise,
+) -> Tensor:
+    """Simulate on from the generator's output `x0` at timesteps[step_index] to its last step; clean float32 (B, C, h, w), no gradient.
+
+    Asks draw_noise for k = step_index+1 .. len(timesteps)-1 only, none of which `backward_simulation` to the same step has used.
+    """
+    assert 0 <= step_index < len(timesteps), f"step {step_index} of {len(timesteps)} timesteps"
+    x0 = widen(x0.detach())
+    for k in range(step_index + 1, len(timesteps)):
+        noisy = hop(schedule, x0, timesteps[k], draw_noise(k))
+        x0 = predict_x0(noisy, _filled(noisy, timesteps[k]))
+    return x0
+
+
+@torch.no_grad()
+def few_step_sample(
+    predict_x0: PredictX0, schedule: NoiseSchedule, timesteps: Sequence[int], draw_noise: DrawNoise
+) -> Tensor:
+    """The generator's samples, one forward per timestep: x0 float32 (B, C, h, w). The last forward's x0 is the result."""
+    noise = draw_noise(0)
+    return complete(predict_x0, schedule, timesteps, 0, predict_x0(noise, _filled(noise, timesteps[0])), draw_noise)
+
+
+def trailing_timesteps(steps: int, num_timesteps: int = 1000) -> tuple[int, ...]:
+    """`steps` timesteps, evenly spaced and starting from the noisiest: 4 of 1000 are (999, 749, 499, 249).
+
+    Raises ValueError unless 1 <= steps <= num_timesteps.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"sampling steps must be between 1 and {num_timesteps}, got {steps}")
+    return tuple(round(num_timesteps - k * num_timesteps / steps) - 1 for k in range(steps))
+
+
+@torch.no_grad()
+def ddim_sample(predict_x0: PredictX0, schedule: NoiseSchedule, steps: int, start_noise: Tensor) -> Tensor:
+    """Deterministic sampling on `trailing_timesteps(steps)` from start_noise (B, C, h, w); the teacher's sampler.
+
+        x_next = a_next x0 + s_next e,    e = (x_t - a_t x0) / s_t.
+
+    On a VP schedule this is DDIM with eta 0. On a flow it is Euler on sigmas shift(1, 1-1/steps, .., 1/steps), 0, since then
+    x_next = x_t + (s_next - s_t) v. Ends on the schedule's `final_coefficients`.
+    """
+    timesteps = trailing_timesteps(steps, schedule.num_timesteps)
+    pairs = [
+        tuple(float(c) for c in column) for column in zip(*schedule.coefficients(torch.tensor(timesteps)), strict=True)
+    ]
+    noisy = widen(start_noise)
+    for t, (a, s), (a_next, s_next) in zip(timesteps, pairs, [*pairs[1:], schedule.final_coefficients], strict=True):
+        x0 = widen(predict_x0(noisy, _filled(noisy, t)))
+        noisy = a_next * x0 + s_next * ((noisy - a * x0) / s)
+    return noisy
+
+
+def _filled(x: Tensor, timestep: int) -> Tensor:
+    return torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)

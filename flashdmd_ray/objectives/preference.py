@@ -1,0 +1,95 @@
+"""Latent preference RL: choose the best and the worst of K hops from one noisy latent, and move their likelihoods apart.
+
+The policy at a high-noise timestep is Gaussian, p(z | x_t) = N(mu, s_next^2 I) with mu = a_next G(x_t, t)
+(`diffusion.sampling.transition`), so its log-ratios are closed forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from flashdmd_ray.diffusion.schedule import widen
+
+
+def log_ratio_difference(mean_theta: Tensor, mean_ref: Tensor, winners: Tensor, losers: Tensor, std: float) -> Tensor:
+    """H = log p_theta(z_w)/p_ref(z_w) - log p_theta(z_l)/p_ref(z_l), float32 (B,).
+
+        H = mean_CHW [(z_w - z_l) (mu_theta - mu_ref)] / std^2
+
+    All tensors (B, C, h, w). Both candidates come from one x_t, hence one mean and the quadratic terms cancel. The log-probability is
+    the mean over CHW, not the sum (LPO's convention; it fixes the scale of beta). Gradient flows to mean_theta.
+    """
+    product = (widen(winners) - widen(losers)) * (widen(mean_theta) - widen(mean_ref))
+    return product.flatten(1).mean(dim=1) / std**2
+
+
+def preference_loss(log_ratio: Tensor, beta: float, weights: Tensor) -> Tensor:
+    """mean_B w_b (-log sigmoid(beta H_b)), a scalar; exactly log 2 at theta = reference with unit weights.
+
+    log_ratio: H (B,); weights: (B,), 0 for a pair that was not kept, see `pair_weights`. The mean is over all B, dropped pairs included,
+    so that shards of equal size average to the global loss however the kept pairs fall on them.
+    """
+    log_ratio = torch.where(weights > 0, log_ratio, 0.0)  # a dropped pair may hold anything, also nan
+    return (weights * -logsigmoid(beta * log_ratio)).mean()
+
+
+def pair_weights(keep: Tensor) -> Tensor:
+    """Weights (B,), float32, that make the mean of `preference_loss` the mean over the kept pairs of the *whole* batch.
+
+    B / kept for a kept pair, 0 for the others; all 0 when none was kept. keep: bool (B,), of the global batch, before it is split.
+    """
+    return keep.float() * (len(keep) / keep.sum().clamp(min=1))
+
+
+def combine_rewards(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    """One reward per candidate: sum_r weight_r * (r - mean_K r) / std_K r, each normalised within its prompt group.
+
+    rewards: name -> (B, K); weights: name -> float, for the same names. A reward of weight 0 is only logged. Returns
+    (combined (B, K) float32, kept (B,) bool). A group with a reward that is not finite is dropped as a whole, its combined values nan:
+    a failed reward must not pass for a bad image. A reward that does not tell the K candidates of a group apart adds 0 to all of them.
+
+    std is over the K candidates (not K-1). Raises ValueError when names differ or no weight is positive.
+    """
+    if set(rewards) != set(weights):
+        raise ValueError(f"rewards {sorted(rewards)} and their weights {sorted(weights)} name different models")
+    if not any(weight > 0 for weight in weights.values()):
+        raise ValueError("no reward has a weight above 0; nothing says which candidate is better")
+    used = [(rewards[name].double(), weight) for name, weight in weights.items() if weight]
+    kept = torch.stack([torch.isfinite(values).all(dim=1) for values, _ in used]).all(dim=0)
+    combined = torch.stack([weight * _normalised(values) for values, weight in used]).sum(dim=0)
+    return torch.where(kept[:, None], combined, torch.nan).float(), kept
+
+
+def _normalised(values: Tensor) -> Tensor:
+    centred = values - values.mean(dim=1, keepdim=True)
+    std = centred.square().mean(dim=1, keepdim=True).sqrt()
+    # Rewards are made in float32: a spread near its resolution is rounding, and dividing by it would make it a verdict.
+    resolved = std > 1e-6 * values.abs().amax(dim=1, keepdim=True)
+    return torch.where(resolved, centred / std, 0.0)
+
+
+def select_pairs(rewards: Tensor, threshold: float, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Winner and loser of each group, and whether they differ enough to be learnt from.
+
+        p = softmax_K(rewards / temperature),   margin = max p - min p,   keep = margin > threshold
+
+    rewards: (B, K), not finite for a dropped group. Returns (winner int64 (B,), loser int64 (B,), margin float32 (B,), keep bool (B,));
+    ties keep nothing (margin 0), and so does a group that is not finite (indices 0, margin 0).
+    Raises ValueError when K < 2, threshold is outside [0, 1) or temperature is not positive.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(
+            f"a preference pair needs at least 2 candidates per prompt, got rewards of shape {tuple(rewards.shape)}"
+        )
+    if not (0 <= threshold < 1 and temperature > 0):
+        raise ValueError(f"threshold must be in [0, 1) and temperature above 0, got {threshold} and {temperature}")
+    finite = torch.isfinite(rewards).all(dim=1)
+    usable = torch.where(finite[:, None], widen(rewards), 0.0)
+    winner, loser = usable.argmax(dim=1), usable.argmin(dim=1)
+    probabilities = torch.softmax(usable / temperature, dim=1)
+    margin = probabilities.amax(dim=1) - probabilities.amin(dim=1)
+    return winner, loser, margin, finite & (margin > threshold)
