@@ -146,8 +146,8 @@ class PreferenceConfig(Section):
     lr: PositiveFloat = 2e-5
     """Learning rate of preference updates; they keep AdamW moments of their own."""
     warmup: Count = 20
-    threshold: Annotated[float, Field(ge=0.5, lt=1)] = 0.5
-    """Smallest softmax margin of winner over loser for a pair to be kept (LPO: 0.45-0.6)."""
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.45
+    """A pair is kept when the softmax over its group's rewards differs by more than this between best and worst (LPO: 0.45-0.6)."""
     temperature: PositiveFloat = 1.0
     """Divides the normalised rewards inside that softmax."""
     reward_timestep: Literal["current", "next"] = "current"

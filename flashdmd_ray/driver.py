@@ -18,7 +18,7 @@ from flashdmd_ray.data import ImageSource
 from flashdmd_ray.objectives.adversarial import balanced_weight
 from flashdmd_ray.preferences import PreferenceSource
 from flashdmd_ray.roles.networks import Metrics
-from flashdmd_ray.runtime.local import Runtime
+from flashdmd_ray.runtime.protocol import Runtime
 
 
 class Run(Protocol):
@@ -35,6 +35,7 @@ def train(config: Config, runtime: Runtime, data: ImageSource, run: Run) -> None
     """Interleave distillation and preference updates until the run's steps are done."""
     source = PreferenceSource(config, runtime, lambda *which: draw_prompts(data, *which))
     for step in run.steps():
+        runtime.step = step
         draw = Draws(config.seed, step)
         if config.preference.updates and step == config.preference.start_step:
             runtime.generator.freeze_reference()

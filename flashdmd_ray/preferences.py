@@ -7,15 +7,16 @@ lag is part of the algorithm, so a run is reproducible whatever the pools' speed
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
 from flashdmd_ray.batch import Candidates, Draws, PreferencePairs, PublishedWeights
 from flashdmd_ray.config import Config
-from flashdmd_ray.objectives.preference import combine_rewards, select_pairs
+from flashdmd_ray.objectives.preference import combine_rewards, pair_weights, select_pairs
+from flashdmd_ray.data import ImageSource
 from flashdmd_ray.roles.networks import Metrics
+from flashdmd_ray.runtime.protocol import Runtime, Task
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class PreferenceSource:
         if self.due(step):
             self.weights = self.runtime.publish(self.runtime.generator.weights(), version=step)
 
-    def request(self, draw: Draws) -> list[Future[RatedPairs]]:
+    def request(self, draw: Draws) -> list[Task[RatedPairs]]:
         """Start making the pairs of this step; empty when it has no preference updates."""
         if not self.due(draw.step):
             return []
@@ -89,7 +90,7 @@ def rate(candidates: Candidates, rewards: dict[str, torch.Tensor], config: Confi
         noisy=candidates.noisy,
         winners=candidates.values[rows, winner],
         losers=candidates.values[rows, loser],
-        weights=kept.float() * len(kept) / kept.sum(),  # the mean over all pairs is then the mean over the kept ones, on any number of ranks
+        weights=pair_weights(kept),
         margins=margin,
         timestep=candidates.timestep,
         next_timestep=candidates.next_timestep,

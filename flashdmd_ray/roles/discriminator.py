@@ -63,7 +63,7 @@ class Discriminator:
         real_logits, fake_logits = self.engine(torch.cat([real_images, fake_images]), both).chunk(2)
         loss = discriminator_loss(real_logits, fake_logits, self.config.adversarial.loss)
         self.engine.backward(loss)
-        norm = self.engine.update("distillation", lr=self.config.adversarial.optimizer.lr)
+        norm = self.engine.update("distillation")
         return {
             "discriminator/loss": loss.item(),
             "discriminator/grad_norm": norm,

@@ -14,6 +14,7 @@ from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import PredictX0, backward_simulation, complete, transition
 from flashdmd_ray.engine import Engine, build_engine
 from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.objectives.matching import surrogate
 from flashdmd_ray.objectives.preference import log_ratio_difference, preference_loss
 from flashdmd_ray.roles.networks import Metrics, bind, frozen, full, load_family, noise_stream
 
@@ -74,8 +75,8 @@ class Generator:
         assert self._outputs is not None, "update() without predict()"
         coarse, fine = self._outputs
         self._outputs = None
-        self.engine.backward((coarse * matching).sum() + (fine * realism).sum())
-        norm = self.engine.update("distillation", lr=self.config.generator.lr)
+        self.engine.backward(surrogate(coarse, matching) + surrogate(fine, realism))
+        norm = self.engine.update("distillation")
         with torch.no_grad():
             return {
                 "generator/grad_norm": norm,
@@ -97,7 +98,8 @@ class Generator:
         ratio = log_ratio_difference(mean, reference_mean, pairs.winners, pairs.losers, std)
         loss = preference_loss(ratio, self.config.preference.beta, pairs.weights)
         self.engine.backward(loss)
-        norm = self.engine.update("preference", lr=self.config.preference.lr)
+        preference = self.config.preference
+        norm = self.engine.update("preference", lr=preference.lr, warmup=preference.warmup)
         with torch.no_grad():
             kept = pairs.weights > 0
             return {

@@ -69,14 +69,14 @@ class AdversarialScoreEstimator(ScoreEstimator):
         judged = (
             torch.cat([noisy_reals, noisy]),
             network_timesteps.repeat(2),
-            Conditioning.cat([self.family.encode(self.images.prompts(real_indices)), conditioning]),
+            Conditioning.concat([self.family.encode(self.images.prompts(real_indices)), conditioning]),
         )
         prediction, logits = self.engine(noisy, network_timesteps, conditioning, judged)
         real_logits, fake_logits = logits.chunk(2)
         denoising = self._denoising_loss(prediction, fakes.values, noisy, draw, timesteps)
         adversarial = discriminator_loss(real_logits, fake_logits, self.config.adversarial.loss)
         self.engine.backward(denoising + self.config.adversarial.score_weight * adversarial)
-        norm = self.engine.update("distillation", lr=self.config.score.lr)
+        norm = self.engine.update("distillation")
         return {
             "score/loss": denoising.item(),
             "score/grad_norm": norm,

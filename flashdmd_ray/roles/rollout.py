@@ -11,6 +11,7 @@ from flashdmd_ray.diffusion.sampling import backward_simulation, complete, trans
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.roles.networks import bind, full, load_family, noise_stream
+from flashdmd_ray.weights import checksum
 
 
 class Rollout:
@@ -69,13 +70,3 @@ class Rollout:
             )
         return clean.unflatten(0, (groups, count))
 
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names and bytes, in name order."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

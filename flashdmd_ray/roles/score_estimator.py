@@ -56,7 +56,7 @@ class ScoreEstimator:
         prediction = self.engine(noisy, self.schedule.network_timestep(timesteps), self.family.encode(fakes.prompts.texts))
         loss = self._denoising_loss(prediction, fakes.values, noisy, draw, timesteps)
         self.engine.backward(loss)
-        norm = self.engine.update("distillation", lr=self.config.score.lr)
+        norm = self.engine.update("distillation")
         return {"score/loss": loss.item(), "score/grad_norm": norm}
 
     def _denoising_loss(self, prediction: Tensor, x0: Tensor, noisy: Tensor, draw: Tensor, timesteps: Tensor) -> Tensor:
