@@ -1,0 +1,49 @@
+"""The process group in which the ranks of a worker group train together."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import HashStore, Store, TCPStore
+
+
+def init_process_group(
+    rank: int, world_size: int, address: str = "127.0.0.1", port: int = 0, timeout_s: float = 600.0
+) -> None:
+    """Join the default process group of torch.distributed: NCCL where this process sees a GPU, gloo otherwise.
+
+    Rank 0 listens on `address`:`port`; every rank passes the same two. A group of one rank opens no port. A rank that waits longer than
+    `timeout_s` seconds for the others, here or in a collective, raises. Raises ValueError for a rank outside the group or a missing port.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not one of a group of {world_size}")
+    timeout = timedelta(seconds=timeout_s)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if port <= 0:
+        raise ValueError(
+            f"a group of {world_size} ranks needs a port on {address} that rank 0 can listen on; see free_port"
+        )
+    if address.startswith("127.") and "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens on whatever the host name resolves to
+    store = _store(rank, world_size, address, port, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _store(rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> Store:
+    if rank > 0:
+        return TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    listener = socket.create_server((address, port), backlog=1024)  # TCPStore by itself would listen on every interface
+    return TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port nobody listens on at this moment."""
+    with socket.create_server((address, 0)) as probe:
+        return int(probe.getsockname()[1])

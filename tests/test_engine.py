@@ -1,0 +1,259 @@
+"""The torch engine against AdamW written out by hand, on one rank."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from flashdmd_ray.config import EngineConfig
+from flashdmd_ray.engine import Engine, build_engine
+
+LR, BETAS, DECAY, EPS = 1e-2, (0.9, 0.999), 0.01, 1e-8
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.SiLU(), nn.Linear(5, 2))
+
+
+def engine(module: nn.Module | None = None, clip: float = 0.0, warmup: int = 0) -> Engine:
+    return build_engine(EngineConfig(), module or network(), LR, BETAS, DECAY, clip, warmup, role="generator")
+
+
+def inputs(step: int) -> torch.Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+
+
+def one_update(trained: Engine, step: int, objective: str = "distillation", **options: float) -> float:
+    trained.backward(trained(inputs(step)).square().mean())
+    return trained.update(objective, **options)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class HandWrittenAdamW:
+    """Decoupled weight decay, bias correction, in float64, one set of moments per objective."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.double()
+        self.moments = {}
+
+    def update(self, step: int, objective: str, lr: float, clip: float) -> float:
+        gradients = torch.autograd.grad(
+            self.module(inputs(step).double()).square().mean(), list(self.module.parameters())
+        )
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        scale = min(1.0, clip / norm) if clip else 1.0
+        count, first, second = self.moments.setdefault(objective, [0, *([0.0] * 4 for _ in range(2))])
+        count = self.moments[objective][0] = count + 1
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(self.module.parameters(), gradients, strict=True)):
+                first[i] = BETAS[0] * first[i] + (1 - BETAS[0]) * g * scale
+                second[i] = BETAS[1] * second[i] + (1 - BETAS[1]) * (g * scale) ** 2
+                corrected = second[i] / (1 - BETAS[1] ** count)
+                p.mul_(1 - lr * DECAY).sub_(lr * first[i] / (1 - BETAS[0] ** count) / (corrected.sqrt() + EPS))
+        return norm
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_objectives_share_weights_and_nothing_else(clip):
+    """Interleaved objectives equal AdamW with separate moments, counters, learning rates and warm-ups."""
+    trained, reference = engine(clip=clip, warmup=3), HandWrittenAdamW(network())
+    for step in range(6):
+        norm = one_update(trained, step)
+        assert norm == pytest.approx(
+            reference.update(step, "distillation", LR * min(1, (step + 1) / 3), clip), rel=1e-5
+        )
+        if step >= 3:  # joins later: its own warm-up and bias correction start at 1
+            one_update(trained, 100 + step, "preference", lr=3e-3, warmup=2)
+            reference.update(100 + step, "preference", 3e-3 * min(1, (step - 2) / 2), clip)
+    for got, expected in zip(trained.module.parameters(), reference.module.parameters(), strict=True):
+        torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-5, atol=1e-7)
+    assert (trained.updates(), trained.updates("preference"), trained.updates("other")) == (6, 3, 0)
+
+
+def test_shared_moments_would_differ():
+    """The separate moments matter: the same gradients through one set of moments give other weights."""
+    separate, shared = engine(), engine()
+    for step in range(3):
+        one_update(separate, step)
+        one_update(shared, step)
+    one_update(separate, 9, "preference")
+    one_update(shared, 9)
+    assert not same(separate.weights(), shared.weights())
+
+
+def poisoned(trained: Engine, kind: str) -> torch.Tensor:
+    x = trained(inputs(0))
+    if kind == "loss":
+        return x.square().mean() + float("nan")  # its gradient is finite
+    return torch.sqrt(x.square() * 0).sum()  # 0 with an infinite slope: the loss is finite, the gradient is not
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_nothing_moves_when_loss_or_gradient_is_not_finite(kind):
+    trained, untouched = engine(clip=1.0), engine(clip=1.0)
+    for e in (trained, untouched):
+        one_update(e, 0)
+        one_update(e, 1, "preference")
+    before = trained.state()
+    for objective, number in (("preference", 2), ("distillation", 2), ("new", 1)):
+        trained.backward(poisoned(trained, kind))
+        with pytest.raises(
+            FloatingPointError, match=f"generator: the {kind} of {objective} update {number} is not finite"
+        ):
+            trained.update(objective)
+        assert same(trained.state(), before)
+    for e in (trained, untouched):
+        one_update(e, 2)
+        one_update(e, 3, "new")
+    assert same(trained.state(), untouched.state())
+
+
+def test_one_backward_per_update():
+    trained = engine()
+    with pytest.raises(AssertionError, match="update without a backward"):
+        trained.update()
+    trained.backward(trained(inputs(0)).mean())
+    with pytest.raises(AssertionError, match="two backward calls"):
+        trained.backward(trained(inputs(0)).mean())
+    with pytest.raises(AssertionError, match="scalar"):
+        engine().backward(trained(inputs(0)))
+
+
+def test_replaced_gradients_are_noticed():
+    trained = engine()
+    trained.module.zero_grad()
+    trained.backward(trained(inputs(0)).mean())
+    with pytest.raises(AssertionError, match=r"generator: a parameter's .grad was replaced"):
+        trained.update()
+
+
+def test_forwards_without_gradients_and_chained_forwards():
+    """Backward simulation runs the network without gradients first, and a loss may use several forwards."""
+    a, b = engine(), engine()
+    with torch.no_grad():
+        a.module(inputs(7))
+    for e in (a, b):
+        e.backward(e(inputs(0)).mean() + e(inputs(1)).square().mean())
+        e.update()
+    assert same(a.weights(), b.weights())
+
+
+def test_n_couplings():
+    """psi_n = l^n psi_0 + (1 - l^n) theta."""
+    psi, theta = engine(network(0)), engine(network(1))
+    start, target = psi.weights(), theta.weights()
+    for _ in range(10):
+        psi.couple(theta, 0.9)
+    for name, got in psi.weights().items():
+        expected = 0.9**10 * start[name].double() + (1 - 0.9**10) * target[name].double()
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+    assert same(theta.weights(), target)
+    same_weights = engine(network(1))
+    same_weights.couple(theta, 0.9)
+    assert same(same_weights.weights(), target)  # equality is a fixed point, exactly
+
+
+def test_coupling_survives_the_next_update():
+    psi, theta = engine(network(0)), engine(network(1))
+    psi.couple(theta, 0.25)
+    moved = engine(network(0))
+    with torch.no_grad():
+        expected = network(0)
+        for p, q in zip(expected.parameters(), network(1).parameters(), strict=True):
+            p.lerp_(q, 0.75)
+    moved = engine(expected)
+    for e in (psi, moved):
+        one_update(e, 0)
+    assert same(psi.weights(), moved.weights())
+
+
+def test_coupling_needs_the_same_parameters():
+    with pytest.raises(
+        ValueError, match="generator cannot be coupled to generator: they must train the same parameters"
+    ):
+        engine().couple(engine(nn.Linear(3, 5)), 0.9)
+
+
+def test_weights_are_what_load_state_dict_takes():
+    trained = engine()
+    one_update(trained, 0)
+    fresh = network(5)
+    fresh.load_state_dict(trained.weights())
+    assert torch.equal(fresh(inputs(0)), trained.module(inputs(0)))
+    weights = trained.weights()
+    weights["0.weight"].zero_()  # copies: theirs to keep
+    assert not same(weights, trained.weights())
+
+
+def test_resume_is_bit_for_bit():
+    def schedule(trained: Engine, steps: range) -> None:
+        for step in steps:
+            one_update(trained, step)
+            if step >= 2:
+                one_update(trained, 50 + step, "preference", lr=1e-3)
+
+    straight, stopped = engine(clip=0.1, warmup=4), engine(clip=0.1, warmup=4)
+    schedule(straight, range(6))
+    schedule(stopped, range(3))
+    resumed = engine(network(9), clip=0.1, warmup=4)
+    one_update(resumed, 77, "forgotten")  # loading replaces everything
+    resumed.load_state(stopped.state())
+    schedule(resumed, range(3, 6))
+    assert same(resumed.state(), straight.state())
+
+
+def test_buffers_travel():
+    """Spectral norm keeps its power iteration in buffers: a resume without them would not be exact."""
+    trained = engine(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 5)))
+    one_update(trained, 0)
+    resumed = engine(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 5)))
+    resumed.load_state(trained.state())
+    assert any(name.startswith("buffers/") for name in trained.state())
+    for e in (trained, resumed):
+        one_update(e, 1)
+    assert same(trained.state(), resumed.state())
+
+
+def test_state_that_does_not_fit_is_refused_before_any_change():
+    trained = engine()
+    one_update(trained, 0)
+    state, before = trained.state(), trained.state()
+    other = engine(nn.Linear(3, 5)).state()
+    misshapen = state | {"moments/distillation/exp_avg/0.bias": torch.zeros(4)}
+    missing = {k: v for k, v in state.items() if k != "moments/distillation/exp_avg_sq/2.bias"}
+    for wrong, message in (
+        (other, "0.weight"),
+        (misshapen, "exp_avg: saved '0.bias' has shape"),
+        (missing, "lacks '2.bias'"),
+    ):
+        with pytest.raises(ValueError, match=f"generator: .*{message}") as caught:
+            trained.load_state(wrong)
+        assert "\n" not in str(caught.value)
+        assert same(trained.state(), before)
+
+
+def test_frozen_parameters_stay():
+    module = network()
+    module[0].requires_grad_(False)
+    frozen = copy.deepcopy(module[0].state_dict())
+    trained = engine(module)
+    one_update(trained, 0)
+    assert same(module[0].state_dict(), frozen)
+    assert set(trained.weights()) == {"2.weight", "2.bias"}
+    with pytest.raises(ValueError, match="Linear has no trained parameter"):
+        engine(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_a_parameter_that_took_no_part_counts_as_zero_gradient():
+    """ZeRO treats it so; plain AdamW would skip it, and its moments would depend on the engine."""
+    module = network()
+    module.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    trained = engine(module)
+    one_update(trained, 0)
+    assert torch.allclose(module.unused, torch.full((3,), 1 - LR * DECAY))
