@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashdmd_ray.config import EngineConfig
+from flashdmd_ray.config import EngineConfig, OptimizerConfig
 from flashdmd_ray.engine import Engine, build_engine
 
 LR, BETAS, DECAY, EPS = 1e-2, (0.9, 0.999), 0.01, 1e-8
@@ -19,7 +19,8 @@ def network(seed: int = 0) -> nn.Module:
 
 
 def engine(module: nn.Module | None = None, clip: float = 0.0, warmup: int = 0) -> Engine:
-    return build_engine(EngineConfig(), module or network(), LR, BETAS, DECAY, clip, warmup, role="generator")
+    optimizer = OptimizerConfig(lr=LR, betas=BETAS, weight_decay=DECAY, clip=clip, warmup=warmup)
+    return build_engine(EngineConfig(), module or network(), optimizer, role="generator")
 
 
 def inputs(step: int) -> torch.Tensor:

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flashdmd_ray.config import OptimizerConfig
 from flashdmd_ray.engine.flat import FlatLayout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW of one network. `clip` is the largest global gradient norm (0: never scale), `warmup` counts updates."""
-
-    lr: float
-    betas: tuple[float, float]
-    weight_decay: float
-    clip: float
-    warmup: int
 
 
 class Engine(ABC):
@@ -41,7 +30,7 @@ class Engine(ABC):
     module: nn.Module
     """The trained network. Its parameters belong to the engine: read them, never assign to them."""
 
-    def __init__(self, module: nn.Module, settings: OptimizerSettings, role: str) -> None:
+    def __init__(self, module: nn.Module, settings: OptimizerConfig, role: str) -> None:
         self.module, self.settings, self.role = module, settings, role
         self.layout = FlatLayout.of(module)
         self._moments: dict[str, dict[str, Tensor]] = {}  # by objective: AdamW's own state of the flat masters

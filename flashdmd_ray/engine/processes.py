@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import HashStore, Store, TCPStore
 
 
 def init_process_group(
@@ -24,23 +23,17 @@ def init_process_group(
     timeout = timedelta(seconds=timeout_s)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if world_size == 1:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
         return
     if port <= 0:
-        raise ValueError(
-            f"a group of {world_size} ranks needs a port on {address} that rank 0 can listen on; see free_port"
-        )
+        raise ValueError(f"a group of {world_size} ranks needs a port on {address} that rank 0 can listen on; see free_port")
     if address.startswith("127.") and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens on whatever the host name resolves to
-    store = _store(rank, world_size, address, port, timeout)
+    options = {}
+    if rank == 0:  # TCPStore by itself would listen on every interface
+        options["master_listen_fd"] = socket.create_server((address, port), backlog=1024).detach()
+    store = dist.TCPStore(address, port, world_size, rank == 0, timeout, **options)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def _store(rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> Store:
-    if rank > 0:
-        return TCPStore(address, port, world_size, is_master=False, timeout=timeout)
-    listener = socket.create_server((address, port), backlog=1024)  # TCPStore by itself would listen on every interface
-    return TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
 
 
 def free_port(address: str = "127.0.0.1") -> int:

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashdmd_ray.engine.base import Engine, OptimizerSettings, norm_of_parts, world_size
+from flashdmd_ray.config import OptimizerConfig
+from flashdmd_ray.engine.base import Engine, norm_of_parts, world_size
 
 
 class TorchEngine(Engine):
@@ -18,7 +19,7 @@ class TorchEngine(Engine):
     """
 
     def __init__(
-        self, module: nn.Module, settings: OptimizerSettings, role: str, dtype: torch.dtype = torch.float32
+        self, module: nn.Module, settings: OptimizerConfig, role: str, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(module, settings, role)
         self._trained = [p for p in module.parameters() if p.requires_grad]
