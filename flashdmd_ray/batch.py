@@ -25,7 +25,9 @@ class Batch:
     def split(self, parts: int) -> list[Self]:
         """Cut into `parts` shards of sizes that differ by at most one. Raises ValueError when a shard would be empty."""
         if len(self) < parts:
-            raise ValueError(f"cannot split a batch of {len(self)} over {parts} ranks: use a larger batch or fewer ranks")
+            raise ValueError(
+                f"cannot split a batch of {len(self)} over {parts} ranks: use a larger batch or fewer ranks"
+            )
         columns = {f.name: split_value(getattr(self, f.name), parts) for f in fields(self)}  # type: ignore[arg-type]
         return [type(self)(**{name: column[i] for name, column in columns.items()}) for i in range(parts)]
 

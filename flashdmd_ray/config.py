@@ -28,7 +28,9 @@ LATER_REWARD_KINDS = ("hpsv2", "hpsv2.1", "hpsv3", "imagereward", "clipscore", "
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
 
 
 def _plain_name(name: str) -> str:
@@ -176,7 +178,9 @@ class RewardConfig(Section):
         if kind in LATER_REWARD_KINDS:
             raise ValueError(f"the reward '{kind}' is not implemented yet; use one of {', '.join(REWARD_KINDS)}")
         if kind not in REWARD_KINDS:
-            raise ValueError(f"unknown reward '{kind}'{suggestion(kind, REWARD_KINDS)}; known: {', '.join(REWARD_KINDS)}")
+            raise ValueError(
+                f"unknown reward '{kind}'{suggestion(kind, REWARD_KINDS)}; known: {', '.join(REWARD_KINDS)}"
+            )
         return kind
 
 
@@ -288,7 +292,9 @@ class Config(Section):
         ):
             workers = getattr(self.placement, group).workers
             if batch % workers:
-                raise ValueError(f"placement.{group}.workers: {workers} ranks cannot share {key} {batch} equally; choose a multiple of the ranks")
+                raise ValueError(
+                    f"placement.{group}.workers: {workers} ranks cannot share {key} {batch} equally; choose a multiple of the ranks"
+                )
         labels = [reward.label for reward in self.rewards]
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: two rewards are called the same ({', '.join(labels)}); give each a name")
@@ -296,7 +302,9 @@ class Config(Section):
             low, high = getattr(self, name).timestep_range
             if low >= high:
                 raise ValueError(f"{name}.timestep_range: the first must be below the second, got [{low}, {high}]")
-        if self.runtime == "local" and any(getattr(self.placement, g).workers > 1 for g in ("learner", "discriminator", "rollout", "reward")):
+        if self.runtime == "local" and any(
+            getattr(self.placement, g).workers > 1 for g in ("learner", "discriminator", "rollout", "reward")
+        ):
             raise ValueError("placement: more than one worker needs runtime 'ray'")
         if self.preference.updates:
             self._check_preference()
@@ -317,7 +325,9 @@ class Config(Section):
                 f"set it to at most {hops}" + ("" if hops else ", or preference.updates to 0")
             )
         if not any(reward.weight for reward in self.rewards):
-            raise ValueError("rewards: preference updates need at least one reward with weight above 0; add one or set preference.updates to 0")
+            raise ValueError(
+                "rewards: preference updates need at least one reward with weight above 0; add one or set preference.updates to 0"
+            )
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
@@ -335,7 +345,9 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     try:
         tree = yaml.safe_load(source.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{source}: cannot read the configuration ({error.strerror}); give the path of a YAML file") from None
+        raise ValueError(
+            f"{source}: cannot read the configuration ({error.strerror}); give the path of a YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
     if tree is None:
@@ -368,7 +380,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parts[:-1], start=1):
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise ValueError(f"--set {override}: '{'.'.join(parts[:depth])}' is a single value or a list, it has no key '{parts[depth]}'")
+            raise ValueError(
+                f"--set {override}: '{'.'.join(parts[:depth])}' is a single value or a list, it has no key '{parts[depth]}'"
+            )
     tree[parts[-1]] = value
 
 

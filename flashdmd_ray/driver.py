@@ -65,16 +65,22 @@ def distil(config: Config, runtime: Runtime, data: ImageSource, draw: Draws) -> 
 
     def update_score(fakes: Prediction, purpose: str) -> Metrics:
         timesteps = draw.timesteps(f"{purpose}/score", count, *inclusive(config.score.timestep_range))
-        return score.update(fakes.coarse, timesteps, draw.seed(f"{purpose}/score"), draw_reals(data, draw, purpose, count))
+        return score.update(
+            fakes.coarse, timesteps, draw.seed(f"{purpose}/score"), draw_reals(data, draw, purpose, count)
+        )
 
     def update_discriminator(fakes: Prediction, purpose: str) -> Metrics:
         return discriminator.update(fakes.fine, draw_reals(data, draw, purpose, count))
 
-    prediction = generator.predict(draw_prompts(data, draw, "predict", count), *draw_noise_levels(config, draw, "predict"), draw.seed("predict"))
+    prediction = generator.predict(
+        draw_prompts(data, draw, "predict", count), *draw_noise_levels(config, draw, "predict"), draw.seed("predict")
+    )
     matching_timesteps = draw.timesteps("matching", count, *inclusive(config.matching.timestep_range))
     (matching, gaps), (realism, judged) = runtime.parallel(
         lambda: score.gradient(prediction.coarse, matching_timesteps, draw.seed("matching")),
-        lambda: discriminator.gradient(prediction.fine, draw.timesteps("realism", count, 0, 1000), draw.seed("realism")),
+        lambda: discriminator.gradient(
+            prediction.fine, draw.timesteps("realism", count, 0, 1000), draw.seed("realism")
+        ),
     )
     weight = adversarial_weight(config, matching, realism)
 
@@ -84,7 +90,9 @@ def distil(config: Config, runtime: Runtime, data: ImageSource, draw: Draws) -> 
         lambda: update_discriminator(prediction, "critics/0"),
     )
     for purpose in (f"critics/{update}" for update in range(1, config.ttur)):
-        fakes = generator.sample(draw_prompts(data, draw, purpose, count), *draw_noise_levels(config, draw, purpose), draw.seed(purpose))
+        fakes = generator.sample(
+            draw_prompts(data, draw, purpose, count), *draw_noise_levels(config, draw, purpose), draw.seed(purpose)
+        )
         runtime.parallel(lambda: update_score(fakes, purpose), lambda: update_discriminator(fakes, purpose))  # noqa: B023
     return gaps | judged | moved | told_apart | gradient_norms(matching, realism, weight)
 

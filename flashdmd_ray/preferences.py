@@ -41,7 +41,11 @@ class PreferenceSource:
     def due(self, step: int) -> bool:
         """Whether `step` has preference updates."""
         preference = self.config.preference
-        return bool(preference.updates) and step >= preference.start_step and (step - preference.start_step) % preference.every == 0
+        return (
+            bool(preference.updates)
+            and step >= preference.start_step
+            and (step - preference.start_step) % preference.every == 0
+        )
 
     def publish(self, step: int) -> None:
         """Give the rollout pool the generator's weights as they are before `step`, if that step needs them."""
@@ -52,7 +56,10 @@ class PreferenceSource:
         """Start making the pairs of this step; empty when it has no preference updates."""
         if not self.due(draw.step):
             return []
-        return [self.runtime.background(lambda update=update: self._rated_pairs(draw, update)) for update in range(self.config.preference.updates)]
+        return [
+            self.runtime.background(lambda update=update: self._rated_pairs(draw, update))
+            for update in range(self.config.preference.updates)
+        ]
 
     def _rated_pairs(self, draw: Draws, update: int) -> RatedPairs:
         preference = self.config.preference
@@ -75,14 +82,21 @@ def rate(candidates: Candidates, rewards: dict[str, torch.Tensor], config: Confi
     winner, loser, margin, kept = select_pairs(combined, preference.threshold, preference.temperature)
     kept = kept & finite
     rows = torch.arange(len(winner))
-    metrics = {f"reward/{label}": values[finite].mean().item() for label, values in rewards.items() if bool(finite.any())}
+    metrics = {
+        f"reward/{label}": values[finite].mean().item() for label, values in rewards.items() if bool(finite.any())
+    }
     metrics |= {
         "preference/kept": kept.float().mean().item(),
         "preference/dropped": (~finite).float().mean().item(),
         "preference/margin": margin[finite].mean().item() if bool(finite.any()) else 0.0,
     }
     if not bool(finite.all()):
-        logger.warning("step %d: %d of %d prompt groups dropped, a reward was not finite", candidates.version, int((~finite).sum()), len(finite))
+        logger.warning(
+            "step %d: %d of %d prompt groups dropped, a reward was not finite",
+            candidates.version,
+            int((~finite).sum()),
+            len(finite),
+        )
     if not bool(kept.any()):
         return RatedPairs(None, metrics)
     pairs = PreferencePairs(

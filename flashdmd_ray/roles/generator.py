@@ -55,14 +55,25 @@ class Generator:
         coarse, fine = self._two_forwards(predict_x0, prompts, high, low, seed)
         return Prediction(Latents(coarse, prompts), Latents(fine, prompts))
 
-    def _two_forwards(self, predict_x0: PredictX0, prompts: Prompts, high: int, low: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    def _two_forwards(
+        self, predict_x0: PredictX0, prompts: Prompts, high: int, low: int | None, seed: int
+    ) -> tuple[Tensor, Tensor]:
         shape = self.family.latent_shape
         simulate = frozen(predict_x0)
-        noisy = backward_simulation(simulate, self.schedule, self.timesteps, high, noise_stream(prompts, shape, seed, "simulate"))
+        noisy = backward_simulation(
+            simulate, self.schedule, self.timesteps, high, noise_stream(prompts, shape, seed, "simulate")
+        )
         coarse = predict_x0(noisy, full(self.timesteps[high], noisy))
         if low is None:
             return coarse, coarse
-        clean = complete(simulate, self.schedule, self.timesteps, high, coarse.detach(), noise_stream(prompts, shape, seed, "complete"))
+        clean = complete(
+            simulate,
+            self.schedule,
+            self.timesteps,
+            high,
+            coarse.detach(),
+            noise_stream(prompts, shape, seed, "complete"),
+        )
         at_low = full(low, clean)
         noisy = self.schedule.add_noise(clean, noise(prompts.indices, shape, seed, "low"), at_low)
         return coarse, predict_x0(noisy, at_low)

@@ -29,11 +29,18 @@ class DenoiserWithHead(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.head = nn.Sequential(
-            nn.Conv2d(width, hidden, 3, padding=1), nn.GroupNorm(4, hidden), nn.SiLU(), nn.Conv2d(hidden, 1, 3, padding=1)
+            nn.Conv2d(width, hidden, 3, padding=1),
+            nn.GroupNorm(4, hidden),
+            nn.SiLU(),
+            nn.Conv2d(hidden, 1, 3, padding=1),
         )
 
     def forward(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, judged: tuple[Tensor, Tensor, Conditioning] | None = None
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        judged: tuple[Tensor, Tensor, Conditioning] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The prediction; with `judged` (noisy latents, timesteps, conditioning) also their logits, from one call of the engine."""
         prediction = self.denoiser(noisy, timesteps, conditioning)
@@ -64,7 +71,9 @@ class AdversarialScoreEstimator(ScoreEstimator):
         noisy = self.schedule.add_noise(fakes.values, draw, timesteps)
         conditioning = self.family.encode(fakes.prompts.texts)
         reals = self.family.encode_images(self.images.images(real_indices))
-        noisy_reals = self.schedule.add_noise(reals, noise(fakes.prompts.indices, self.family.latent_shape, seed, "real"), timesteps)
+        noisy_reals = self.schedule.add_noise(
+            reals, noise(fakes.prompts.indices, self.family.latent_shape, seed, "real"), timesteps
+        )
         network_timesteps = self.schedule.network_timestep(timesteps)
         judged = (
             torch.cat([noisy_reals, noisy]),
@@ -96,7 +105,9 @@ class LatentDiscriminator:
         """dL_adv/dlatents, float32 (B, C, h, w), from latents re-noised to `timesteps`, int64 (B,)."""
         estimator = self.estimator
         latents = fine.values.detach().requires_grad_()
-        noisy = estimator.schedule.add_noise(latents, noise(fine.prompts.indices, estimator.family.latent_shape, seed, "judge"), timesteps)
+        noisy = estimator.schedule.add_noise(
+            latents, noise(fine.prompts.indices, estimator.family.latent_shape, seed, "judge"), timesteps
+        )
         conditioning = estimator.family.encode(fine.prompts.texts)
         logits = estimator.engine.module.logits(noisy, estimator.schedule.network_timestep(timesteps), conditioning)
         loss = generator_loss(logits, estimator.config.adversarial.loss)

@@ -43,7 +43,9 @@ class Reward:
 
     def _score_latents(self, model: LatentRewardModel, candidates: Candidates, texts: list[str]) -> Tensor:
         latents = candidates.values.flatten(0, 1)
-        timestep = candidates.timestep if self.config.preference.reward_timestep == "current" else candidates.next_timestep
+        timestep = (
+            candidates.timestep if self.config.preference.reward_timestep == "current" else candidates.next_timestep
+        )
         c = self.family.encode(tuple(texts))
         return model(latents, full(timestep, latents), c.prompt_embeds, c.pooled, c.time_ids)
 

@@ -37,7 +37,9 @@ class Rollout:
         self.network.load_state_dict(weights.tensors)
         found = checksum(self.network.state_dict())
         if found != weights.checksum:
-            raise ValueError(f"rollout: weights of version {weights.version} arrived with checksum {found}, published as {weights.checksum}")
+            raise ValueError(
+                f"rollout: weights of version {weights.version} arrived with checksum {found}, published as {weights.checksum}"
+            )
         self.version = weights.version
 
     @torch.no_grad()
@@ -47,14 +49,20 @@ class Rollout:
         shape, count = self.family.latent_shape, self.config.preference.candidates
         conditioning = self.family.encode(prompts.texts)
         predict_x0 = bind(self.network, self.schedule, conditioning)
-        noisy = backward_simulation(predict_x0, self.schedule, self.timesteps, high, noise_stream(prompts, shape, seed, "simulate"))
+        noisy = backward_simulation(
+            predict_x0, self.schedule, self.timesteps, high, noise_stream(prompts, shape, seed, "simulate")
+        )
         x0 = predict_x0(noisy, full(self.timesteps[high], noisy))
         mean, std = transition(self.schedule, x0, self.timesteps[high + 1])
         values = mean[:, None] + std * noise(prompts.indices, (count, *shape), seed, "candidates")
         clean = self._carry_on(values, high + 1, conditioning, prompts, seed)
-        return Candidates(prompts, noisy, values, clean, self.timesteps[high], self.timesteps[high + 1], weights.version)
+        return Candidates(
+            prompts, noisy, values, clean, self.timesteps[high], self.timesteps[high + 1], weights.version
+        )
 
-    def _carry_on(self, values: Tensor, step_index: int, conditioning: Conditioning, prompts: Prompts, seed: int) -> Tensor:
+    def _carry_on(
+        self, values: Tensor, step_index: int, conditioning: Conditioning, prompts: Prompts, seed: int
+    ) -> Tensor:
         """Each candidate as a clean latent, for the pixel rewards; empty (B, 0, C, h, w) when no reward needs it."""
         if all(reward.kind == "latent" for reward in self.config.rewards):
             return values[:, :0]
@@ -66,7 +74,11 @@ class Rollout:
             # Every candidate of a group takes the same later noise, so that the reward compares the candidates and nothing else.
             shared = noise_stream(prompts, self.family.latent_shape, seed, "carry")
             clean = complete(
-                predict_x0, self.schedule, self.timesteps, step_index, clean, lambda hop: shared(hop).repeat_interleave(count, dim=0)
+                predict_x0,
+                self.schedule,
+                self.timesteps,
+                step_index,
+                clean,
+                lambda hop: shared(hop).repeat_interleave(count, dim=0),
             )
         return clean.unflatten(0, (groups, count))
-

@@ -53,7 +53,9 @@ class ScoreEstimator:
         """One denoising update on detached generator samples. `real_indices` serves the DMD2 form, whose GAN head lives on this network."""
         draw = self._noise(fakes, seed)
         noisy = self.schedule.add_noise(fakes.values, draw, timesteps)
-        prediction = self.engine(noisy, self.schedule.network_timestep(timesteps), self.family.encode(fakes.prompts.texts))
+        prediction = self.engine(
+            noisy, self.schedule.network_timestep(timesteps), self.family.encode(fakes.prompts.texts)
+        )
         loss = self._denoising_loss(prediction, fakes.values, noisy, draw, timesteps)
         self.engine.backward(loss)
         norm = self.engine.update("distillation")
