@@ -10,7 +10,6 @@ from flashdmd_ray.diffusion.sampling import (
     hop,
     trailing_timesteps,
     transition,
-    x0_predictor,
 )
 from flashdmd_ray.diffusion.schedule import FlowSchedule, NoiseSchedule, VPSchedule, schedule_from_config
 
@@ -28,5 +27,4 @@ __all__ = [
     "schedule_from_config",
     "trailing_timesteps",
     "transition",
-    "x0_predictor",
 ]

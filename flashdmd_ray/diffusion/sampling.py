@@ -20,11 +20,6 @@ PredictX0 = Callable[[Tensor, Tensor], Tensor]
 DrawNoise = Callable[[int], Tensor]
 
 
-def x0_predictor(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule) -> PredictX0:
-    """Wrap a network `predict(noisy, timesteps)` that answers in its own parameterisation."""
-    return lambda noisy, t: schedule.to_x0(predict(noisy, t), noisy, t)
-
-
 def guided(predict_cond: PredictX0, predict_uncond: PredictX0, scale: float) -> PredictX0:
     """Classifier-free guidance x0 = x0_uncond + scale (x0_cond - x0_uncond).
 
@@ -93,7 +88,7 @@ def complete(
 def few_step_sample(
     predict_x0: PredictX0, schedule: NoiseSchedule, timesteps: Sequence[int], draw_noise: DrawNoise
 ) -> Tensor:
-    """The generator's samples, one forward per timestep: x0 float32 (B, C, h, w). The last forward's x0 is the result."""
+    """The generator's samples, one forward per timestep: x0 float32 (B, C, h, w), the last forward's."""
     noise = draw_noise(0)
     return complete(predict_x0, schedule, timesteps, 0, predict_x0(noise, _filled(noise, timesteps[0])), draw_noise)
 

@@ -22,7 +22,7 @@ class NoiseSchedule(ABC):
     """x_t = a_t x0 + s_t e on the teacher's training timesteps 0 .. num_timesteps-1, and the network's parameterisation of it.
 
     a, s: float32 (num_timesteps,). Timesteps are int64 (B,); latents, noise and predictions are (B, ...) of one floating type, widened
-    to float32 before anything is computed. A timestep outside the schedule raises IndexError.
+    to float32 before anything is computed. A timestep outside the schedule raises RuntimeError (torch's).
     """
 
     prediction_type: str
@@ -110,9 +110,7 @@ class VPSchedule(NoiseSchedule):
 
         if "beta_schedule" not in config and config.get("trained_betas") is None:
             name = config.get("_class_name", "scheduler config")
-            raise ValueError(
-                f"{name} has no beta_schedule and is no FlowMatch scheduler; use a VP or a flow-matching one"
-            )
+            raise ValueError(f"{name} has neither a beta_schedule nor a flow shift; use a DDPM- or FlowMatch-type one")
         alphas_cumprod = DDPMScheduler.from_config(dict(config)).alphas_cumprod
         final = 1.0 if config.get("set_alpha_to_one", True) else float(alphas_cumprod[0])
         return cls(alphas_cumprod, config.get("prediction_type", "epsilon"), final)
@@ -195,10 +193,11 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     Flow-matching schedulers give a FlowSchedule, all others with betas a VPSchedule. Raises ValueError for schedules that depend on
     the resolution (`use_dynamic_shifting`) and for those that are neither.
     """
-    if str(config.get("_class_name", "")).startswith("FlowMatch"):
+    # Only a config read from a file names its class; "shift" without betas is what all flow-matching schedulers have.
+    if "shift" in config and "beta_schedule" not in config:
         if config.get("use_dynamic_shifting"):
             raise ValueError("scheduler use_dynamic_shifting is not supported: set it to false and give a fixed shift")
-        return FlowSchedule(float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
+        return FlowSchedule(float(config["shift"]), int(config.get("num_train_timesteps", 1000)))
     return VPSchedule.from_config(config)
 
 
