@@ -7,6 +7,7 @@ the docstring under it.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -69,7 +70,7 @@ class SamplingConfig(Section):
     @field_validator("timesteps")
     @classmethod
     def _descending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or any(a <= b for a, b in zip(value, value[1:], strict=False)):
+        if not value or any(a <= b for a, b in itertools.pairwise(value)):
             raise ValueError(f"must be a strictly descending list such as [999, 749, 499, 249], got {list(value)}")
         return value
 
@@ -80,7 +81,7 @@ class OptimizerConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup: Count = 20
-    """Updates of linear warm-up. x0 = (x - s eps)/a multiplies an error by 14.6 at t=999: without warm-up a student can be destroyed in 20 updates."""
+    """Updates of linear warm-up. x0 = (x - s eps)/a multiplies an error by 14.6 at t=999: without it 20 updates can destroy a student."""
     clip: PositiveFloat = 1.0
     """Global gradient norm above which gradients are scaled down."""
 
@@ -98,7 +99,8 @@ class ScoreConfig(OptimizerConfig):
 
 class MatchingConfig(Section):
     routing: Literal["timestep_aware", "shared"] = "timestep_aware"
-    """timestep_aware: distribution matching at high noise, GAN at the last timestep (Flash-DMD). shared: both on one forward at any timestep (DMD2)."""
+    """timestep_aware: distribution matching at high noise, GAN at the last timestep (Flash-DMD).
+    shared: both on one forward at any timestep (DMD2)."""
     timestep_range: tuple[Timestep, Timestep] = (20, 980)
     """[open] Where x is noised for the DM gradient; the range is DMD2's."""
     guidance_scale: Annotated[float, Field(ge=1)] = 8.0
@@ -115,7 +117,8 @@ class AdversarialConfig(Section):
     weight: Annotated[float, Field(ge=0)] = 1.0
     """[open] lambda of L_DM + lambda L_adv. With `balance` set it multiplies the balanced gradient instead."""
     balance: Annotated[float, Field(gt=0)] | None = None
-    """[open] Ratio of the adversarial to the DM gradient's norm (both in latent space) that lambda is set to reach each update; null uses `weight` as it is."""
+    """[open] Ratio of the adversarial to the DM gradient's norm (both in latent space) that lambda is set to reach at each update;
+    null uses `weight` as it is."""
     real_through_vae: bool = False
     """Encode and decode real images first, so that the discriminator cannot tell fakes by the autoencoder's traces."""
     prompt_projection: bool = False
@@ -313,7 +316,8 @@ class Config(Section):
         for steps in self.evaluation.student_steps:
             if len(self.sampling.timesteps) % steps:
                 raise ValueError(
-                    f"evaluation.student_steps: {steps} does not divide the {len(self.sampling.timesteps)} sampling.timesteps; choose divisors"
+                    f"evaluation.student_steps: {steps} does not divide the {len(self.sampling.timesteps)} "
+                    "sampling.timesteps; choose divisors"
                 )
         return self
 

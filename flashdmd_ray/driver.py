@@ -44,13 +44,14 @@ def train(config: Config, runtime: Runtime, data: ImageSource, run: Run) -> None
 
         metrics = distil(config, runtime, data, draw) if config.preference.distill else {}
 
-        rated = []
-        for future in requested:
-            answer = future.result()
+        rated, updates = [], 0
+        for task in requested:
+            answer = task.result(config.deadlines.call_s)
             rated.append(answer.metrics)
             if answer.pairs is not None:
                 rated.append(runtime.generator.prefer(answer.pairs))
-        run.finish(step, metrics | average(rated))
+                updates += 1
+        run.finish(step, metrics | average(rated) | {"preference/updates": updates})
 
 
 def distil(config: Config, runtime: Runtime, data: ImageSource, draw: Draws) -> Metrics:

@@ -14,9 +14,8 @@ import torch
 from flashdmd_ray.batch import Candidates, Draws, PreferencePairs, PublishedWeights
 from flashdmd_ray.config import Config
 from flashdmd_ray.objectives.preference import combine_rewards, pair_weights, select_pairs
-from flashdmd_ray.data import ImageSource
 from flashdmd_ray.roles.networks import Metrics
-from flashdmd_ray.runtime.protocol import Runtime, Task
+from flashdmd_ray.runtime.protocol import Task
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class PreferenceSource:
     def _rated_pairs(self, draw: Draws, update: int) -> RatedPairs:
         preference = self.config.preference
         purpose = f"preference/{update}"
-        assert self.weights is not None and self.weights.version == draw.step, "request() before publish()"
+        assert self.weights is not None, "request() before publish()"
         candidates = self.runtime.rollouts.candidates(
             self.prompts(draw, purpose, preference.batch),
             draw.index(f"{purpose}/high", preference.high_noise),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Latents
-from flashdmd_ray.checkpoint import load_tensors, save_tensors
+from flashdmd_ray.checkpoint import load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource, build_images
 from flashdmd_ray.engine import Engine, build_engine
@@ -16,7 +16,7 @@ from flashdmd_ray.models.discriminator import PixelDiscriminator
 from flashdmd_ray.models.sam import load_sam_encoder
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
-from flashdmd_ray.roles.networks import Metrics, load_family, resolve
+from flashdmd_ray.roles.networks import Metrics, load_family, resolve, save_shared
 
 
 class Discriminator:
@@ -75,7 +75,7 @@ class Discriminator:
         return self.family.encode(latents.prompts.texts).pooled if self.config.adversarial.prompt_projection else None
 
     def save(self, directory: Path) -> None:
-        save_tensors(directory / "discriminator.safetensors", self.engine.state())
+        save_shared(directory / "discriminator.safetensors", self.engine.state())
 
     def load(self, directory: Path) -> None:
         self.engine.load_state(load_tensors(directory / "discriminator.safetensors"))

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Latents, PreferencePairs, Prediction, Prompts, noise
-from flashdmd_ray.checkpoint import load_tensors, save_tensors
+from flashdmd_ray.batch import Latents, Prediction, PreferencePairs, Prompts, noise
+from flashdmd_ray.checkpoint import load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import PredictX0, backward_simulation, complete, transition
 from flashdmd_ray.engine import Engine, build_engine
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.objectives.matching import surrogate
 from flashdmd_ray.objectives.preference import log_ratio_difference, preference_loss
-from flashdmd_ray.roles.networks import Metrics, bind, frozen, full, load_family, noise_stream
+from flashdmd_ray.roles.networks import Metrics, bind, frozen, full, load_family, noise_stream, save_shared
 
 
 class Generator:
@@ -131,9 +131,9 @@ class Generator:
 
     def save(self, directory: Path) -> None:
         """Write weights, moments and the reference; every rank calls, rank 0 writes."""
-        save_tensors(directory / "generator.safetensors", self.engine.state())
+        save_shared(directory / "generator.safetensors", self.engine.state())
         if self.reference is not None:
-            save_tensors(directory / "reference.safetensors", self.reference.state_dict())
+            save_shared(directory / "reference.safetensors", self.reference.state_dict())
 
     def load(self, directory: Path) -> None:
         self.engine.load_state(load_tensors(directory / "generator.safetensors"))

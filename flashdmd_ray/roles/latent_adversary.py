@@ -6,7 +6,9 @@ trains both losses in its update, and `LatentDiscriminator` answers the generato
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,8 @@ from torch import Tensor, nn
 from flashdmd_ray.batch import Latents, noise
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource, build_images
-from flashdmd_ray.engine import Engine, build_engine
+from flashdmd_ray.engine import build_engine
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
-from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
 from flashdmd_ray.roles.networks import Metrics, load_family
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
@@ -100,6 +101,11 @@ class LatentDiscriminator:
 
     def __init__(self, estimator: AdversarialScoreEstimator):
         self.estimator = estimator
+
+    @classmethod
+    def from_neighbours(cls, roles: Mapping[str, Any]) -> LatentDiscriminator:
+        """Built after the roles of its process, from the estimator among them."""
+        return cls(roles["score"])
 
     def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
         """dL_adv/dlatents, float32 (B, C, h, w), from latents re-noised to `timesteps`, int64 (B,)."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Prompts, noise
+from flashdmd_ray.checkpoint import save_tensors
 from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.diffusion.sampling import PredictX0
@@ -59,5 +60,10 @@ def full(timestep: int, like: Tensor) -> Tensor:
     return torch.full((len(like),), timestep, dtype=torch.int64, device=like.device)
 
 
+def save_shared(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what all ranks of a group hold alike: rank 0 does. (Collecting it was the collective part.)"""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        save_tensors(path, tensors)
+
+
 Metrics = dict[str, float]
-State = dict[str, Any]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Latents, noise
-from flashdmd_ray.checkpoint import load_tensors, save_tensors
+from flashdmd_ray.checkpoint import load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import guided
 from flashdmd_ray.engine import Engine, build_engine
@@ -16,7 +16,7 @@ from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.objectives.matching import distribution_matching_gradient
 from flashdmd_ray.objectives.score import denoising_loss
 from flashdmd_ray.roles.generator import Generator
-from flashdmd_ray.roles.networks import Metrics, bind, load_family
+from flashdmd_ray.roles.networks import Metrics, bind, load_family, save_shared
 
 
 class ScoreEstimator:
@@ -74,7 +74,7 @@ class ScoreEstimator:
         self.engine.couple(generator.engine, decay)
 
     def save(self, directory: Path) -> None:
-        save_tensors(directory / "score_estimator.safetensors", self.engine.state())
+        save_shared(directory / "score_estimator.safetensors", self.engine.state())
 
     def load(self, directory: Path) -> None:
         self.engine.load_state(load_tensors(directory / "score_estimator.safetensors"))
