@@ -25,7 +25,8 @@ def distribution_matching_gradient(x: Tensor, x_real: Tensor, x_fake: Tensor, ep
     per_sample = tuple(range(1, x.ndim))
     normaliser = (x - x_real).abs().mean(dim=per_sample, keepdim=True) + epsilon
     gradient = (x_fake - x_real) / normaliser / x.numel()
-    bad = ~torch.isfinite(gradient).flatten(1).all(dim=1)
+    # An infinite normaliser would divide a broken sample away to a zero gradient.
+    bad = ~(torch.isfinite(gradient) & torch.isfinite(normaliser)).flatten(1).all(dim=1)
     if bad.any():
         named = {"generator output": x, "teacher": x_real, "score estimator": x_fake}
         sources = [name for name, value in named.items() if not torch.isfinite(value).all()]
