@@ -7,6 +7,7 @@ sample from (seed, stream, global index): the numbers a sample sees do not depen
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -28,7 +29,12 @@ class Batch:
             raise ValueError(
                 f"cannot split a batch of {len(self)} over {parts} ranks: use a larger batch or fewer ranks"
             )
-        columns = {f.name: split_value(getattr(self, f.name), parts) for f in fields(self)}  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        lengths = {name: len(value) for name, value in values.items() if _is_cut(value)}
+        assert set(lengths.values()) == {len(self)}, (
+            f"{type(self).__name__} holds columns of different sizes: {lengths}"
+        )
+        columns = {name: split_value(value, parts) for name, value in values.items()}
         return [type(self)(**{name: column[i] for name, column in columns.items()}) for i in range(parts)]
 
     @classmethod
@@ -39,18 +45,23 @@ class Batch:
 
 def split_value(value: Any, parts: int) -> list[Any]:
     """One value per rank: batches, tensors (dim 0) and tuples of texts are cut, everything else is common to all ranks."""
+    if not _is_cut(value):
+        return [value] * parts
     if isinstance(value, Batch):
         return list(value.split(parts))
-    if isinstance(value, Tensor) and value.ndim:
+    if isinstance(value, Tensor):
         return list(torch.tensor_split(value, parts))
-    if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
-        bounds = [len(value) * 1 // parts] if parts == 1 else _bounds(len(value), parts)
-        return [value] if parts == 1 else [value[a:b] for a, b in bounds]
-    return [value] * parts
+    return [value[start:end] for start, end in _bounds(len(value), parts)]
+
+
+def _is_cut(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, Batch) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
 def concat_values(values: Sequence[Any]) -> Any:
-    """The inverse of `split_value`; tuples of values are joined element by element, common values must be equal."""
+    """The inverse of `split_value`; common values must be equal, and the mean is taken of single numbers in tensors."""
     first = values[0]
     if isinstance(first, Batch):
         return type(first).concat(values)
@@ -65,7 +76,7 @@ def concat_values(values: Sequence[Any]) -> Any:
 def _bounds(length: int, parts: int) -> list[tuple[int, int]]:
     size, extra = divmod(length, parts)
     starts = [i * size + min(i, extra) for i in range(parts + 1)]
-    return list(zip(starts, starts[1:], strict=False))
+    return list(itertools.pairwise(starts))
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,7 @@ class PublishedWeights:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any parts, equal on every machine and run."""
+    """A 63-bit seed from any parts, equal on every machine and run. (torch's CPU generator uses the lower 32 bits of a seed.)"""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
