@@ -144,8 +144,8 @@ class PreferenceConfig(Section):
     """Prompt groups per preference update."""
     candidates: Annotated[int, Field(strict=True, ge=2)] = 4
     """K hops from one noisy latent; the best and the worst make the pair."""
-    high_noise: PositiveInt = 2
-    """How many of the first denoising timesteps candidates are drawn at ({999, 749})."""
+    high_noise: PositiveInt | None = None
+    """How many of the first denoising timesteps candidates are drawn at; null is 2 ({999, 749}), or 1 of a two-step generator."""
     beta: PositiveFloat = 0.1
     """[open] Temperature of -logsigmoid(beta H). LPO's 500 belongs to low-noise hops; at high noise it must be retuned."""
     lr: PositiveFloat = 2e-5
@@ -251,10 +251,12 @@ class EvaluationConfig(Section):
     """Held-out prompts per row of the final table."""
     batch: PositiveInt = 100
     teacher_steps: PositiveInt = 25
+    """DDIM steps of the teacher's row, two forwards each with guidance."""
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
     """The teacher's guidance in its row of the table."""
-    student_steps: tuple[PositiveInt, ...] = (1, 2, 4)
-    """Few-step rows of the table; each divides the number of denoising timesteps, 1 uses the first timestep only."""
+    student_steps: tuple[PositiveInt, ...] | None = None
+    """Few-step rows of the table: each divides the number of denoising timesteps and uses every so many of them.
+    null: 1, 2, 4 and 8 where they do."""
 
 
 class Config(Section):
@@ -313,7 +315,7 @@ class Config(Section):
             self._check_preference()
         elif not self.preference.distill:
             raise ValueError("preference.distill: false with preference.updates 0 leaves nothing to train")
-        for steps in self.evaluation.student_steps:
+        for steps in self.evaluation.student_steps or ():
             if len(self.sampling.timesteps) % steps:
                 raise ValueError(
                     f"evaluation.student_steps: {steps} does not divide the {len(self.sampling.timesteps)} "
@@ -321,12 +323,28 @@ class Config(Section):
                 )
         return self
 
+    @property
+    def high_noise_steps(self) -> int:
+        """The first so many denoising timesteps have candidates."""
+        return self.preference.high_noise or min(2, len(self.sampling.timesteps) - 1)
+
+    @property
+    def student_timesteps(self) -> dict[int, tuple[int, ...]]:
+        """Number of steps -> the denoising timesteps of that few-step row."""
+        timesteps = self.sampling.timesteps
+        counts = self.evaluation.student_steps or [n for n in (1, 2, 4, 8) if len(timesteps) % n == 0]
+        return {count: timesteps[:: len(timesteps) // count] for count in counts}
+
     def _check_preference(self) -> None:
         hops = len(self.sampling.timesteps) - 1
-        if self.preference.high_noise > hops:
+        if not hops:
+            raise ValueError(
+                "preference.updates: candidates need a hop to a next timestep, a one-step generator has none; set it to 0"
+            )
+        if (self.preference.high_noise or 0) > hops:
             raise ValueError(
                 f"preference.high_noise: candidates need a hop to a next timestep and {list(self.sampling.timesteps)} has {hops}; "
-                f"set it to at most {hops}" + ("" if hops else ", or preference.updates to 0")
+                f"set it to at most {hops}"
             )
         if not any(reward.weight for reward in self.rewards):
             raise ValueError(

@@ -66,7 +66,7 @@ class PreferenceSource:
         assert self.weights is not None, "request() before publish()"
         candidates = self.runtime.rollouts.candidates(
             self.prompts(draw, purpose, preference.batch),
-            draw.index(f"{purpose}/high", preference.high_noise),
+            draw.index(f"{purpose}/high", self.config.high_noise_steps),
             draw.seed(f"{purpose}/noise"),
             self.weights,
         )

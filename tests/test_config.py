@@ -1,0 +1,115 @@
+"""The configuration: shipped files parse, mistakes are named with a remedy."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashdmd_ray.config import Config, dump_config, load_config, parse_config
+
+PRESETS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_shipped_files_parse_and_are_short(path):
+    load_config(path)
+    assert len(path.read_text().splitlines()) <= 80
+
+
+def test_no_path_means_the_shipped_demo():
+    assert load_config() == load_config(PRESETS[[p.stem for p in PRESETS].index("demo")])
+
+
+def test_overrides_win_and_types_are_coerced():
+    config = load_config(None, ["steps=7", "generator.lr=1e-5", "sampling.timesteps=[999, 499]", "run.name=x"])
+    assert (config.steps, config.generator.lr, config.sampling.timesteps, config.run.name) == (7, 1e-5, (999, 499), "x")
+    assert config.student_timesteps == {1: (999,), 2: (999, 499)}
+    assert config.high_noise_steps == 1
+
+
+def test_the_dump_is_the_same_configuration():
+    config = load_config(None, ["rewards=[{kind: latent, weight: 2}]"])
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "remedy"),
+    [
+        ("stpes=3", "stpes", "did you mean 'steps'"),
+        ("score.emma=0.9", "score.emma", "did you mean 'ema'"),
+        ("rewards=[{kind: latent, wieght: 1}]", "rewards.0.wieght", "did you mean 'weight'"),
+        ("ttur=0", "ttur", "greater than or equal to 1"),
+        ("preference.candidates=1", "preference.candidates", "greater than or equal to 2"),
+        ("preference.beta=0", "preference.beta", "greater than 0"),
+        ("preference.beta=.nan", "preference.beta", "finite"),
+        ("sampling.timesteps=[249, 999]", "sampling.timesteps", "strictly descending"),
+        ("sampling.timesteps=[999, 999]", "sampling.timesteps", "strictly descending"),
+        ("sampling.timesteps=[1000]", "sampling.timesteps", "less than or equal to 999"),
+        ("sampling.timesteps=[999]", "preference.updates", "set it to 0"),
+        ("rewards=[{kind: pikscore}]", "rewards.0.kind", "did you mean 'pickscore'"),
+        ("rewards=[{kind: hpsv2}]", "rewards.0.kind", "not implemented yet"),
+        ("rewards=[{kind: latent}, {kind: latent}]", "rewards", "give each a name"),
+        ("rewards=[]", "rewards", "preference.updates to 0"),
+        ("placement.learner.workers=3", "placement.learner.workers", "multiple"),
+        ("run.name=../up", "run.name", "plain folder name"),
+        ("batch=many", "batch", "integer"),
+        ("steps=true", "steps", "integer"),
+        ("runtime=rey", "runtime", "'local' or 'ray'"),
+        ("matching.timestep_range=[500, 20]", "matching.timestep_range", "below the second"),
+        ("evaluation.student_steps=[3]", "evaluation.student_steps", "choose divisors"),
+        ("seed.x=1", "seed", "integer"),
+        ("steps", "steps", "key=value"),
+        ("preference={updates: 0, distill: false}", "preference.distill", "nothing to train"),
+    ],
+)
+def test_mistakes_are_one_line_with_key_and_remedy(override, key, remedy):
+    with pytest.raises(ValueError, match=key.split(".")[-1]) as caught:
+        load_config(None, [override])
+    message = str(caught.value)
+    assert key in message
+    assert remedy in message
+    assert "\n" not in message
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: cannot read"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1, 2")
+    with pytest.raises(ValueError, match=r"broken\.yaml: not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="expected keys and values"):
+        load_config(tmp_path / "list.yaml")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3)
+    )
+)
+def test_any_value_is_accepted_or_refused_with_a_valueerror(value):
+    for section in ("steps", "sampling", "rewards"):
+        try:
+            parse_config({section: value})
+        except ValueError as error:
+            message = str(error)
+        else:
+            message = section
+        assert section in message
+
+
+def test_reading_a_configuration_imports_no_torch():
+    code = "import sys, flashdmd_ray.config as c; c.load_config(); sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_every_field_has_a_docstring_or_speaks_for_itself():
+    plain = {"betas", "weight_decay", "seed", "warmup", "experiment", "batch"}
+    for name, section in Config.model_fields.items():
+        fields = getattr(section.annotation, "model_fields", None) or {}
+        for field, info in fields.items():
+            assert info.description or field in plain, f"{name}.{field} has no docstring"
