@@ -1,0 +1,85 @@
+"""From a configuration to a runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flashdmd_ray.config import Config
+from flashdmd_ray.runtime.environment import limit_threads, use_loopback
+from flashdmd_ray.runtime.local import LocalRuntime
+from flashdmd_ray.runtime.placement import WorkerGroup, create_roles
+from flashdmd_ray.runtime.protocol import Runtime
+
+Roles = Mapping[str, Mapping[str, str]]
+
+ROLES: Roles = {
+    "learner": {"generator": "flashdmd_ray.roles.generator:Generator", "score": "flashdmd_ray.roles.score_estimator:ScoreEstimator"},
+    "discriminator": {"discriminator": "flashdmd_ray.roles.discriminator:Discriminator"},
+    "rollout": {"rollouts": "flashdmd_ray.roles.rollout:Rollout"},
+    "reward": {"rewards": "flashdmd_ray.roles.reward:Reward"},
+}
+"""Worker group -> name of the role in `Runtime` -> "module:Class". Roles of one group live in the same processes: EMA coupling moves all weights at
+every step, which is a local operation only because the generator and the score estimator are neighbours."""
+
+LATENT_ADVERSARY: Roles = {
+    "learner": {
+        "generator": "flashdmd_ray.roles.generator:Generator",
+        "score": "flashdmd_ray.roles.latent_adversary:AdversarialScoreEstimator",
+        "discriminator": "flashdmd_ray.roles.latent_adversary:LatentDiscriminator",
+    },
+    "rollout": ROLES["rollout"],
+    "reward": ROLES["reward"],
+}
+"""DMD2: the discriminator is a head on the score estimator, so there is no group for it."""
+
+STATEFUL = ("learner", "discriminator")
+
+
+def roles_for(config: Config) -> Roles:
+    """The role classes this configuration asks for."""
+    return LATENT_ADVERSARY if config.adversarial.space == "latent" else ROLES
+
+
+def worker_groups(config: Config, roles: Roles | None = None) -> list[WorkerGroup]:
+    """The processes this configuration needs: without preference updates there is nothing to roll out or to reward."""
+    roles = roles_for(config) if roles is None else roles
+    needed = [name for name in roles if name in STATEFUL or config.preference.updates]
+    groups = []
+    for name in needed:
+        placed = getattr(config.placement, name)
+        groups.append(
+            WorkerGroup(name=name, roles=roles[name], workers=placed.workers, cpus=placed.cpus, gpus=placed.gpus, stateful=name in STATEFUL)
+        )
+    return groups
+
+
+def build_runtime(config: Config, roles: Roles | None = None) -> Runtime:
+    """Start the roles where `config.runtime` says and load their models. Call from the main thread.
+
+    roles: other classes with the same methods, by worker group; the configuration's own when None.
+    Raises ValueError for impossible placements and unusable weights, WorkerError when workers do not come up in time.
+    """
+    groups = worker_groups(config, roles)
+    if config.runtime == "local":
+        return _build_local(config, groups)
+    use_loopback(os.environ)
+    from flashdmd_ray.runtime.ray_runtime import RayRuntime
+
+    return RayRuntime(config, groups)
+
+
+def _build_local(config: Config, groups: Sequence[WorkerGroup]) -> LocalRuntime:
+    for group in groups:
+        if group.stateful and group.workers > 1:
+            raise ValueError(f"placement.{group.name}.workers: the local runtime is one process, got {group.workers}; set 1, or runtime to ray")
+    limit_threads(config.placement.threads)
+    if config.engine.kind == "deepspeed":
+        from flashdmd_ray.engine import init_process_group
+
+        init_process_group(rank=0, world_size=1, timeout_s=config.deadlines.call_s)
+    built: dict[str, Any] = {}
+    for group in groups:
+        built |= create_roles(group.roles, config, rank=0, world_size=1)
+    return LocalRuntime(built)

@@ -1,0 +1,50 @@
+"""Settings of the processes themselves: threads, memory allocator, offline mode, addresses. No Ray, no torch at import."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+
+PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def worker_environment(threads: int, gpus: float) -> dict[str, str]:
+    """Environment variables of one worker process, on top of what the machine sets."""
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # Networks allocate and free the same few megabytes all the time. By default glibc hands them back to the kernel on every free,
+        # which cost a third of the system time of small CPU runs.
+        "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
+        "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20),
+        "MALLOC_ARENA_MAX": "2",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if not gpus:
+        # Ray does not hide GPUs from workers that asked for none.
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return environment
+
+
+def limit_threads(threads: int) -> None:
+    """Let torch use `threads` threads in this process. The order of floating-point sums depends on it, so both runtimes call this."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def use_loopback(environment: MutableMapping[str, str]) -> None:
+    """Keep a Ray that this job starts for itself off the network.
+
+    Ray replaces 127.0.0.1 by the address of a network interface and then listens there. It has a switch for systems whose firewall would ask
+    the user; despite the switch's name it works everywhere. It is read when `ray` is imported and inherited by every Ray process.
+    """
+    if "RAY_ADDRESS" not in environment:
+        environment.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,0 +1,38 @@
+"""What can go wrong with a worker. Each message names role, method and step, and says what to do.
+
+Errors that a role raises about its input or its numbers (ValueError, FloatingPointError, ...) are not here: they reach the driver as
+they are, in both runtimes. The errors below mean that a *process* failed; the supervisor may build the job anew after them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed. Building the job anew from the last checkpoint can help."""
+
+
+class WorkerLost(WorkerError):
+    """A worker process is gone: killed, out of memory, or its machine left."""
+
+
+class DeadlineExceeded(WorkerError):
+    """A worker did not answer in time."""
+
+
+class RoleFailed(WorkerError):
+    """A role raised an error that can come from its surroundings: a lost connection between ranks, memory, a device."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Which call an error is about."""
+
+    role: str
+    method: str
+    step: int | None = None
+
+    def __str__(self) -> str:
+        where = "before the first step" if self.step is None else f"at step {self.step}"
+        return f"{self.role}.{self.method} {where}"

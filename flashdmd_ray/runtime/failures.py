@@ -1,0 +1,62 @@
+"""Ray's errors in this project's words."""
+
+from __future__ import annotations
+
+from typing import Never
+
+from ray import exceptions
+
+from flashdmd_ray.runtime.errors import Call, DeadlineExceeded, RoleFailed, WorkerError, WorkerLost
+
+_SURROUNDINGS = (RuntimeError, ConnectionError, TimeoutError, MemoryError)
+_PROGRAM = (NotImplementedError, RecursionError)
+
+
+def translate(error: Exception, call: Call, worker: str, deadline_s: float) -> Exception:
+    """The error that the driver should see for `error`, which `ray.get` raised for a call on `worker`.
+
+    What the role raised about its input or its numbers comes back as it was raised there, with the remote traceback as a note.
+    """
+    if isinstance(error, exceptions.GetTimeoutError):
+        return DeadlineExceeded(
+            f"{call}: {worker} did not answer within {deadline_s:g} s. It hangs or is too slow: see its log, lower the batch, or raise the limit under deadlines"
+        )
+    if isinstance(error, exceptions.RayTaskError):
+        return _from_role(error, call, worker)
+    reason = _first_line(error)
+    return WorkerLost(
+        f"{call}: {worker} is gone ({reason}). Most often the system ended it for want of memory: see its log; use fewer workers or a smaller batch"
+    )
+
+
+def _from_role(error: exceptions.RayTaskError, call: Call, worker: str) -> Exception:
+    cause = error.cause
+    remote = f"raised by {call} on {worker}:\n{error}"
+    if not isinstance(cause, Exception) or (isinstance(cause, _SURROUNDINGS) and not isinstance(cause, _PROGRAM)):
+        failed = RoleFailed(f"{call}: {worker} failed: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}. See its log")
+        failed.add_note(remote)
+        return failed
+    cause.add_note(remote)
+    return cause
+
+
+def most_telling(errors: list[Exception]) -> Exception:
+    """Of the errors of several ranks in one call, the one that caused the others: a rank whose partner is gone only reports a lost connection."""
+
+    def importance(error: Exception) -> int:
+        if not isinstance(error, WorkerError):
+            return 0
+        return [WorkerLost, RoleFailed, DeadlineExceeded].index(type(error)) + 1
+
+    return min(errors, key=importance)
+
+
+def reraise(error: Exception) -> Never:
+    """Raise without the chain of Ray's own errors, which says nothing more."""
+    raise error from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith(("The actor is dead because", "The actor died"))]
+    return (telling or lines or [type(error).__name__])[0].rstrip(".")[:200]

@@ -1,0 +1,48 @@
+"""Every role in this process, called directly: for debugging, tests and machines with one device. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.runtime.protocol import Task
+from flashdmd_ray.weights import checksum
+
+T = TypeVar("T")
+
+
+class LocalRuntime:
+    """Role objects themselves. Calls that the Ray runtime runs at the same time run here one after the other, with equal results."""
+
+    def __init__(self, roles: Mapping[str, Any]) -> None:
+        """roles: by the attribute names of `Runtime`; a job without preference updates has no rollouts and no rewards."""
+        self.generator = roles.get("generator")
+        self.score = roles.get("score")
+        self.discriminator = roles.get("discriminator")
+        self.rollouts = roles.get("rollouts")
+        self.rewards = roles.get("rewards")
+        self.step: int | None = None
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> PublishedWeights:
+        """Copy the weights: the generator goes on training while rollouts still read this version."""
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+        return PublishedWeights(version=version, tensors=copies, checksum=checksum(copies))
+
+    def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
+        return [call() for call in calls]
+
+    def background(self, call: Callable[[], T]) -> Task[T]:
+        """Runs at once; an error is kept for `result`, as if it had happened elsewhere."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        """Nothing to end: there is only this process."""

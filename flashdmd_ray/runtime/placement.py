@@ -1,0 +1,99 @@
+"""Which processes a job consists of, and whether a cluster has room for them. No Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from flashdmd_ray.config import Config
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """One kind of worker process: the roles that live in it, how many there are, and what each reserves.
+
+    roles: name of the role in `Runtime` -> "module:Class". cpus, gpus: for one worker.
+    """
+
+    name: str
+    roles: Mapping[str, str]
+    workers: int
+    cpus: float
+    gpus: float
+    stateful: bool
+    """Trained weights live here: ranks of one group, never restarted alone. Otherwise a pool of interchangeable members."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine of the cluster has in all."""
+
+    cpus: float
+    gpus: int
+
+
+def create_roles(paths: Mapping[str, str], config: Config, rank: int, world_size: int) -> dict[str, Any]:
+    """Build the roles of one process, in order. Raises what a role raises (ValueError for missing or corrupt weights).
+
+    A role class is built by `from_config(config, rank, world_size)`, or, when it shares a network with another role of its process, by
+    `from_neighbours(roles)` with the roles built before it.
+    """
+    roles: dict[str, Any] = {}
+    for name, path in paths.items():
+        kind = role_class(path)
+        if hasattr(kind, "from_neighbours"):
+            roles[name] = kind.from_neighbours(roles)
+        else:
+            roles[name] = kind.from_config(config, rank=rank, world_size=world_size)
+    return roles
+
+
+def role_class(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def check_placement(groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> None:
+    """Raise ValueError, naming the setting, when the groups cannot all be placed on empty nodes.
+
+    First fit, largest first: it may refuse a packing that a cleverer search would find, only where the cluster is full to the last share.
+    """
+    for group in groups:
+        _check_gpu_share(group)
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    free = [(node.cpus, [1.0] * node.gpus) for node in nodes]
+    for group in sorted(groups, key=lambda g: (g.gpus, g.cpus), reverse=True):
+        for _ in range(group.workers):
+            if not _take(free, group):
+                needs = ", ".join(f"{g.name} {g.workers} x ({_amount(g.gpus, 'GPU')}, {_amount(g.cpus, 'CPU')})" for g in groups)
+                raise ValueError(
+                    f"placement.{group.name}: a worker with {_amount(group.gpus, 'GPU')} and {_amount(group.cpus, 'CPU')} finds no room; the job needs "
+                    f"{needs}, the cluster has {_amount(gpus, 'GPU')} and {_amount(cpus, 'CPU')} on {_amount(len(nodes), 'node')}; "
+                    f"lower the workers, gpus or cpus of placement, or add machines"
+                )
+
+
+def _check_gpu_share(group: WorkerGroup) -> None:
+    if group.gpus > 1 and group.gpus != int(group.gpus):
+        raise ValueError(f"placement.{group.name}.gpus: above 1 it must be a whole number, got {group.gpus:g}")
+    if group.stateful and group.workers > 1 and 0 < group.gpus < 1:
+        raise ValueError(f"placement.{group.name}.gpus: two ranks cannot share a GPU (NCCL refuses); use 1, or one worker")
+
+
+def _take(free: list[tuple[float, list[float]]], group: WorkerGroup) -> bool:
+    tolerance = 1e-6
+    for index, (cpus, gpus) in enumerate(free):
+        whole = max(1, math.ceil(group.gpus))
+        share = min(group.gpus, 1.0)
+        chosen = [i for i, left in enumerate(gpus) if left >= share - tolerance][:whole] if group.gpus else []
+        if cpus >= group.cpus - tolerance and (not group.gpus or len(chosen) == whole):
+            free[index] = (cpus - group.cpus, [left - share if i in chosen else left for i, left in enumerate(gpus)])
+            return True
+    return False
+
+
+def _amount(number: float, unit: str) -> str:
+    return f"{number:g} {unit}" + ("" if number == 1 else "s")

@@ -1,0 +1,83 @@
+"""The roles in Ray actors: two stateful groups and two pools."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.config import Config
+from flashdmd_ray.runtime.cluster import Cluster
+from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
+from flashdmd_ray.runtime.placement import WorkerGroup, check_placement
+from flashdmd_ray.runtime.pools import Pool, PoolHandle
+from flashdmd_ray.runtime.protocol import Task
+from flashdmd_ray.runtime.wire import put_weights, register_tensors
+from flashdmd_ray.runtime.workers import StatefulGroup
+from flashdmd_ray.weights import checksum
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class RayRuntime:
+    """See `Runtime`. Use `build_runtime`, which prepares the process before Ray is imported."""
+
+    def __init__(self, config: Config, groups: Sequence[WorkerGroup]) -> None:
+        """Starts or joins a cluster, then all workers at once, and waits until every role is loaded.
+
+        Raises ValueError for an impossible placement or what a role's constructor raises, WorkerError when workers do not come up. Nothing is
+        left running then. Call from the main thread: a private cluster ends with the thread that started it.
+        """
+        self.step: int | None = None
+        self._groups: dict[str, StatefulGroup | Pool] = {}
+        self._cluster = Cluster.join()
+        try:
+            check_placement(groups, self._cluster.nodes())
+            register_tensors()
+            for group in groups:
+                self._groups[group.name] = self._start(group, groups, config)
+            run_parallel([group.setup for group in self._groups.values()])
+        except BaseException:
+            self.close()
+            raise
+        handles = {role: self._handle(group.name, role) for group in groups for role in group.roles}
+        self.generator = handles.get("generator")
+        self.score = handles.get("score")
+        self.discriminator = handles.get("discriminator")
+        self.rollouts = handles.get("rollouts")
+        self.rewards = handles.get("rewards")
+
+    def _start(self, group: WorkerGroup, groups: Sequence[WorkerGroup], config: Config) -> StatefulGroup | Pool:
+        if group.stateful:
+            return StatefulGroup(group, config, lambda: self.step)
+
+        def check_size(workers: int) -> None:
+            resized = dataclasses.replace(group, workers=workers)
+            check_placement([resized if g is group else g for g in groups], self._cluster.nodes())
+
+        return Pool(group, config, lambda: self.step, check_size)
+
+    def _handle(self, name: str, role: str) -> Any:
+        group = self._groups[name]
+        return group.handle(role) if isinstance(group, StatefulGroup) else PoolHandle(group)
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> PublishedWeights:
+        """One copy in the object store; workers read it in place. The store keeps it as long as the returned object lives."""
+        return PublishedWeights(version=version, tensors=put_weights(weights), checksum=checksum(weights))
+
+    def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
+        return run_parallel(calls)
+
+    def background(self, call: Callable[[], T]) -> Task[T]:
+        return in_thread(call)
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            group.close()
+        self._groups = {}
+        self._cluster.leave()

@@ -1,0 +1,181 @@
+"""The worker process, and the stateful groups made of it (learner, discriminator)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from flashdmd_ray.config import Config
+from flashdmd_ray.runtime.environment import limit_threads, worker_environment
+from flashdmd_ray.runtime.errors import Call, WorkerError
+from flashdmd_ray.runtime.failures import most_telling, reraise, translate
+from flashdmd_ray.runtime.placement import WorkerGroup, create_roles, role_class
+from flashdmd_ray.runtime.shards import is_replicated, join_results, split_arguments
+from flashdmd_ray.runtime.wire import register_tensors, with_fetched_weights
+
+GRACE_S = 1.0
+"""After one rank failed, how long to wait for the others' errors, to report the one that caused them."""
+
+
+@dataclass(frozen=True)
+class RoleReference:
+    """A role handle as an argument: stands for the role of that name in the receiving process."""
+
+    role: str
+
+
+class Worker:
+    """One process with one or more roles. Everything heavy is imported here, after the process has started."""
+
+    def __init__(self, group: WorkerGroup, rank: int, config: Config) -> None:
+        self._group = group
+        self._rank = rank
+        self._config = config
+        self._roles: dict[str, Any] = {}
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+
+    def __repr__(self) -> str:
+        return worker_name(self._group, self._rank)  # the prefix of this process's log lines
+
+    def prepare(self) -> tuple[str, int]:
+        """Import what the roles need, and offer an address and a free port for the ranks to meet at."""
+        for path in self._group.roles.values():
+            role_class(path)
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return address, probe.getsockname()[1]
+
+    def setup(self, address: str, port: int) -> None:
+        """Build the roles. `address` and `port` are rank 0's offer of `prepare`."""
+        limit_threads(self._config.placement.threads)
+        register_tensors()
+        self._check_devices()
+        world_size = self._group.workers if self._group.stateful else 1
+        rank = self._rank if self._group.stateful else 0
+        if self._group.stateful and (world_size > 1 or self._config.engine.kind == "deepspeed"):
+            from flashdmd_ray.engine import init_process_group
+
+            init_process_group(rank, world_size, address, port, self._config.deadlines.call_s)
+        self._roles = create_roles(self._group.roles, self._config, rank, world_size)
+
+    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run one method of one role."""
+        args, kwargs = with_fetched_weights(args, kwargs, self._config.deadlines.call_s)
+        args = tuple(self._resolve(value) for value in args)
+        result = getattr(self._roles[role], method)(*args, **{name: self._resolve(value) for name, value in kwargs.items()})
+        return {} if self._rank and self._group.stateful and is_replicated(result) else result
+
+    def _resolve(self, value: Any) -> Any:
+        return self._roles[value.role] if isinstance(value, RoleReference) else value
+
+    def _check_devices(self) -> None:
+        if not self._group.gpus:
+            return
+        import torch
+
+        expected = max(1, int(self._group.gpus))
+        if torch.cuda.device_count() != expected:
+            raise ValueError(
+                f"placement.{self._group.name}.gpus: Ray gave this worker {expected}, but torch sees {torch.cuda.device_count()}; "
+                f"check the driver and CUDA_VISIBLE_DEVICES on that machine"
+            )
+
+
+def worker_name(group: WorkerGroup, rank: int) -> str:
+    return f"{group.name}-{rank}"
+
+
+def start_worker(group: WorkerGroup, rank: int, config: Config) -> Any:
+    """Ask Ray for one worker process. Returns its actor handle at once.
+
+    Never restarted by Ray: that would run the constructor again and silently go on with initial weights. Groups are rebuilt by the supervisor
+    from a checkpoint; pools put a new worker in the place of a lost one.
+    """
+    environment = worker_environment(config.placement.threads, group.gpus)
+    options = {"num_cpus": group.cpus, "num_gpus": group.gpus, "max_restarts": 0, "max_task_retries": 0, "runtime_env": {"env_vars": environment}}
+    return ray.remote(Worker).options(**options).remote(group, rank, config)
+
+
+class StatefulGroup:
+    """The ranks of one group. Every call goes to all ranks at once and has a deadline; the first failure ends the group."""
+
+    def __init__(self, group: WorkerGroup, config: Config, current_step: Callable[[], int | None]) -> None:
+        self._group = group
+        self._deadlines = config.deadlines
+        self._current_step = current_step
+        self._order = threading.Lock()
+        self._failure: Exception | None = None
+        self._actors = [start_worker(group, rank, config) for rank in range(group.workers)]
+
+    def setup(self) -> None:
+        """Bring up all ranks; raises what a role raised, or a WorkerError."""
+        timeout = self._deadlines.start_s
+        offers = self._wait([actor.prepare.remote() for actor in self._actors], Call(self._group.name, "start"), timeout)
+        self._wait([actor.setup.remote(*offers[0]) for actor in self._actors], Call(self._group.name, "start"), timeout)
+
+    def handle(self, role: str) -> RoleHandle:
+        return RoleHandle(self, role)
+
+    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Split the arguments, call all ranks, join the results."""
+        if self._failure is not None:
+            raise self._failure
+        args = tuple(self._reference(value) for value in args)
+        kwargs = {name: self._reference(value) for name, value in kwargs.items()}
+        shards, sizes = split_arguments(args, kwargs, len(self._actors))
+        with self._order:  # calls from several threads must reach all ranks in one order, or their collectives would wait for each other
+            refs = [actor.call.remote(role, method, *shard) for actor, shard in zip(self._actors, shards, strict=True)]
+        return join_results(self._wait(refs, Call(role, method, self._current_step()), self._deadlines.call_s), sizes)
+
+    def _reference(self, value: Any) -> Any:
+        if not isinstance(value, RoleHandle):
+            return value
+        assert value.group is self, "a role can be passed only to a role in the same processes"
+        return RoleReference(value.role)
+
+    def _wait(self, refs: list[ray.ObjectRef], call: Call, timeout: float) -> list[Any]:
+        try:
+            return ray.get(refs, timeout=timeout)
+        except RayError as error:
+            self._failure = self._explain(refs, error, call, timeout)
+        reraise(self._failure)
+
+    def _explain(self, refs: list[ray.ObjectRef], first: RayError, call: Call, timeout: float) -> Exception:
+        ray.wait(refs, num_returns=len(refs), timeout=GRACE_S)
+        errors = []
+        for rank, ref in enumerate(refs):
+            try:
+                ray.get(ref, timeout=0)
+            except RayError as error:
+                errors.append(translate(error, call, worker_name(self._group, rank), timeout))
+        return most_telling(errors) if errors else translate(first, call, self._group.name, timeout)
+
+    def close(self) -> None:
+        self._failure = self._failure or WorkerError(f"the {self._group.name} group was closed")
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+class RoleHandle:
+    """A role of a stateful group, with the methods of its class."""
+
+    def __init__(self, group: StatefulGroup, role: str) -> None:
+        self.group = group
+        self.role = role
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return functools.partial(self._call, method)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self.group.call(self.role, method, args, kwargs)

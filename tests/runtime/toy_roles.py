@@ -1,0 +1,151 @@
+"""Roles small enough to be read at a glance, with the methods of the real ones, and with ways to fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashdmd_ray.batch import Candidates, Latents, PreferencePairs, Prompts, PublishedWeights, noise
+from flashdmd_ray.config import Config, parse_config
+from flashdmd_ray.weights import checksum
+
+SHAPE = (2, 4, 4)
+TOYS = {
+    "learner": {"generator": "toy_roles:Generator", "score": "toy_roles:ScoreEstimator"},
+    "discriminator": {"discriminator": "toy_roles:Discriminator"},
+    "rollout": {"rollouts": "toy_roles:Rollout"},
+    "reward": {"rewards": "toy_roles:Reward"},
+}
+
+
+def toy_config(runtime: str = "ray", **settings: Any) -> Config:
+    """A configuration with a short deadline for calls; settings: dotted keys with '__' for the dot."""
+    tree: dict[str, Any] = {"runtime": runtime, "deadlines": {"call_s": 20.0, "start_s": 240.0, "retries": 2}}
+    for key, value in settings.items():
+        *parents, last = key.split("__")
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[last] = value
+    return parse_config(tree)
+
+
+class Toy:
+    """A linear map with a learning rule, and what every role can be asked in a test."""
+
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self.weight = noise(torch.arange(2), SHAPE, config.seed, type(self).__name__)[0]
+        self.rank, self.world_size = rank, world_size
+
+    @classmethod
+    def from_config(cls, config: Config, rank: int, world_size: int) -> Self:
+        return cls(config, rank, world_size)
+
+    def step_along(self, gradient: Tensor) -> float:
+        """One update with the mean gradient over the global batch; returns its norm."""
+        total, count = gradient.sum(0), torch.tensor(float(len(gradient)))
+        if self.world_size > 1:
+            dist.all_reduce(total)
+            dist.all_reduce(count)
+        self.weight = self.weight - 0.1 * total / count
+        return float((total / count).norm())
+
+    def save(self, directory: Path) -> None:
+        if self.rank == 0:
+            torch.save(self.weight, directory / f"{type(self).__name__}.pt")
+
+    def load(self, directory: Path) -> None:
+        self.weight = torch.load(directory / f"{type(self).__name__}.pt")
+
+    def facts(self) -> tuple[str, ...]:
+        return (str(torch.get_num_threads()), os.environ.get("OMP_NUM_THREADS", ""), os.environ.get("MALLOC_TRIM_THRESHOLD_", ""))
+
+    def pids(self) -> Tensor:
+        return torch.tensor([os.getpid()])
+
+    def raises(self, kind: type[Exception], only_rank: int | None = None) -> None:
+        if only_rank in (None, self.rank):
+            raise kind(f"raised in rank {self.rank}")
+        time.sleep(30)
+
+    def sleeps(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+    def dies(self, only_rank: int = 0) -> None:
+        if self.rank == only_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(30)
+
+    def fails_first(self, marker: Path, how: str) -> int:
+        """Die, hang or fail at the first call anywhere; later calls answer with the process id."""
+        try:
+            marker.touch(exist_ok=False)
+        except FileExistsError:
+            return os.getpid()
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hang":
+            time.sleep(60)
+        raise RuntimeError("a passing trouble")
+
+
+class Generator(Toy):
+    def predict(self, prompts: Prompts, high: int, low: int | None, seed: int) -> Latents:
+        assert low is None or isinstance(low, int)
+        return Latents(noise(prompts.indices, SHAPE, seed, f"x/{high}") * self.weight, prompts)
+
+    def update(self, matching: Tensor, realism: Tensor) -> dict[str, float]:
+        matching += 0 * realism  # a role may write to what it received: it must not be a view of shared memory
+        norm = self.step_along(matching + realism)
+        return {"generator/norm": norm, "generator/first": float(matching.flatten(1).sum(1).mean())}
+
+    def prefer(self, pairs: PreferencePairs) -> dict[str, float]:
+        return {"preference/norm": self.step_along(pairs.losers - pairs.winners)}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+
+class ScoreEstimator(Toy):
+    def gradient(self, coarse: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
+        drawn = noise(coarse.prompts.indices, SHAPE, seed, "score")
+        gradient = (coarse.values - self.weight * drawn) * timesteps.view(-1, 1, 1, 1) / 1000
+        return gradient, {"score/gap": float(gradient.abs().mean())}
+
+    def update(self, fakes: Latents, timesteps: Tensor) -> dict[str, float]:
+        return {"score/norm": self.step_along(fakes.values * timesteps.view(-1, 1, 1, 1) / 1000)}
+
+    def couple(self, generator: Generator, decay: float) -> None:
+        self.weight = decay * self.weight + (1 - decay) * generator.weight
+
+    def weights(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+
+class Discriminator(Toy):
+    def gradient(self, fine: Latents) -> tuple[Tensor, dict[str, float]]:
+        return torch.tanh(fine.values) * self.weight, {"discriminator/mean": float(fine.values.mean())}
+
+    def update(self, fakes: Latents, real_indices: Tensor) -> dict[str, float]:
+        return {"discriminator/norm": self.step_along(fakes.values * real_indices.view(-1, 1, 1, 1))}
+
+
+class Rollout(Toy):
+    def candidates(self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights) -> Candidates:
+        assert checksum(weights.tensors) == weights.checksum
+        drawn = noise(prompts.indices, (3, *SHAPE), seed, f"candidates/{high}")
+        values = drawn * weights.tensors["weight"]
+        return Candidates(prompts, values[:, 0], values, values, 999, 749, weights.version)
+
+
+class Reward(Toy):
+    def score(self, candidates: Candidates) -> dict[str, Tensor]:
+        return {"toy": candidates.values.flatten(2).sum(2)}
