@@ -33,6 +33,13 @@ class Engine(ABC):
     def __init__(self, module: nn.Module, settings: OptimizerConfig, role: str) -> None:
         self.module, self.settings, self.role = module, settings, role
         self.layout = FlatLayout.of(module)
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        for name, p in zip(self.layout.names, self._trained, strict=True):
+            if p.dtype != torch.float32:
+                raise ValueError(f"{role}: parameter {name!r} is {p.dtype}: load the network in float32 to train it")
+        if world_size() > 1:  # ranks may have drawn different initial weights
+            for tensor in (*self._trained, *module.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
         self._moments: dict[str, dict[str, Tensor]] = {}  # by objective: AdamW's own state of the flat masters
         self._updates: dict[str, int] = {}
         self._loss_is_finite: Tensor | None = None  # of the backward that waits for its update

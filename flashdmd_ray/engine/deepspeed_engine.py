@@ -1,14 +1,17 @@
 """DeepSpeed ZeRO stage 1: every rank holds all weights, and the masters and moments of its own slice. The only file that imports deepspeed.
 
 DeepSpeed traps that are closed here, each pinned by a test against plain torch: a second backward replaces the first (`Engine.backward`
-refuses it); `gradient_clipping` is 1.0 unless set; masters start from weights already rounded to bfloat16; weights written into the
-module are undone by the next step (everything here writes the masters); a step with a NaN is skipped without a word.
+refuses it); `gradient_clipping` is 1.0 unless set; weights written into the module are undone by the next step (everything here writes
+the masters); a step with a NaN is skipped without a word; ranks are averaged whatever the sizes of their shards (`Engine.shard_weight`).
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
+import types
 import warnings
 from typing import Any
 
@@ -16,34 +19,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashdmd_ray.engine.base import Engine, OptimizerSettings, norm_of_parts, world_size
+from flashdmd_ray.config import OptimizerConfig
+from flashdmd_ray.engine.base import Engine, norm_of_parts, world_size
 from flashdmd_ray.engine.processes import init_process_group
 
 
 class DeepSpeedEngine(Engine):
     """ZeRO over the default process group. All ranks must be given the same initial weights or accept those of rank 0."""
 
-    def __init__(
-        self, module: nn.Module, settings: OptimizerSettings, role: str, zero_stage: int, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(module, settings, role)
+    def __init__(self, module: nn.Module, settings: OptimizerConfig, role: str, zero_stage: int) -> None:
         if zero_stage != 1:
             raise ValueError(f"{role}: engine.zero_stage {zero_stage} is not available yet: use 1")
-        trained = [p for p in module.parameters() if p.requires_grad]
-        masters = self.layout.join(trained)
         if not dist.is_initialized():
             init_process_group(rank=0, world_size=1)
-        for tensor in (masters, *module.buffers()):
-            dist.broadcast(tensor, src=0)
-        deepspeed = _import_deepspeed(masters.device)
-        adamw = torch.optim.AdamW(trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=_config(settings, zero_stage, dtype))
+        super().__init__(module, settings, role)
+        deepspeed = _import_deepspeed(self._trained[0].device)
+        adamw = torch.optim.AdamW(
+            self._trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=_config(settings, zero_stage))
         self._zero = self._engine.optimizer
         self._optimizer = self._zero.optimizer  # `adamw`, which now updates this rank's slice of the masters
         (self._masters,) = self._zero.single_partition_of_fp32_groups
-        with torch.no_grad():
-            self._masters.copy_(self._partition(masters))
-            self._publish_masters()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -63,7 +60,9 @@ class DeepSpeedEngine(Engine):
 
     def _apply(self, norm: Tensor) -> None:
         self._engine.step()
-        assert self._engine.was_step_applied(), f"{self.role}: DeepSpeed skipped an update with a finite gradient of norm {norm.item()}"
+        assert self._engine.was_step_applied(), (
+            f"{self.role}: DeepSpeed skipped an update with a finite gradient of norm {norm.item()}"
+        )
 
     def _publish_masters(self) -> None:
         self._zero.update_lp_params()
@@ -79,25 +78,29 @@ class DeepSpeedEngine(Engine):
         return padded[dist.get_rank() * size :][:size].clone()
 
 
-def _config(settings: OptimizerSettings, zero_stage: int, dtype: torch.dtype) -> dict[str, Any]:
+def _config(settings: OptimizerConfig, zero_stage: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: DeepSpeed never sees our batches
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.clip,
         "zero_optimization": {"stage": zero_stage},
-        "bf16": {"enabled": dtype == torch.bfloat16},
     }
 
 
 def _import_deepspeed(device: torch.device) -> Any:
     """Import on first use, without its log lines and, on the CPU, without compiling its shared-memory all-reduce (26-95 s, needs g++)."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on a launcher's variable
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    autotuner = types.ModuleType("deepspeed.autotuning.autotuner")  # unused, and importing it imports all of MLflow
+    autotuner.Autotuner = None  # type: ignore[attr-defined]
+    sys.modules.setdefault(autotuner.__name__, autotuner)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-        import deepspeed.comm.torch as backend
+
+        backend = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
-        backend.build_shm_op = lambda: None  # gloo does the all-reduce
+        backend.build_shm_op = lambda: None  # type: ignore[attr-defined] # gloo does the all-reduce
     return deepspeed

@@ -26,13 +26,14 @@ def init_process_group(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
         return
     if port <= 0:
-        raise ValueError(f"a group of {world_size} ranks needs a port on {address} that rank 0 can listen on; see free_port")
+        raise ValueError(
+            f"a group of {world_size} ranks needs a port on {address} that rank 0 can listen on; see free_port"
+        )
     if address.startswith("127.") and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens on whatever the host name resolves to
-    options = {}
-    if rank == 0:  # TCPStore by itself would listen on every interface
-        options["master_listen_fd"] = socket.create_server((address, port), backlog=1024).detach()
-    store = dist.TCPStore(address, port, world_size, rank == 0, timeout, **options)  # type: ignore[attr-defined]
+    # TCPStore by itself would listen on every interface.
+    listener = socket.create_server((address, port), backlog=1024).detach() if rank == 0 else None
+    store = dist.TCPStore(address, port, world_size, rank == 0, timeout, master_listen_fd=listener)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
