@@ -168,16 +168,20 @@ class MLflowRun:
 
 
 class MetricsTail:
-    """Complete lines that were appended to a file since the last look."""
+    """Complete lines that were appended to a file since the last look; all of them again when the file was replaced (on a resume)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
+        self._file_id = 0
 
     def new_records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         if not self._path.is_file():
             return
         with self._path.open("rb") as file:
+            file_id = os.fstat(file.fileno()).st_ino
+            if file_id != self._file_id:
+                self._file_id, self._offset = file_id, 0
             file.seek(self._offset)
             lines = file.read().split(b"\n")[:-1]
         self._offset += sum(len(line) + 1 for line in lines)

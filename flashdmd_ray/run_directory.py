@@ -83,6 +83,11 @@ class RunDirectory:
         return self.path / "export"
 
     @property
+    def errors(self) -> Path:
+        """Tracebacks of failed attempts; the terminal shows one line of each."""
+        return self.path / "error.log"
+
+    @property
     def exists(self) -> bool:
         return self.config.is_file()
 
@@ -174,7 +179,14 @@ class MetricsLog:
 
     def __init__(self, path: Path, after_step: int) -> None:
         _drop_later_steps(path, after_step)
+        self._path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def rewind(self, after_step: int) -> None:
+        """Drop the records of steps after `after_step`: they will be computed again."""
+        self._file.close()
+        _drop_later_steps(self._path, after_step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = {key: float(value) for key, value in metrics.items()}

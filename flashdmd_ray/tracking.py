@@ -45,6 +45,10 @@ class Tracker:
         """Record numbers (Python, numpy or torch scalars) of one step."""
         self._metrics.write(step, metrics)
 
+    def rewind(self, after_step: int) -> None:
+        """Forget the steps after `after_step`: the job was built anew from a checkpoint and computes them again."""
+        self._metrics.rewind(after_step)
+
     def image(self, key: str, path: Path, step: int) -> None:
         """Show an image file of the run folder under a key such as 'samples'."""
         self._order({"image": [key, self._relative(path), step]})

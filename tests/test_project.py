@@ -33,7 +33,9 @@ def test_every_dependency_has_a_floor_and_is_locked_at_or_above_it():
         assert [s.operator for s in requirement.specifier] == [">="], f"{requirement}: a floor, no pin"
         versions = [version for name, version in locked if normal(name) == normal(requirement.name)]
         assert versions, f"{requirement} is not locked"
-        assert all(requirement.specifier.contains(version) for version in versions), f"{requirement}: locked at {versions}"
+        assert all(requirement.specifier.contains(version) for version in versions), (
+            f"{requirement}: locked at {versions}"
+        )
 
 
 @pytest.mark.parametrize("target", ["install", "demo", "test", "check"])
@@ -68,7 +70,9 @@ def test_import_rules_hold_and_catch_violations(tmp_path, rule):
         with (copy / file).open("a") as module:
             module.write(text)
     # As `lint-imports` does, but with the copy first on the path.
-    code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as c; c(['--no-cache'])"
+    code = (
+        "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as c; c(['--no-cache'])"
+    )
     answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     broken = re.search(r"(\d+) broken", answer.stdout)
     assert broken, answer.stdout + answer.stderr

@@ -42,7 +42,11 @@ def tracked(tmp_path_factory):
 
     run = new_run(root, steps=5)
     with Tracker(run, TrackingConfig(), after_step=2) as tracker:
-        for step in (3, 4, 5):
+        for step in (3, 4):
+            tracker.metrics(step, {"score/loss": step / 10, "reward": 1.0})
+        time.sleep(3)  # long enough for the other process to have looked at these records, or not: both must do
+        tracker.rewind(3)  # a worker was lost: the job is built anew from a checkpoint at step 3
+        for step in (4, 5):
             tracker.metrics(step, {"score/loss": step / 10, "reward": 1.0})
         tracker.image("samples", grid(run, 2), 2)
         tracker.image("samples", grid(run, 5), 5)
@@ -111,7 +115,10 @@ def test_a_server_that_refuses_costs_one_warning(tmp_path, caplog):
         port = unused.getsockname()[1]
     run = new_run(tmp_path)
     started = time.monotonic()
-    with caplog.at_level(logging.WARNING), Tracker(run, TrackingConfig(uri=f"http://127.0.0.1:{port}"), after_step=0) as tracker:
+    with (
+        caplog.at_level(logging.WARNING),
+        Tracker(run, TrackingConfig(uri=f"http://127.0.0.1:{port}"), after_step=0) as tracker,
+    ):
         tracker.metrics(1, {"score/loss": 0.1})
         assert time.monotonic() - started < 5, "training does not wait for MLflow"
     assert len(caplog.messages) == 1
@@ -154,4 +161,6 @@ def test_importing_the_tracker_imports_neither_torch_nor_mlflow():
     import sys
 
     code = "import sys, flashdmd_ray.tracking, flashdmd_ray.progress; print(sorted({'torch', 'mlflow', 'ray'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

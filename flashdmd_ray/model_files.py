@@ -1,0 +1,152 @@
+"""Model files before anything is loaded: are they there, are they whole, how many parameters do they hold?
+
+Reads only JSON and the headers of safetensors files, so that a wrong path or a truncated download is an error of the first second and
+`--dry-run` can count the parameters of a 10 GB pipeline at once. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flashdmd_ray.config import Config
+from flashdmd_ray.demo import weights_path
+
+LONGEST_HEADER = 100 * 2**20
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PIPELINE = {
+    "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2"),
+}
+"""The parts of a pipeline directory that hold weights, by model family; each has a config.json beside them."""
+PIPELINE_JSON = {
+    "sdxl": ("model_index.json", "scheduler/scheduler_config.json"),
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """One pretrained model. parameters: by part ('' for a model of one part); empty when only loading can tell."""
+
+    source: str
+    parameters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int | None:
+        return sum(self.parameters.values()) if self.parameters else None
+
+
+def teacher_files(config: Config) -> ModelFiles:
+    """The teacher's pipeline. Raises ValueError, one line, naming the file and the remedy."""
+    family = config.model.family
+    return _inspect("model.teacher", config.model.teacher, "teacher", PIPELINE[family], PIPELINE_JSON[family])
+
+
+def sam_files(config: Config) -> ModelFiles:
+    """The Segment Anything checkpoint of the discriminator. Raises ValueError like `teacher_files`."""
+    path = Path(config.model.sam)
+    if path.suffix in (".pth", ".pt"):
+        if not path.is_file():
+            raise ValueError(f"model.sam: {path} does not exist; correct the path or download the checkpoint")
+        return ModelFiles(
+            str(path), {"": path.stat().st_size // 4}
+        )  # an official checkpoint is float32 weights and nothing else
+    return _inspect("model.sam", config.model.sam, "sam", ("",), ())
+
+
+def reward_files(config: Config) -> dict[str, ModelFiles]:
+    """By label, the reward models. Raises ValueError like `teacher_files`."""
+    found = {}
+    for index, reward in enumerate(config.rewards):
+        part = "latent_reward" if reward.kind == "latent" else "reward"
+        found[reward.label] = _inspect(f"rewards.{index}.path", reward.path, part, ("",), ())
+    return found
+
+
+def _inspect(key: str, source: str, demo_part: str, parts: Sequence[str], json_files: Sequence[str]) -> ModelFiles:
+    """Raises ValueError, naming the configuration `key`, when weights, a config.json or another JSON file is missing or damaged."""
+    if source == "demo":
+        root, name = weights_path(demo_part), "demo weights"
+    elif Path(source).is_dir():
+        root, name = Path(source), source
+    else:
+        snapshot = _snapshot(key, source)
+        if snapshot is None:
+            return ModelFiles(source)
+        root, name = snapshot, source
+    try:
+        for file in json_files:
+            check_json(root / file)
+        for part in parts:
+            check_json(root / part / "config.json")
+        return ModelFiles(name, {part: count_parameters(root / part) for part in parts})
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _snapshot(key: str, source: str) -> Path | None:
+    """The local copy of a hub repository; None when there is none but the hub knows it. Raises ValueError otherwise."""
+    if not HUB_ID.fullmatch(source) or source.startswith("."):
+        raise ValueError(f"{key}: no such directory: {source!r}; correct the path, or use 'demo'")
+    from huggingface_hub import HfApi, constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "snapshots"
+    if snapshots.is_dir() and (known := sorted(snapshots.iterdir(), key=os.path.getmtime)):
+        return known[-1]
+    try:
+        HfApi().model_info(source, timeout=10)
+    except Exception as error:  # offline, unknown, gated, no network: all mean that it cannot be had
+        raise ValueError(
+            f"{key}: {source} is neither a directory nor a hub repository that can be reached ({type(error).__name__}); "
+            "correct the path or download it"
+        ) from None
+    return None
+
+
+def check_json(path: Path) -> None:
+    """Raises ValueError when a JSON file is missing or no JSON object."""
+    try:
+        whole = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except OSError:
+        raise ValueError(f"{path} is missing; download or make the model again") from None
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged (no JSON object); download or make the model again")
+
+
+def count_parameters(folder: Path) -> int:
+    """Parameters in the weights of one model folder; of several variants (fp16, ...) the plain one. Raises ValueError without weights."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in files if file.name.count(".") == 1] or files
+    shards = [file for file in plain if re.search(r"-\d{5}-of-\d{5}$", file.stem)]
+    if not plain:
+        raise ValueError(f"{folder} has no .safetensors file; download the weights, or convert them")
+    return sum(read_header(file) for file in shards or plain[:1])
+
+
+def read_header(path: Path) -> int:
+    """The number of parameters in a safetensors file. Raises ValueError when the header is unreadable or the file's size contradicts it."""
+    damaged = ValueError(f"{path} is damaged (not a complete safetensors file); download or make it again")
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else LONGEST_HEADER + 1
+            header = json.loads(file.read(length)) if length <= LONGEST_HEADER else {}
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = max(entry["data_offsets"][1] for entry in tensors)
+        parameters = sum(math.prod(entry["shape"]) for entry in tensors)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); correct its permissions or make it again"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise damaged from None
+    if path.stat().st_size != 8 + length + end:
+        raise damaged
+    return parameters

@@ -1,0 +1,8 @@
+"""Joint training: `python jobs/joint_train.py [CONFIG.yaml] [--set key=value ...] [--dry-run]`."""
+
+import sys
+
+from flashdmd_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

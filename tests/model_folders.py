@@ -1,0 +1,43 @@
+"""Model folders with real safetensors files of chosen sizes, for what is checked before loading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+PARTS = {"unet": 1000, "vae": 200, "text_encoder": 30, "text_encoder_2": 40}
+
+
+def write_model(folder: Path, parameters: int, file: str = "model.safetensors") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    save_file({"a": np.zeros((parameters - 10,), np.float32), "b": np.zeros((5, 2), np.float16)}, folder / file)
+    return folder
+
+
+def write_pipeline(folder: Path) -> Path:
+    for part, parameters in PARTS.items():
+        write_model(
+            folder / part,
+            parameters,
+            "diffusion_pytorch_model.safetensors" if part in ("unet", "vae") else "model.safetensors",
+        )
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    return folder
+
+
+def model_settings(root: Path) -> dict[str, object]:
+    """Configuration that points every model at folders below `root`, which are written here."""
+    write_model(root / "sam", 500)
+    write_model(root / "clip", 60)
+    write_model(root / "lrm", 70)
+    return {
+        "model": {"teacher": str(write_pipeline(root / "teacher")), "sam": str(root / "sam")},
+        "rewards": [{"kind": "pickscore", "path": str(root / "clip")}, {"kind": "latent", "path": str(root / "lrm")}],
+        "run": {"dir": str(root / "runs"), "name": "first"},
+    }

@@ -1,0 +1,129 @@
+"""The plan: parameters from file headers, memory and schedule as arithmetic, damaged files refused before anything is loaded."""
+
+import json
+
+import pytest
+from model_folders import PARTS, model_settings, write_model
+
+from flashdmd_ray import model_files, plan
+from flashdmd_ray.config import parse_config
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return model_settings(tmp_path)
+
+
+def plan_text(settings, **changes):
+    config = parse_config(settings | changes)
+    return plan.describe(config, *plan.check(config))
+
+
+def row(text, name):
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(name)]
+    return line.split()
+
+
+def test_parameters_are_counted_without_loading(settings):
+    text = plan_text(settings, steps=200)
+    assert row(text, "teacher ")[2] == f"{PARTS['unet']:,}"
+    assert row(text, "discriminator: SAM")[3] == "500"
+    assert row(text, "reward: latent")[3] == "70"
+    assert "200 steps, batch 32" in text
+    assert "1,000 preference updates" in text
+
+
+def test_header_counts_agree_with_the_loaded_module(tmp_path):
+    from safetensors.torch import save_model
+    from torch import nn
+
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 5))
+    save_model(module, tmp_path / "model.safetensors")
+    assert model_files.count_parameters(tmp_path) == sum(p.numel() for p in module.parameters())
+
+
+def test_shards_are_summed_and_variants_are_not(tmp_path):
+    sharded, variants = tmp_path / "sharded", tmp_path / "variants"
+    for part in (1, 2):
+        write_model(sharded, 100 * part, f"diffusion_pytorch_model-{part:05}-of-00002.safetensors")
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"):
+        write_model(variants, 100, name)
+    assert model_files.count_parameters(sharded) == 300
+    assert model_files.count_parameters(variants) == 100
+
+
+def test_schedule_counts_updates(settings):
+    text = plan_text(settings, steps=100, ttur=2, preference={"updates": 3, "every": 4, "start_step": 10})
+    assert (
+        "in all: 100 generator, 200 score-estimator, 200 discriminator, 69 preference updates; 3,200 distillation samples"
+        in text
+    )
+
+
+def test_without_preference_updates_there_are_no_pools(settings):
+    text = plan_text(settings, preference={"updates": 0})
+    assert "rollout" not in text
+    assert "reward" not in text
+    assert "reference policy" not in text
+
+
+def test_memory_follows_engine_ranks_and_objectives(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "PROCESS_GIB", 0.0)
+    billion = 2**30 // 4  # parameters of one GiB
+    monkeypatch.setattr(model_files, "read_header", lambda path: billion if "unet" in str(path) else 0)
+    learner = {"preference": {"updates": 5}, "placement": {"learner": {"workers": 2}}, "runtime": "ray"}
+    # teacher 1, reference 1; generator: weights, gradient, 2 x 2 moments; score estimator: weights, gradient, 2 moments
+    assert row(plan_text(settings, **learner), "learner ")[-2:] == ["12.0", "GiB"]
+    # ZeRO-1 over 2 ranks: weights and gradient whole, masters and moments halved: 1 + (2 + 5/2) + (2 + 3/2) + 1
+    assert row(plan_text(settings, **learner, engine={"kind": "deepspeed"}), "learner ")[-2:] == ["10.0", "GiB"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda root: (root / "teacher/unet/diffusion_pytorch_model.safetensors").unlink(),
+            r"model\.teacher: .*unet has no \.safetensors",
+        ),
+        (
+            lambda root: truncate(root / "teacher/vae/diffusion_pytorch_model.safetensors"),
+            r"model\.teacher: .*vae.* is damaged",
+        ),
+        (
+            lambda root: (root / "sam/model.safetensors").write_bytes(b"not a model"),
+            r"model\.sam: .*model\.safetensors is damaged",
+        ),
+        (
+            lambda root: (root / "clip/model.safetensors").write_bytes(b""),
+            r"rewards\.0\.path: .*model\.safetensors is damaged",
+        ),
+        (lambda root: (root / "lrm/config.json").write_text("{"), r"rewards\.1\.path: .*config\.json is damaged"),
+        (lambda root: (root / "teacher/model_index.json").unlink(), r"model\.teacher: .*model_index\.json is missing"),
+    ],
+)
+def test_missing_and_damaged_files_are_named(settings, tmp_path, damage, message):
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as refusal:
+        plan.check(parse_config(settings))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("path", ["/no/where", "./no", "no\nwhere", "nobody/nothing"])
+def test_a_path_that_is_no_model_is_refused(settings, path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings["model"]["teacher"] = path
+    with pytest.raises(ValueError, match=r"model\.teacher: .*; correct the path"):
+        plan.check(parse_config(settings))
+
+
+def test_checking_creates_nothing(settings, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    plan.check(parse_config(settings))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def truncate(path):
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert len(header) == 2, "a real file with two tensors"
+    path.write_bytes(data[:-4])
