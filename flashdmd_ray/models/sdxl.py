@@ -20,6 +20,12 @@ from flashdmd_ray.models.loading import load_config, load_module, load_tokenizer
 PARTS = ("unet", "vae", "text")
 
 
+class _MidBlockReached(Exception):  # noqa: N818 - not an error: ends a forward that has computed all that is needed
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
 class SDXLDenoiser(Denoiser):
     """An SDXL-form `UNet2DConditionModel` behind the common call."""
 
@@ -37,6 +43,21 @@ class SDXLDenoiser(Denoiser):
             added_cond_kwargs=added,
         )
         return prediction.sample.float()
+
+    def mid_features(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Output of the mid block (B, mid_width, h', w'), for DMD2's adversary; the up path is not computed."""
+
+        def stop(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            raise _MidBlockReached(output)
+
+        hook = self.unet.mid_block.register_forward_hook(stop)
+        try:
+            self(noisy, timesteps, conditioning)
+        except _MidBlockReached as reached:
+            return reached.features
+        finally:
+            hook.remove()
+        raise AssertionError("an SDXL-form U-Net has a mid block")
 
 
 class TextTowers(nn.Module):
@@ -170,6 +191,16 @@ class SDXL:
     @property
     def text(self) -> TextTowers:
         return self._part("text")
+
+    @property
+    def pooled_width(self) -> int:
+        """Size of a pooled prompt embedding."""
+        return self.text.pooled_width
+
+    @property
+    def mid_width(self) -> int:
+        """Channels of the denoiser's mid block."""
+        return int(self.teacher.unet.config.block_out_channels[-1])
 
     def to(self, device: torch.device | str) -> Self:
         """Move every loaded part; returns self."""

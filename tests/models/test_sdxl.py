@@ -118,6 +118,20 @@ def test_a_denoiser_is_a_trainable_copy(family):
     assert all(not torch.equal(a, b) for a, b in zip(student.parameters(), family.teacher.parameters(), strict=True))
 
 
+def test_mid_features_are_the_mid_blocks_output(family):
+    student, seen = family.denoiser(), []
+    noisy, t, conditioning = torch.randn(2, 4, 8, 8), torch.tensor([999, 249]), family.encode(TEXTS[:2])
+    features = student.mid_features(noisy, t, conditioning)
+    assert features.shape == (2, family.mid_width, 4, 4)
+    student.unet.mid_block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    prediction = student(noisy, t, conditioning)  # the hook of mid_features is gone
+    torch.testing.assert_close(features, seen[0])
+    assert prediction.shape == noisy.shape
+    features.sum().backward()
+    assert student.unet.conv_in.weight.grad is not None
+    assert student.unet.conv_out.weight.grad is None
+
+
 def test_gradient_checkpointing_changes_nothing(family):
     noisy, t, conditioning = torch.randn(2, 4, 8, 8), torch.tensor([999, 249]), family.encode(TEXTS[:2])
     gradients = []
