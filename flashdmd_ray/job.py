@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from flashdmd_ray.checkpoint import latest_checkpoint, read_state, write_checkpoint
 from flashdmd_ray.config import Config
@@ -43,7 +42,7 @@ def run_job(config: Config) -> int:
     if done >= config.steps and (directory.path / "report.json").is_file():
         print(f"{directory.path} is finished ({done} steps); raise steps to go on, or choose another run.name")
         return 0
-    with Tracker(directory, config.tracking, after_step=done) as tracker, Progress(config.steps, done) as progress, Interruption(progress.say) as stop:
+    with Tracker(directory, config.tracking, after_step=done) as tracker, Progress(config.steps, done) as progress, Interruption() as stop:
         progress.say(f"resuming after step {done}" if done else f"starting {directory.path}")
 
         def attempt(runtime: Runtime) -> None:

@@ -7,15 +7,16 @@ lag is part of the algorithm, so a run is reproducible whatever the pools' speed
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from flashdmd_ray.batch import Candidates, Draws, PreferencePairs, PublishedWeights
+from flashdmd_ray.batch import Candidates, Draws, PreferencePairs, Prompts, PublishedWeights
 from flashdmd_ray.config import Config
 from flashdmd_ray.objectives.preference import combine_rewards, pair_weights, select_pairs
 from flashdmd_ray.roles.networks import Metrics
-from flashdmd_ray.runtime.protocol import Task
+from flashdmd_ray.runtime.protocol import Runtime, Task
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class RatedPairs:
 class PreferenceSource:
     """Asks the pools for the pairs of a step, one preference update after the other."""
 
-    def __init__(self, config: Config, runtime, prompts):
+    def __init__(self, config: Config, runtime: Runtime, prompts: Callable[[Draws, str, int], Prompts]):
+        """prompts(draw, purpose, count): the driver's choice of prompts."""
         self.config = config
         self.runtime = runtime
         self.prompts = prompts

@@ -31,7 +31,7 @@ class Discriminator:
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Discriminator:
         family = load_family(config.model)
-        encoder = load_sam_encoder(resolve(config.model.sam, "sam"), family.image_size)
+        encoder = load_sam_encoder(resolve(config.model.sam, "sam"), max(family.image_size))
         prompt_width = family.pooled_width if config.adversarial.prompt_projection else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

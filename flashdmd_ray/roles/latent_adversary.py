@@ -17,7 +17,8 @@ from flashdmd_ray.batch import Latents, noise
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource, build_images
 from flashdmd_ray.engine import build_engine
-from flashdmd_ray.models.denoiser import Conditioning, Denoiser
+from flashdmd_ray.models.denoiser import Conditioning
+from flashdmd_ray.models.sdxl import SDXLDenoiser
 from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
 from flashdmd_ray.roles.networks import Metrics, load_family
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
@@ -26,7 +27,7 @@ from flashdmd_ray.roles.score_estimator import ScoreEstimator
 class DenoiserWithHead(nn.Module):
     """A denoiser that also judges: `logits` reads the mid block's features."""
 
-    def __init__(self, denoiser: Denoiser, width: int, hidden: int):
+    def __init__(self, denoiser: SDXLDenoiser, width: int, hidden: int):
         super().__init__()
         self.denoiser = denoiser
         self.head = nn.Sequential(
@@ -49,7 +50,8 @@ class DenoiserWithHead(nn.Module):
 
     def logits(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """float32 (B, N): one logit per position of the mid block."""
-        return self.head(self.denoiser.mid_features(noisy, timesteps, conditioning).float()).flatten(1)
+        features = self.denoiser.mid_features(noisy, timesteps, conditioning)
+        return self.head(features.float()).flatten(1)
 
 
 class AdversarialScoreEstimator(ScoreEstimator):
@@ -115,7 +117,9 @@ class LatentDiscriminator:
             latents, noise(fine.prompts.indices, estimator.family.latent_shape, seed, "judge"), timesteps
         )
         conditioning = estimator.family.encode(fine.prompts.texts)
-        logits = estimator.engine.module.logits(noisy, estimator.schedule.network_timestep(timesteps), conditioning)
+        network = estimator.engine.module
+        assert isinstance(network, DenoiserWithHead)
+        logits = network.logits(noisy, estimator.schedule.network_timestep(timesteps), conditioning)
         loss = generator_loss(logits, estimator.config.adversarial.loss)
         (gradient,) = torch.autograd.grad(loss, latents)
         return gradient, {"adversarial/generator_loss": loss.item()}
