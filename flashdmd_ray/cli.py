@@ -64,12 +64,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def execute(config: Config, run: RunDirectory) -> int:
     """Train. Whatever ends the run early becomes one line and an exit code; the traceback goes to the run folder."""
     prepare_process()
+    is_new = not run.exists
     try:
         from flashdmd_ray.job import run_job
 
         return run_job(config)
     except ValueError as error:
         note_traceback(run)
+        if is_new:
+            run.discard_unused()
         return refuse(error)
     except KeyboardInterrupt:
         say("stopped at once; the same command resumes from the last checkpoint")

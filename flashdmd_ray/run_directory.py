@@ -135,6 +135,12 @@ class RunDirectory:
             write_atomically(run.versions, json.dumps([*seen, versions], indent=1) + "\n")
         return run
 
+    def discard_unused(self) -> None:
+        """Remove the folder of a run that failed before it recorded or saved anything; one with results stays."""
+        recorded = bool(read_metrics(self.metrics))
+        if self.exists and not recorded and not any(any((self.path / folder).glob("*")) for folder in FOLDERS):
+            shutil.rmtree(self.path, ignore_errors=True)
+
     def _create(self, config: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))

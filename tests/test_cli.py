@@ -124,9 +124,10 @@ def test_errors_and_help_are_fast(tmp_path):
     )
 
 
-def test_files_that_are_whole_but_no_model_are_one_line_when_loading_finds_out(config_file, capfd):
+def test_files_that_are_whole_but_no_model_are_one_line_when_loading_finds_out(config_file, tmp_path, capfd):
     assert cli.main([str(config_file), "--set", "runtime=local", "tracking.enabled=false"]) == 2
     out, err = capfd.readouterr()
     (line,) = err.splitlines()
     assert line.startswith("error: cannot load")
     assert "Traceback" not in out
+    assert not (tmp_path / "world" / "runs" / "first").exists(), "nothing half-written"

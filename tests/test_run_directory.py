@@ -89,6 +89,15 @@ def test_reopening_with_a_configuration_that_computes_something_else_is_refused(
     assert run.config.read_text() == before
 
 
+def test_a_run_that_recorded_nothing_can_be_discarded_and_another_one_not(tmp_path):
+    unused, used = RunDirectory.prepare(tmp_path, "unused", CONFIG), RunDirectory.prepare(tmp_path, "used", CONFIG)
+    (used.checkpoints / "step-00000001").mkdir()
+    for run in (unused, used):
+        run.discard_unused()
+    assert not unused.path.exists()
+    assert used.exists
+
+
 def test_metrics_of_repeated_steps_and_torn_lines_are_dropped_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, after_step=0)

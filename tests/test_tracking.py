@@ -79,7 +79,7 @@ def test_a_resumed_run_is_one_mlflow_run_and_no_step_appears_twice(tracked, clie
 
 
 def test_the_configuration_is_logged_and_what_a_resume_changed_is_a_tag(tracked, client):
-    run, died = tracked
+    _, died = tracked
     data = client.get_run(died["run_id"]).data
     assert data.params["score.ema"] == "0.98"
     assert data.params["rewards.0.kind"] == "pickscore"
