@@ -20,7 +20,7 @@ from flashdmd_ray.models.loading import load_config, load_module, load_tokenizer
 PARTS = ("unet", "vae", "text")
 
 
-class _MidBlockReached(Exception):  # noqa: N818 - not an error: ends a forward that has computed all that is needed
+class _MidBlockReached(Exception):  # not an error: ends a forward that has computed enough
     def __init__(self, features: Tensor) -> None:
         super().__init__()
         self.features = features
