@@ -50,23 +50,22 @@ def test_ci_runs_check_and_test():
     assert re.findall(r"^make \w+$", script.read_text(), re.MULTILINE) == ["make check", "make test"]
 
 
-IMPORTS = {
-    "ray outside the runtime": ("roles/planted.py", "def f():\n    import ray\n"),
-    "deepspeed outside the engine": ("roles/planted.py", "import deepspeed\n"),
-    "a job": ("roles/planted.py", "import jobs\n"),
-    "upwards": ("objectives/planted.py", "from flashdmd_ray import driver\n"),
-    "torch in the configuration": ("config.py", "import torch\n"),
+FORBIDDEN_IMPORTS = {
+    "layers": ("objectives/planted.py", "from flashdmd_ray import driver\n"),
+    "only runtime/": ("roles/planted.py", "def f():\n    import ray\n"),
+    "only engine/": ("models/planted.py", "import deepspeed\n"),
+    "nothing imports jobs": ("roles/planted_too.py", "import jobs\n"),
+    "configuration, plan and tracking": ("config.py", "import torch\n"),
 }
 
 
-@pytest.mark.parametrize("rule", [None, *IMPORTS])
-def test_import_rules_hold_and_catch_violations(tmp_path, rule):
-    """The rules pass on the package as it is, and each of them fails on a copy with one forbidden import planted."""
+@pytest.mark.parametrize("violated", [False, True])
+def test_import_rules_hold_and_catch_violations(tmp_path, violated):
+    """The rules pass on the package as it is, and each of them fails on a copy with one forbidden import planted for each."""
     copy = tmp_path / "flashdmd_ray"
     shutil.copytree(ROOT / "flashdmd_ray", copy, ignore=shutil.ignore_patterns("__pycache__", "weights"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    if rule is not None:
-        file, text = IMPORTS[rule]
+    for file, text in FORBIDDEN_IMPORTS.values() if violated else ():
         with (copy / file).open("a") as module:
             module.write(text)
     # As `lint-imports` does, but with the copy first on the path.
@@ -74,9 +73,10 @@ def test_import_rules_hold_and_catch_violations(tmp_path, rule):
         "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as c; c(['--no-cache'])"
     )
     answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    broken = re.search(r"(\d+) broken", answer.stdout)
-    assert broken, answer.stdout + answer.stderr
-    assert (int(broken[1]) > 0) == (rule is not None), answer.stdout
+    words = " ".join(answer.stdout.split())
+    assert f"Contracts: {0 if violated else 5} kept, {5 if violated else 0} broken." in words, words + answer.stderr
+    for rule in FORBIDDEN_IMPORTS:
+        assert re.search(rf"{rule}[^.]*? {'BROKEN' if violated else 'KEPT'}", words), rule
 
 
 def test_every_folder_of_the_package_is_a_regular_package():
@@ -92,4 +92,4 @@ def test_no_machine_path_or_public_address_in_tracked_text():
         if not path.is_file() or path.suffix not in {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json"}:
             continue
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"/home/\w+|/root/|/work/", text), f"{name} names a path of some machine"
+        assert not re.search(r"/home/\w+|/ro[o]t/|/wor[k]/", text), f"{name} names a path of some machine"
