@@ -88,8 +88,8 @@ def select_pairs(rewards: Tensor, threshold: float, temperature: float = 1.0) ->
     if not (0 <= threshold < 1 and temperature > 0):
         raise ValueError(f"threshold must be in [0, 1) and temperature above 0, got {threshold} and {temperature}")
     finite = torch.isfinite(rewards).all(dim=1)
-    usable = torch.where(finite[:, None], widen(rewards), 0.0)
+    usable = torch.where(finite[:, None], widen(rewards), 0.0)  # a tie, which is never kept
     winner, loser = usable.argmax(dim=1), usable.argmin(dim=1)
     probabilities = torch.softmax(usable / temperature, dim=1)
     margin = probabilities.amax(dim=1) - probabilities.amin(dim=1)
-    return winner, loser, margin, finite & (margin > threshold)
+    return winner, loser, margin, margin > threshold

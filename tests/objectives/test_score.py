@@ -16,17 +16,17 @@ def test_it_is_the_mean_squared_error():
 
 def test_padding_weighs_nothing_and_reaches_no_gradient():
     prediction, target = normal(SHAPE, 0).requires_grad_(), normal(SHAPE, 1)
-    weights = torch.tensor([1.0, 1.0, 0.0, 2.0])
+    weights = torch.tensor([1.0, 1.0, 0.0, 3.0])
     loss = denoising_loss(prediction, target, weights)
     per_sample = (prediction - target).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(loss, (per_sample[0] + per_sample[1] + 2 * per_sample[3]) / 4)
+    torch.testing.assert_close(loss, (per_sample[0] + per_sample[1] + 3 * per_sample[3]) / 4)
     loss.backward()
     assert (prediction.grad[2] == 0).all()
     assert (prediction.grad[[0, 1, 3]] != 0).all()
 
 
 def test_shards_of_equal_size_average_to_the_global_loss():
-    prediction, target, weights = normal(SHAPE, 0), normal(SHAPE, 1), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    prediction, target, weights = normal(SHAPE, 0), normal(SHAPE, 1), torch.tensor([1.0, 0.0, 1.0, 1.0])
     halves = [denoising_loss(*(x[i : i + 2] for x in (prediction, target, weights))) for i in (0, 2)]
     torch.testing.assert_close(sum(halves) / 2, denoising_loss(prediction, target, weights))
 
