@@ -45,6 +45,7 @@ class MLflowRun:
     def __init__(self, folder: Path, uri: str, experiment: str) -> None:
         import mlflow
 
+        say("ok")  # the import alone takes seconds
         mlflow.set_tracking_uri(uri)
         self.folder = folder
         self.client = mlflow.MlflowClient(uri)
@@ -207,6 +208,7 @@ class Mirror:
         self._records += self._tail.new_records()
         if self._run is None:
             self._run = self._connect()
+            say("ok")
         if self._records:
             self._run.log_metrics(self._records)
             self._records = []

@@ -37,11 +37,10 @@ class Pace:
         advanced = step - self.done
         if advanced > 0:
             seconds = (now - self._last) / advanced
+            # The first interval holds loading and warm-up: it is shown for want of a better one, and then forgotten.
+            share = 1.0 if self._counted == 0 else max(1 / self._counted, SMOOTHING)
+            self.seconds_per_step = (1 - share) * (self.seconds_per_step or 0.0) + share * seconds
             self._counted += 1
-            share = max(1 / self._counted, SMOOTHING)
-            self.seconds_per_step = (
-                seconds if self.seconds_per_step is None else (1 - share) * self.seconds_per_step + share * seconds
-            )
         self.done, self._last = step, now
 
     def pause(self) -> None:

@@ -19,8 +19,10 @@ from flashdmd_ray.run_directory import MetricsLog, RunDirectory
 log = logging.getLogger(__name__)
 
 REGISTERED_MODEL = "flashdmd_ray"
-SILENCE_S = 60.0
+SILENCE_S = 120.0
 """At the end, how long to wait for the next sign of life of the MLflow process before it is left behind."""
+HURRY_S = 5.0
+"""The same for someone who pressed Ctrl-C twice."""
 
 Status = Literal["finished", "interrupted", "failed"]
 MLFLOW_STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
@@ -57,19 +59,23 @@ class Tracker:
         """Log an exported pipeline of the run folder as a model, with its README.md as the card, and register it."""
         self._order({"model": self._relative(folder)})
 
-    def finish(self, status: Status) -> None:
+    def finish(self, status: Status, patience_s: float | None = None) -> None:
         """Close the metrics and give MLflow the rest; waits as long as MLflow makes progress. Further calls do nothing."""
         self._metrics.close()
         if self._mirror is not None:
-            self._mirror.finish(MLFLOW_STATUS[status])
+            self._mirror.finish(MLFLOW_STATUS[status], SILENCE_S if patience_s is None else patience_s)
             self._mirror = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        stopped = kind is not None and not issubclass(kind, Exception)
-        self.finish("finished" if kind is None else "interrupted" if stopped else "failed")
+        if kind is None:
+            self.finish("finished")
+        elif issubclass(kind, Exception):
+            self.finish("failed")
+        else:
+            self.finish("interrupted", HURRY_S)
 
     def _order(self, order: dict[str, Any]) -> None:
         if self._mirror is not None:
@@ -116,14 +122,14 @@ class MlflowProcess:
         except (OSError, ValueError):
             self._warn("the MLflow process ended early; the run folder has everything")
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, patience_s: float) -> None:
         self._last_sign = time.monotonic()
         self.order({"finish": status})
-        while self._process.poll() is None and time.monotonic() - self._last_sign < SILENCE_S:
+        while self._process.poll() is None and time.monotonic() - self._last_sign < patience_s:
             time.sleep(0.05)
         if self._process.poll() is None:
             self._process.kill()
-            self._warn(f"MLflow was silent for {SILENCE_S:g} s and is left behind; the run folder has everything")
+            self._warn(f"MLflow was silent for {patience_s:g} s and is left behind; the run folder has everything")
         self._process.wait()
         self._listener.join(timeout=5)
         if self._process.returncode != 0:

@@ -55,6 +55,18 @@ def test_pace_leaves_out_steps_before_the_resume_and_loading(monkeypatch):
     assert pace.eta == "0:24"
 
 
+def test_pace_forgets_the_first_interval_with_its_warm_up(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    pace = Pace(total=10, done=0)
+    shown = []
+    for step, seconds in enumerate((50.0, 2.0, 4.0), start=1):
+        now[0] += seconds
+        pace.step(step)
+        shown.append(pace.speed)
+    assert shown == ["50.00 s/step", "2.00 s/step", "3.00 s/step"]
+
+
 def test_clock():
     assert [clock(s) for s in (0, 59.6, 75, 3675)] == ["0:00", "1:00", "1:15", "1:01:15"]
 
