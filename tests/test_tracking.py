@@ -37,7 +37,7 @@ def tracked(tmp_path_factory):
     tracker.image("samples", grid(run, 2), 2)
     with contextlib.suppress(BrokenPipeError):
         tracker._mirror._process.stdin.close()  # all that the death of this process would change for the other side
-    assert tracker._mirror._process.wait(timeout=120) == 0
+    assert tracker._mirror._process.wait(timeout=300) == 0
     died = json.loads((run.path / "mlflow.json").read_text())
 
     run = new_run(root, steps=5)
