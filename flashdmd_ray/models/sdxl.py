@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -121,26 +121,28 @@ class TextTowers(nn.Module):
 class SDXL:
     """One pretrained SDXL-form text-to-image model, frozen, in evaluation mode: the teacher and the spaces it works in.
 
-    schedule: its forward process. latent_shape: (C, h, w). image_size: (H, W) in pixels. Parts that were not asked
-    for are absent: using one raises AttributeError, which is a programming error.
+    schedule: its forward process, from scheduler_config, the directory's own. latent_shape: (C, h, w). image_size:
+    (H, W) in pixels. Parts that were not asked for are absent: using one raises AttributeError, which is a
+    programming error.
     """
 
     def __init__(
         self,
         path: str,
-        schedule: NoiseSchedule,
+        scheduler_config: Mapping[str, Any],
         latent_shape: tuple[int, int, int],
         image_size: tuple[int, int],
         zero_unconditional: bool,
         modules: dict[str, nn.Module],
     ) -> None:
         self.path = path
-        self.schedule = schedule
+        self.scheduler_config = scheduler_config
+        self.schedule: NoiseSchedule = schedule_from_config(scheduler_config)
         self.latent_shape = latent_shape
         self.image_size = image_size
         self.device = torch.device("cpu")
         self.checkpoint_decoder = False
-        self._zero_unconditional = zero_unconditional
+        self.zero_unconditional = zero_unconditional
         self._modules = {name: module.requires_grad_(False).eval() for name, module in modules.items()}
 
     @classmethod
@@ -158,7 +160,7 @@ class SDXL:
             raise ValueError(
                 f"{path} holds a {index.get('_class_name')}, not a StableDiffusionXLPipeline: choose the model family that matches it"
             )
-        schedule = schedule_from_config(load_config(DDPMScheduler, path, "scheduler"))
+        scheduler_config = load_config(DDPMScheduler, path, "scheduler")
         unet_config = load_config(UNet2DConditionModel, path, "unet")
         vae_config = load_config(AutoencoderKL, path, "vae")
         side = int(unet_config["sample_size"])
@@ -172,7 +174,9 @@ class SDXL:
         if "text" in parts:
             modules["text"] = _load_text(path, dtype)
         zero = bool(index.get("force_zeros_for_empty_prompt", True))
-        return cls(path, schedule, (int(unet_config["in_channels"]), side, side), (pixels, pixels), zero, modules)
+        return cls(
+            path, scheduler_config, (int(unet_config["in_channels"]), side, side), (pixels, pixels), zero, modules
+        )
 
     def _part(self, name: str) -> Any:
         if name not in self._modules:
@@ -231,7 +235,7 @@ class SDXL:
     def unconditional(self, count: int) -> Conditioning:
         """The other branch of classifier-free guidance: zero embeddings, or those of "" where the model was trained
         so."""
-        if not self._zero_unconditional:
+        if not self.zero_unconditional:
             return self.encode([""] * count)
         towers = self.text
         sequences = torch.zeros(count, towers.length, towers.width, device=self.device)

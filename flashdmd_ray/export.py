@@ -1,0 +1,274 @@
+"""The distilled model as a plain diffusers directory that draws the very images of our own sampler."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import Tensor
+
+from flashdmd_ray.models.sdxl import SDXL, SDXLDenoiser
+
+FACTS = "flashdmd.json"
+FORMAT = 1
+
+# LCMScheduler blends its output with its input, x = c_out x0 + c_skip x_t with c_skip = 0.25 / ((scaling t)^2 +
+# 0.25). At its default scaling of 10 that is 4e-8 at t = 249; at this one c_skip x_t vanishes in float32 and c_out is
+# exactly 1.
+_TIMESTEP_SCALING = 1e6
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the model card says beyond the sampler."""
+
+    name: str
+    """Title of the card."""
+    base: str
+    """The teacher: a hub id, or a name."""
+    licence: str
+    """Licence tag of the hub, e.g. apache-2.0, openrail++ or other."""
+    cost: Mapping[str, str | int | float]
+    """What training took, e.g. {"generator updates": 200, "batch": 32}."""
+    optimised_rewards: Sequence[str]
+    """Rewards that preference learning optimised: no evidence of quality on their own."""
+    measured: Sequence[Mapping[str, Any]] = ()
+    """Rows of the evaluation table (`evaluation.as_records`); those named "student ..." are this model's."""
+    examples: Sequence[tuple[str, int]] = ()
+    """(prompt, seed) of pictures that can be drawn again."""
+
+
+def load_student(family: SDXL, weights: Mapping[str, Tensor]) -> SDXLDenoiser:
+    """The generator with `weights` (`Engine.weights()`), frozen. Raises ValueError when they are not this family's."""
+    student = family.denoiser()
+    try:
+        student.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights do not fit the U-Net of {family.path}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return student.requires_grad_(False).eval().to(family.device)
+
+
+def few_step_scheduler(scheduler_config: Mapping[str, Any], timesteps: Sequence[int]) -> tuple[LCMScheduler, bool]:
+    """A stock scheduler whose steps are our hops x_next = a_next x0 + s_next e, and whether a plain
+    `num_inference_steps` gives exactly `timesteps` (otherwise they must be passed to the pipeline).
+
+    Raises ValueError for a flow schedule, which it cannot express.
+    """
+    if "beta_schedule" not in scheduler_config and scheduler_config.get("trained_betas") is None:
+        raise ValueError(
+            f"{scheduler_config.get('_class_name')} has no betas: only variance-preserving models are exported so far"
+        )
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    settings = {name: scheduler_config[name] for name in kept if name in scheduler_config}
+    settings |= {
+        "rescale_betas_zero_snr": scheduler_config.get("rescale_betas_zero_snr", False),
+        "clip_sample": False,
+        "timestep_spacing": "trailing",
+        "timestep_scaling": _TIMESTEP_SCALING,
+    }
+    total = int(settings.get("num_train_timesteps", 1000))
+    for resolution in (total, len(timesteps)):
+        scheduler = LCMScheduler(**settings, original_inference_steps=resolution)
+        scheduler.set_timesteps(len(timesteps))
+        if scheduler.timesteps.tolist() == list(timesteps):
+            return scheduler, True
+    return LCMScheduler(**settings, original_inference_steps=total), False
+
+
+def export_pipeline(
+    family: SDXL, weights: Mapping[str, Tensor], timesteps: Sequence[int], out: Path, facts: CardFacts
+) -> Path:
+    """Write pipeline, scheduler, `flashdmd.json` and model card to `out`, in one rename; returns `out`.
+
+    An earlier export there is replaced. `family` needs all its parts. Raises ValueError when `out` holds something
+    else or the weights do not fit.
+    """
+    student = load_student(family, weights)
+    scheduler, plain = few_step_scheduler(family.scheduler_config, timesteps)
+    pipeline = StableDiffusionXLPipeline(
+        vae=family.vae,
+        text_encoder=family.text.encoder,
+        text_encoder_2=family.text.encoder_2,
+        tokenizer=family.text.tokenizers[0],
+        tokenizer_2=family.text.tokenizers[1],
+        unet=student.unet,
+        scheduler=scheduler,
+        force_zeros_for_empty_prompt=family.zero_unconditional,
+    )
+
+    def write(directory: Path) -> None:
+        pipeline.save_pretrained(directory, safe_serialization=True)
+        _forget_source_paths(directory)
+        sampler = _sampler_facts(family, timesteps, plain, facts)
+        (directory / FACTS).write_text(json.dumps(sampler, indent=1) + "\n", encoding="utf-8")
+        ModelCard(_card(sampler, facts)).save(directory / "README.md")
+
+    return _replace_directory(out, write)
+
+
+def _sampler_facts(family: SDXL, timesteps: Sequence[int], plain: bool, facts: CardFacts) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "base": facts.base,
+        "prediction_type": family.schedule.prediction_type,
+        "timesteps": list(timesteps),
+        "pass_timesteps": not plain,
+        "guidance_scale": 0,
+        "height": family.image_size[0],
+        "width": family.image_size[1],
+        "examples": [{"prompt": prompt, "seed": seed} for prompt, seed in facts.examples],
+    }
+
+
+def _forget_source_paths(directory: Path) -> None:
+    """Saved configurations remember where they were loaded from: a path of this machine, which is nobody's business."""
+    for file in directory.rglob("*.json"):
+        if file.name not in ("config.json", "model_index.json", "scheduler_config.json"):
+            continue
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _replace_directory(out: Path, write: Callable[[Path], None]) -> Path:
+    """Fill a new directory beside `out`, then put it in its place. A failure leaves `out` as it was."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / FACTS).is_file())):
+        raise ValueError(
+            f"{out} exists and is no earlier export (it has no {FACTS}): choose another directory or remove it"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        write(unfinished)
+        unfinished.chmod(0o755)  # mkdtemp's 0700 would hide the export from the user's group
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+            out.replace(old)
+            unfinished.replace(out)
+            shutil.rmtree(old)
+        else:
+            unfinished.replace(out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return out
+
+
+def _card(sampler: Mapping[str, Any], facts: CardFacts) -> str:
+    own = [row for row in facts.measured if str(row["name"]).startswith("student,")]
+    data = ModelCardData(
+        license=facts.licence,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=facts.base if facts.base.count("/") == 1 else None,
+        base_model_relation="finetune" if facts.base.count("/") == 1 else None,
+        tags=["text-to-image", "diffusion", "few-step", "distillation", "flash-dmd"],
+        model_name=facts.name,
+        eval_results=[result for row in own for result in _results(row)] or None,
+    )
+    sections = [
+        f"# {facts.name}",
+        (
+            f"A {len(sampler['timesteps'])}-step text-to-image generator, distilled from {facts.base} with Flash-DMD"
+            " (arXiv 2511.20549). It needs no guidance."
+        ),
+        "## Use\n\n" + _example(sampler),
+        (
+            f"Denoising timesteps: {', '.join(map(str, sampler['timesteps']))}; every hop renoises with fresh noise. Values other"
+            " than 0 or 1 for `guidance_scale` are not what the model was trained for. `flashdmd.json` states all this for programs."
+        ),
+        _examples(sampler),
+        "## Training\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.cost.items()),
+        _rewards(facts.optimised_rewards),
+        _measurements(facts.measured),
+        (
+            f"## Licence\n\n`{facts.licence}`. The weights derive from {facts.base}; its terms go on to apply. No prompt or image"
+            " filter is included."
+        ),
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _example(sampler: Mapping[str, Any]) -> str:
+    prompt = sampler["examples"][0]["prompt"] if sampler["examples"] else "a photograph of a lighthouse"
+    steps = (
+        f"timesteps={sampler['timesteps']}"
+        if sampler["pass_timesteps"]
+        else f"num_inference_steps={len(sampler['timesteps'])}"
+    )
+    return f"""```python
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+pipeline = StableDiffusionXLPipeline.from_pretrained("path/to/this/directory", use_safetensors=True)
+image = pipeline(
+    {prompt!r},
+    {steps},
+    guidance_scale=0,
+    height={sampler["height"]},
+    width={sampler["width"]},
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+image.save("image.png")
+```"""
+
+
+def _examples(sampler: Mapping[str, Any]) -> str:
+    if not sampler["examples"]:
+        return ""
+    lines = [f"| {example['prompt']} | {example['seed']} |" for example in sampler["examples"]]
+    return "\n".join(
+        [
+            "The pictures of the training run's grid, one generator per prompt:\n",
+            "| prompt | seed |",
+            "|---|---|",
+            *lines,
+        ]
+    )
+
+
+def _rewards(rewards: Sequence[str]) -> str:
+    if not rewards:
+        return "No reward model was optimised."
+    return (
+        f"Preference learning optimised: {', '.join(rewards)}. **Scores of these models say how far they were optimised, not how"
+        " good the images are**; judge by the other columns."
+    )
+
+
+def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    names = [name for name in rows[0] if name != "samples"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for row in rows:
+        values = (f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in names)
+        lines.append("| " + " | ".join(values) + " |")
+    return (
+        f"## Measured\n\n{rows[0]['samples']} held-out prompts. `nfe`: network forwards per sample. `frechet`: squared Frechet distance to"
+        " real images in the features of a local network, comparable only within this table. `accuracy`: share of images that"
+        " show what the prompt says. `diversity`: distance between samples of one prompt.\n\n" + "\n".join(lines)
+    )
+
+
+def _results(row: Mapping[str, Any]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type="held-out-prompts",
+            dataset_name=f"held-out prompts, {row['samples']} samples, {row['nfe']} forwards each",
+            metric_type=metric,
+            metric_value=row[metric],
+            metric_name=metric,
+        )
+        for metric in ("frechet", "accuracy", "reward", "diversity")
+    ]
