@@ -42,7 +42,11 @@ def run_job(config: Config) -> int:
     if done >= config.steps and (directory.path / "report.json").is_file():
         print(f"{directory.path} is finished ({done} steps); raise steps to go on, or choose another run.name")
         return 0
-    with Tracker(directory, config.tracking, after_step=done) as tracker, Progress(config.steps, done) as progress, Interruption() as stop:
+    with (
+        Tracker(directory, config.tracking, after_step=done) as tracker,
+        Progress(config.steps, done) as progress,
+        Interruption() as stop,
+    ):
         progress.say(f"resuming after step {done}" if done else f"starting {directory.path}")
 
         def attempt(runtime: Runtime) -> None:
@@ -69,7 +73,13 @@ class TrainingRun:
     """The loop's other half: which steps are left, and what is kept of each. One per attempt."""
 
     def __init__(
-        self, config: Config, directory: RunDirectory, runtime: Runtime, tracker: Tracker, progress: Progress, stop: Interruption
+        self,
+        config: Config,
+        directory: RunDirectory,
+        runtime: Runtime,
+        tracker: Tracker,
+        progress: Progress,
+        stop: Interruption,
     ) -> None:
         self.config = config
         self.directory = directory
@@ -107,7 +117,9 @@ class TrainingRun:
             self.tracker.metrics(self.done, metrics | {f"count/{name}": value for name, value in self.counters.items()})
         self.progress.step(self.done, {label: metrics[name] for name, label in SHOWN.items() if name in metrics})
         if last or self.done % self.config.tracking.samples_every == 0:
-            path = self._sheet.write(self.runtime.generator.weights(), self.directory.samples / f"step-{self.done:06d}.png")
+            path = self._sheet.write(
+                self.runtime.generator.weights(), self.directory.samples / f"step-{self.done:06d}.png"
+            )
             self.tracker.image("samples", path, self.done)
         if last or self.stop.requested or self.done % self.config.checkpoint.every == 0:
             self._checkpoint()
@@ -125,5 +137,9 @@ class TrainingRun:
         roles = (self.runtime.generator, self.runtime.score, self.runtime.discriminator)
         state = {"step": self.done, "counters": self.counters, "seconds": self.seconds}
         write_checkpoint(
-            self.directory.checkpoints, self.done, *(role.save for role in roles), state=state, keep=self.config.checkpoint.keep
+            self.directory.checkpoints,
+            self.done,
+            *(role.save for role in roles),
+            state=state,
+            keep=self.config.checkpoint.keep,
         )

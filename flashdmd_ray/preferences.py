@@ -83,9 +83,8 @@ def rate(candidates: Candidates, rewards: dict[str, torch.Tensor], config: Confi
     winner, loser, margin, kept = select_pairs(combined, preference.threshold, preference.temperature)
     kept = kept & finite
     rows = torch.arange(len(winner))
-    metrics = {
-        f"reward/{label}": values[finite].mean().item() for label, values in rewards.items() if bool(finite.any())
-    }
+    seen = {label: values[values.isfinite()] for label, values in rewards.items()}
+    metrics = {f"reward/{label}": values.mean().item() for label, values in seen.items() if len(values)}
     metrics |= {
         "preference/kept": kept.float().mean().item(),
         "preference/dropped": (~finite).float().mean().item(),

@@ -40,14 +40,14 @@ class Discriminator:
         return cls(config, family, engine, build_images(config.data, config.seed))
 
     def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
-        """dL_adv/dlatents, float32 (B, C, h, w), through decoder and SAM (ALGORITHM 3.2). The heads do not move.
+        """Per-sample dL_adv/dlatents, float32 (B, C, h, w), through decoder and SAM (ALGORITHM 3.2). The heads do not move.
 
         `timesteps` and `seed` serve the DMD2 form, which judges re-noised latents.
         """
         latents = fine.values.detach().requires_grad_()
         logits = self.engine.module(self.family.decode(latents), self._prompts(fine))
         loss = generator_loss(logits, self.config.adversarial.loss)
-        (gradient,) = torch.autograd.grad(loss, latents)
+        (gradient,) = torch.autograd.grad(len(latents) * loss, latents)
         return gradient, {"adversarial/generator_loss": loss.item()}
 
     def update(self, fakes: Latents, real_indices: Tensor) -> Metrics:

@@ -79,14 +79,14 @@ class Generator:
         return coarse, predict_x0(noisy, at_low)
 
     def update(self, matching: Tensor, realism: Tensor) -> Metrics:
-        """One backward and one optimizer step from the critics' gradients dLoss/dlatents, each float32 (B, C, h, w).
+        """One backward and one optimizer step from the critics' per-sample gradients dLoss_b/dx_b, each float32 (B, C, h, w).
 
-        One backward of the sum: two would lose the first gradient under ZeRO. Raises FloatingPointError when not finite.
+        The objective is their mean over the batch, so it does not matter how many ranks a critic had. One backward of the sum: two would lose the first gradient under ZeRO. Raises FloatingPointError when not finite.
         """
         assert self._outputs is not None, "update() without predict()"
         coarse, fine = self._outputs
         self._outputs = None
-        self.engine.backward(surrogate(coarse, matching) + surrogate(fine, realism))
+        self.engine.backward((surrogate(coarse, matching) + surrogate(fine, realism)) / len(coarse))
         norm = self.engine.update("distillation")
         with torch.no_grad():
             return {
@@ -112,12 +112,12 @@ class Generator:
         preference = self.config.preference
         norm = self.engine.update("preference", lr=preference.lr, warmup=preference.warmup)
         with torch.no_grad():
-            kept = pairs.weights > 0
+            # Weighted means: over all ranks together they are the means over the kept pairs, wherever those are.
             return {
                 "preference/loss": loss.item(),
                 "preference/grad_norm": norm,
-                "preference/ratio": ratio[kept].abs().mean().item(),
-                "preference/implicit_accuracy": (ratio[kept] > 0).float().mean().item(),
+                "preference/ratio": (pairs.weights * ratio.abs().nan_to_num()).mean().item(),
+                "preference/implicit_accuracy": (pairs.weights * (ratio > 0)).mean().item(),
                 "preference/drift": (mean - reference_mean).square().mean().sqrt().item(),
             }
 

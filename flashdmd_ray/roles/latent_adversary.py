@@ -110,7 +110,7 @@ class LatentDiscriminator:
         return cls(roles["score"])
 
     def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
-        """dL_adv/dlatents, float32 (B, C, h, w), from latents re-noised to `timesteps`, int64 (B,)."""
+        """Per-sample dL_adv/dlatents, float32 (B, C, h, w), from latents re-noised to `timesteps`, int64 (B,)."""
         estimator = self.estimator
         latents = fine.values.detach().requires_grad_()
         noisy = estimator.schedule.add_noise(
@@ -121,7 +121,7 @@ class LatentDiscriminator:
         assert isinstance(network, DenoiserWithHead)
         logits = network.logits(noisy, estimator.schedule.network_timestep(timesteps), conditioning)
         loss = generator_loss(logits, estimator.config.adversarial.loss)
-        (gradient,) = torch.autograd.grad(loss, latents)
+        (gradient,) = torch.autograd.grad(len(latents) * loss, latents)
         return gradient, {"adversarial/generator_loss": loss.item()}
 
     def update(self, fakes: Latents, real_indices: Tensor) -> Metrics:

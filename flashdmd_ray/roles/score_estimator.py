@@ -35,7 +35,10 @@ class ScoreEstimator:
 
     @torch.no_grad()
     def gradient(self, coarse: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
-        """dL_DM/dx, float32 (B, C, h, w), at timesteps int64 (B,): teacher with guidance against this network without (ALGORITHM 3.1)."""
+        """Per-sample dL_DM/dx, float32 (B, C, h, w), at timesteps int64 (B,).
+
+        The teacher with guidance against this network without, at the re-noised x (ALGORITHM 3.1).
+        """
         x = coarse.values
         conditioning = self.family.encode(coarse.prompts.texts)
         noisy = self.schedule.add_noise(x, self._noise(coarse, seed), timesteps)
@@ -43,7 +46,7 @@ class ScoreEstimator:
         blank = bind(self.family.teacher, self.schedule, self.family.unconditional(len(x)))
         x_real = guided(teacher, blank, self.config.matching.guidance_scale)(noisy, timesteps)
         x_fake = bind(self.engine.module, self.schedule, conditioning)(noisy, timesteps)
-        gradient = distribution_matching_gradient(x, x_real, x_fake, self.config.matching.epsilon)
+        gradient = len(x) * distribution_matching_gradient(x, x_real, x_fake, self.config.matching.epsilon)
         return gradient, {
             "matching/real_fake_gap": (x_real - x_fake).square().mean().sqrt().item(),
             "matching/real_generated_gap": (x_real - x).square().mean().sqrt().item(),
