@@ -311,6 +311,11 @@ class Config(Section):
             getattr(self.placement, g).workers > 1 for g in ("learner", "discriminator", "rollout", "reward")
         ):
             raise ValueError("placement: more than one worker needs runtime 'ray'")
+        if self.adversarial.space == "latent" and self.score.ema < 1:
+            raise ValueError(
+                "score.ema: with adversarial.space 'latent' the score estimator carries a GAN head that the generator lacks, "
+                "so it cannot be coupled; set score.ema to 1"
+            )
         if self.preference.updates:
             self._check_preference()
         elif not self.preference.distill:

@@ -61,6 +61,7 @@ def test_the_dump_is_the_same_configuration():
         ("runtime=rey", "runtime", "'local' or 'ray'"),
         ("matching.timestep_range=[500, 20]", "matching.timestep_range", "below the second"),
         ("evaluation.student_steps=[3]", "evaluation.student_steps", "choose divisors"),
+        ("adversarial.space=latent", "score.ema", "set score.ema to 1"),
         ("seed.x=1", "seed", "integer"),
         ("steps", "steps", "key=value"),
         ("preference={updates: 0, distill: false}", "preference.distill", "nothing to train"),

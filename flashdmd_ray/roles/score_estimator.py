@@ -73,8 +73,9 @@ class ScoreEstimator:
         return noise(latents.prompts.indices, self.family.latent_shape, seed, "diffuse")
 
     def couple(self, generator: Generator, decay: float) -> None:
-        """psi <- decay psi + (1 - decay) theta, on the float32 masters (ALGORITHM 3.4)."""
-        self.engine.couple(generator.engine, decay)
+        """psi <- decay psi + (1 - decay) theta, on the float32 masters (ALGORITHM 3.4); a decay of 1 is no coupling."""
+        if decay < 1:
+            self.engine.couple(generator.engine, decay)
 
     def save(self, directory: Path) -> None:
         save_shared(directory / "score_estimator.safetensors", self.engine.state())
