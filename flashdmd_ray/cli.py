@@ -65,6 +65,7 @@ def execute(config: Config, run: RunDirectory) -> int:
     """Train. Whatever ends the run early becomes one line and an exit code; the traceback goes to the run folder."""
     prepare_process()
     is_new = not run.exists
+    print(f"{run.path}: {'new run' if is_new else 'opening'}, loading libraries and models", flush=True)
     try:
         from flashdmd_ray.job import run_job
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -16,10 +17,12 @@ class Interruption:
 
     The first SIGINT or SIGTERM sets `requested`; the loop finishes its step, writes a checkpoint and leaves with `exit_code`
     (130 or 143). A second signal does not wait: it raises KeyboardInterrupt (SIGINT) or SystemExit(143) (SIGTERM) where the program is,
-    so that cleanup still runs; a third one ends the process the default way.
+    so that cleanup still runs; a third one ends the process the default way. `notify` gets a short text at the first signal; it is called
+    inside the signal handler, so it must not print through a buffer that may just be in use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notify: Callable[[str], None] | None = None) -> None:
+        self._notify = notify or write_directly
         self._received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -52,9 +55,9 @@ class Interruption:
             raise SystemExit(128 + number)
         self._received = signal.Signals(number)
         again = " (Ctrl-C again stops at once)" if number == signal.SIGINT else ""
-        _tell(f"{self._received.name}: finishing this step, then writing a checkpoint{again}")
+        self._notify(f"{self._received.name}: finishing this step, then writing a checkpoint{again}")
 
 
-def _tell(text: str) -> None:
-    """Straight to the file descriptor: a signal may arrive in the middle of a buffered write, which must not be entered twice."""
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
+def write_directly(text: str) -> None:
+    """Straight to the standard error's file descriptor, past Python's buffers."""
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())

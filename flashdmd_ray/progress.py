@@ -14,6 +14,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from flashdmd_ray.interruption import write_directly
+
 SHORTEST_S, LONGEST_S = 5.0, 60.0
 """Between two plain lines: at most one in 5 s, at least one a minute (once a step has ended), else one every LINE_SHARE of the run."""
 LINE_SHARE = 0.05
@@ -83,6 +85,9 @@ class PlainProgress:
             self._print("  ".join([counter, self._pace.speed, f"ETA {self._pace.eta}", *figures(metrics)]))
             self._shown_at, self._shown_step = now, step
 
+    def notice(self, text: str) -> None:
+        write_directly(text)
+
     def close(self) -> None:
         pass
 
@@ -105,9 +110,8 @@ class BarProgress:
         )
         self._task = self._bar.add_task("", total=total, completed=done, pace="")
         self._figures = Text("", style="dim", no_wrap=True, overflow="ellipsis")
-        self._live = Live(
-            get_renderable=lambda: Group(self._bar, self._figures), console=self._console, refresh_per_second=4
-        )
+        self._notice = Text("", style="bold")
+        self._live = Live(get_renderable=lambda: self._lines(), console=self._console, refresh_per_second=4)
         self._live.start()
 
     def say(self, text: str) -> None:
@@ -119,8 +123,14 @@ class BarProgress:
         self._bar.update(self._task, completed=step, pace=f"{self._pace.speed}  ETA {self._pace.eta}")
         self._figures.plain = "  ".join(figures(metrics))
 
+    def notice(self, text: str) -> None:
+        self._notice.plain = text  # drawn by the display's own thread a moment later
+
     def close(self) -> None:
         self._live.stop()
+
+    def _lines(self) -> Group:
+        return Group(self._bar, *(line for line in (self._figures, self._notice) if line))
 
 
 class Progress:
@@ -136,6 +146,10 @@ class Progress:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._display.step(step, metrics)
+
+    def notice(self, text: str) -> None:
+        """Show a short text that stays; may be called inside a signal handler."""
+        self._display.notice(text)
 
     def __enter__(self) -> Self:
         return self

@@ -38,14 +38,13 @@ def test_the_step_is_finished_and_the_exit_code_tells_the_signal(number, code):
     out, err = process.communicate(timeout=20)
     assert process.returncode == code
     assert out == "cleaned up\ncheckpoint\n"
-    assert err.split(":")[0].strip() == number.name
+    assert err.startswith(f"{number.name}: finishing this step")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -2), (signal.SIGTERM, 143)])
 def test_a_second_signal_does_not_wait_for_the_step(number, code):
     process = start(seconds=60)
     process.send_signal(number)
-    assert process.stderr.readline() == "\n"
     assert "finishing this step" in process.stderr.readline()
     process.send_signal(number)
     out, _ = process.communicate(timeout=20)
