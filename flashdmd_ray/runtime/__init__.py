@@ -1,8 +1,20 @@
-"""Where the roles run: in this process (`local`) or in Ray actors (`ray`). The driver sees one `Runtime` and cannot tell which."""
+"""Where the roles run: in this process (`local`) or in Ray actors (`ray`).
+
+The driver sees one `Runtime` and cannot tell which.
+"""
 
 from flashdmd_ray.runtime.build import build_runtime
 from flashdmd_ray.runtime.errors import DeadlineExceeded, RoleFailed, WorkerError, WorkerLost
 from flashdmd_ray.runtime.protocol import Runtime, Task
 from flashdmd_ray.runtime.supervisor import run_supervised
 
-__all__ = ["DeadlineExceeded", "RoleFailed", "Runtime", "Task", "WorkerError", "WorkerLost", "build_runtime", "run_supervised"]
+__all__ = [
+    "DeadlineExceeded",
+    "RoleFailed",
+    "Runtime",
+    "Task",
+    "WorkerError",
+    "WorkerLost",
+    "build_runtime",
+    "run_supervised",
+]

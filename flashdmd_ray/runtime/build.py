@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flashdmd_ray.config import Config
@@ -12,16 +13,21 @@ from flashdmd_ray.runtime.local import LocalRuntime
 from flashdmd_ray.runtime.placement import WorkerGroup, create_roles
 from flashdmd_ray.runtime.protocol import Runtime
 
+log = logging.getLogger(__name__)
 Roles = Mapping[str, Mapping[str, str]]
 
 ROLES: Roles = {
-    "learner": {"generator": "flashdmd_ray.roles.generator:Generator", "score": "flashdmd_ray.roles.score_estimator:ScoreEstimator"},
+    "learner": {
+        "generator": "flashdmd_ray.roles.generator:Generator",
+        "score": "flashdmd_ray.roles.score_estimator:ScoreEstimator",
+    },
     "discriminator": {"discriminator": "flashdmd_ray.roles.discriminator:Discriminator"},
     "rollout": {"rollouts": "flashdmd_ray.roles.rollout:Rollout"},
     "reward": {"rewards": "flashdmd_ray.roles.reward:Reward"},
 }
-"""Worker group -> name of the role in `Runtime` -> "module:Class". Roles of one group live in the same processes: EMA coupling moves all weights at
-every step, which is a local operation only because the generator and the score estimator are neighbours."""
+"""Worker group -> name of the role in `Runtime` -> "module:Class". Roles of one group live in the same processes: EMA
+coupling moves all weights at every step, which is a local operation only because the generator and the score
+estimator are neighbours."""
 
 LATENT_ADVERSARY: Roles = {
     "learner": {
@@ -50,30 +56,37 @@ def worker_groups(config: Config, roles: Roles | None = None) -> list[WorkerGrou
     for name in needed:
         placed = getattr(config.placement, name)
         groups.append(
-            WorkerGroup(name=name, roles=roles[name], workers=placed.workers, cpus=placed.cpus, gpus=placed.gpus, stateful=name in STATEFUL)
+            WorkerGroup(
+                name=name,
+                roles=roles[name],
+                workers=placed.workers,
+                cpus=placed.cpus,
+                gpus=placed.gpus,
+                stateful=name in STATEFUL,
+            )
         )
     return groups
 
 
-def build_runtime(config: Config, roles: Roles | None = None) -> Runtime:
+def build_runtime(config: Config, roles: Roles | None = None, say: Callable[[str], None] = log.info) -> Runtime:
     """Start the roles where `config.runtime` says and load their models. Call from the main thread.
 
     roles: other classes with the same methods, by worker group; the configuration's own when None.
+    say: takes one line of progress at a time; called from several threads.
+
     Raises ValueError for impossible placements and unusable weights, WorkerError when workers do not come up in time.
     """
     groups = worker_groups(config, roles)
     if config.runtime == "local":
-        return _build_local(config, groups)
+        return _build_local(config, groups, say)
     use_loopback(os.environ)
     from flashdmd_ray.runtime.ray_runtime import RayRuntime
 
-    return RayRuntime(config, groups)
+    return RayRuntime(config, groups, say)
 
 
-def _build_local(config: Config, groups: Sequence[WorkerGroup]) -> LocalRuntime:
-    for group in groups:
-        if group.stateful and group.workers > 1:
-            raise ValueError(f"placement.{group.name}.workers: the local runtime is one process, got {group.workers}; set 1, or runtime to ray")
+def _build_local(config: Config, groups: Sequence[WorkerGroup], say: Callable[[str], None]) -> LocalRuntime:
+    say(f"loading {', '.join(role for group in groups for role in group.roles)} in this process")
     limit_threads(config.placement.threads)
     if config.engine.kind == "deepspeed":
         from flashdmd_ray.engine import init_process_group

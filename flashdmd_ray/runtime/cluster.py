@@ -1,4 +1,4 @@
-"""The Ray cluster a job runs in: the one it was submitted to, or a private one on this machine that lives and dies with the job."""
+"""The Ray cluster a job runs in: the one it was submitted to, or a private one that lives and dies with the job."""
 
 from __future__ import annotations
 
@@ -7,47 +7,54 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import psutil
 import ray
 
+from flashdmd_ray.runtime.errors import WorkerLost
 from flashdmd_ray.runtime.placement import Node
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a private cluster. Latents and the weights of a laptop-size generator are all it holds."""
 
 PRIVATE_CPUS = 256
-"""CPUs a private cluster claims to have. Ray's CPUs only count reservations; on one machine the operating system shares the cores, and a small
-number would make a pool that grows during the run wait for ever."""
+"""CPUs a private cluster claims to have. Ray's CPUs only count reservations; on one machine the operating system
+shares the cores, and a small number would make a pool that grows during the run wait for ever."""
+
+STARTS = 3
+"""Times a private cluster is tried. Ray gives some of its processes 15 s to come up, a constant in its code that a
+busy machine can miss; the next try finds their files in memory."""
+
+SYSTEM_CONFIG = {
+    # Workers with settings of their own are never taken from Ray's stock, which would be 256 idle processes.
+    "prestart_worker_first_driver": False,
+    "enable_worker_prestart": False,
+    # One machine cannot lose itself: a slow answer means that it is busy.
+    "health_check_timeout_ms": 120_000,
+    "worker_register_timeout_seconds": 180,
+    "agent_register_timeout_ms": 180_000,
+}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connection to Ray. `private`: started here, so `leave` ends all of its processes."""
+    """A connection to Ray. `joined`: made here, so `leave` ends it, and with it all processes of a private cluster."""
 
-    private: bool
     joined: bool
 
     @classmethod
     def join(cls) -> Cluster:
-        """Use the Ray this process already talks to, else the cluster of RAY_ADDRESS (set by `ray job submit`), else start a private one."""
+        """Use the Ray this process talks to, else that of RAY_ADDRESS (set by `ray job submit`), else start one."""
         if ray.is_initialized():
-            return cls(private=False, joined=False)
-        private = "RAY_ADDRESS" not in os.environ
+            return cls(joined=False)
         with _signals_kept():
-            if private:
-                ray.init(
-                    address="local",
-                    num_cpus=PRIVATE_CPUS,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    logging_level=logging.ERROR,
-                    _system_config={"prestart_worker_first_driver": False, "enable_worker_prestart": False},
-                )
-            else:
+            if "RAY_ADDRESS" in os.environ:
                 ray.init(logging_level=logging.ERROR)
-        return cls(private=private, joined=True)
+            else:
+                _start_private()
+        return cls(joined=True)
 
     def nodes(self) -> list[Node]:
         """What each living machine has in all, whoever uses it now."""
@@ -60,6 +67,36 @@ class Cluster:
             ray.shutdown()
 
 
+def _start_private() -> None:
+    others = set(psutil.Process().children(recursive=True))
+    for tries_left in reversed(range(STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=PRIVATE_CPUS,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                logging_level=logging.CRITICAL,
+                _system_config=SYSTEM_CONFIG,
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception
+            if "timed out during startup" not in str(error):
+                raise
+            _end(set(psutil.Process().children(recursive=True)) - others)
+            if not tries_left:
+                raise WorkerLost(
+                    f"Ray did not start in {STARTS} tries: the machine is too busy. End other programs, or set runtime to local"
+                ) from None
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(list(processes), timeout=10)
+
+
 @contextmanager
 def _signals_kept() -> Iterator[None]:
     """`ray.init` replaces the handler of SIGTERM by one that exits at once; a job has to finish its step first."""
@@ -67,5 +104,7 @@ def _signals_kept() -> Iterator[None]:
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)

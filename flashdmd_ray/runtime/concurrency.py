@@ -1,4 +1,7 @@
-"""Threads of the driver that wait for workers. They are daemons: a call that never returns must not keep a finished driver alive."""
+"""Threads of the driver that wait for workers.
+
+They are daemons: a call that never returns must not keep a finished driver alive.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
-PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "NCCL_DEBUG", "PYTORCH_CUDA_ALLOC_CONF")
+PASSED_ON = (
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_ENDPOINT",
+    "NCCL_DEBUG",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 
 
 def worker_environment(threads: int, gpus: float) -> dict[str, str]:
@@ -14,8 +22,8 @@ def worker_environment(threads: int, gpus: float) -> dict[str, str]:
     environment |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        # Networks allocate and free the same few megabytes all the time. By default glibc hands them back to the kernel on every free,
-        # which cost a third of the system time of small CPU runs.
+        # Networks allocate and free the same few megabytes all the time. By default glibc hands them back to the
+        # kernel on every free, which cost a third of the system time of small CPU runs.
         "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
         "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20),
         "MALLOC_ARENA_MAX": "2",
@@ -32,7 +40,10 @@ def worker_environment(threads: int, gpus: float) -> dict[str, str]:
 
 
 def limit_threads(threads: int) -> None:
-    """Let torch use `threads` threads in this process. The order of floating-point sums depends on it, so both runtimes call this."""
+    """Let torch use `threads` threads in this process.
+
+    The order of floating-point sums depends on it, so both runtimes call this.
+    """
     import torch
 
     torch.set_num_threads(threads)
@@ -41,10 +52,14 @@ def limit_threads(threads: int) -> None:
 def use_loopback(environment: MutableMapping[str, str]) -> None:
     """Keep a Ray that this job starts for itself off the network.
 
-    Ray replaces 127.0.0.1 by the address of a network interface and then listens there. It has a switch for systems whose firewall would ask
-    the user; despite the switch's name it works everywhere. It is read when `ray` is imported and inherited by every Ray process.
+    Ray replaces 127.0.0.1 by the address of a network interface and then listens there. It has a switch for systems
+    whose firewall would ask the user; despite the switch's name it works everywhere. It is read when `ray` is imported
+    and inherited by every Ray process.
     """
     if "RAY_ADDRESS" not in environment:
         environment.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # A busy machine needs longer than Ray's 60 and 30 s.
+    environment.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "180")
+    environment.setdefault("RAY_gcs_server_port_wait_time_s", "180")
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,7 +1,8 @@
 """What can go wrong with a worker. Each message names role, method and step, and says what to do.
 
-Errors that a role raises about its input or its numbers (ValueError, FloatingPointError, ...) are not here: they reach the driver as
-they are, in both runtimes. The errors below mean that a *process* failed; the supervisor may build the job anew after them.
+Errors that a role raises about its input or its numbers (ValueError, FloatingPointError, ...) are not here: they reach
+the driver as they are, in both runtimes. The errors below mean that a *process* failed; the supervisor may build the
+job anew after them.
 """
 
 from __future__ import annotations

@@ -15,17 +15,20 @@ _PROGRAM = (NotImplementedError, RecursionError)
 def translate(error: Exception, call: Call, worker: str, deadline_s: float) -> Exception:
     """The error that the driver should see for `error`, which `ray.get` raised for a call on `worker`.
 
-    What the role raised about its input or its numbers comes back as it was raised there, with the remote traceback as a note.
+    What the role raised about its input or its numbers comes back as it was raised there, with the remote traceback as
+    a note.
     """
     if isinstance(error, exceptions.GetTimeoutError):
         return DeadlineExceeded(
-            f"{call}: {worker} did not answer within {deadline_s:g} s. It hangs or is too slow: see its log, lower the batch, or raise the limit under deadlines"
+            f"{call}: {worker} did not answer within {deadline_s:g} s. "
+            "It hangs or is too slow: see its log, lower the batch, or raise the limit under deadlines"
         )
     if isinstance(error, exceptions.RayTaskError):
         return _from_role(error, call, worker)
     reason = _first_line(error)
     return WorkerLost(
-        f"{call}: {worker} is gone ({reason}). Most often the system ended it for want of memory: see its log; use fewer workers or a smaller batch"
+        f"{call}: {worker} is gone ({reason}). "
+        "Most often the system ended it for want of memory: see its log; use fewer workers or a smaller batch"
     )
 
 
@@ -33,7 +36,9 @@ def _from_role(error: exceptions.RayTaskError, call: Call, worker: str) -> Excep
     cause = error.cause
     remote = f"raised by {call} on {worker}:\n{error}"
     if not isinstance(cause, Exception) or (isinstance(cause, _SURROUNDINGS) and not isinstance(cause, _PROGRAM)):
-        failed = RoleFailed(f"{call}: {worker} failed: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}. See its log")
+        failed = RoleFailed(
+            f"{call}: {worker} failed: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}. See its log"
+        )
         failed.add_note(remote)
         return failed
     cause.add_note(remote)
@@ -41,7 +46,8 @@ def _from_role(error: exceptions.RayTaskError, call: Call, worker: str) -> Excep
 
 
 def most_telling(errors: list[Exception]) -> Exception:
-    """Of the errors of several ranks in one call, the one that caused the others: a rank whose partner is gone only reports a lost connection."""
+    """Of the errors of several ranks in one call, the one that caused the others: a rank whose partner is gone only
+    reports a lost connection."""
 
     def importance(error: Exception) -> int:
         if not isinstance(error, WorkerError):

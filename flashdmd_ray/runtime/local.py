@@ -16,7 +16,10 @@ T = TypeVar("T")
 
 
 class LocalRuntime:
-    """Role objects themselves. Calls that the Ray runtime runs at the same time run here one after the other, with equal results."""
+    """Role objects themselves.
+
+    Calls that the Ray runtime runs at the same time run here one after the other, with equal results.
+    """
 
     def __init__(self, roles: Mapping[str, Any]) -> None:
         """roles: by the attribute names of `Runtime`; a job without preference updates has no rollouts and no rewards."""

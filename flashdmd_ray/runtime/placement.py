@@ -24,7 +24,10 @@ class WorkerGroup:
     cpus: float
     gpus: float
     stateful: bool
-    """Trained weights live here: ranks of one group, never restarted alone. Otherwise a pool of interchangeable members."""
+    """Trained weights live here: ranks of one group, never restarted alone.
+
+    Otherwise a pool of interchangeable members.
+    """
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Node:
 def create_roles(paths: Mapping[str, str], config: Config, rank: int, world_size: int) -> dict[str, Any]:
     """Build the roles of one process, in order. Raises what a role raises (ValueError for missing or corrupt weights).
 
-    A role class is built by `from_config(config, rank, world_size)`, or, when it shares a network with another role of its process, by
-    `from_neighbours(roles)` with the roles built before it.
+    A role class is built by `from_config(config, rank, world_size)`, or, when it shares a network with another role of
+    its process, by `from_neighbours(roles)` with the roles built before it.
     """
     roles: dict[str, Any] = {}
     for name, path in paths.items():
@@ -59,28 +62,35 @@ def role_class(path: str) -> Any:
 def check_placement(groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> None:
     """Raise ValueError, naming the setting, when the groups cannot all be placed on empty nodes.
 
-    First fit, largest first: it may refuse a packing that a cleverer search would find, only where the cluster is full to the last share.
+    First fit, largest first: it may refuse a packing that a cleverer search would find, only where the cluster is full
+    to the last share.
     """
     for group in groups:
         _check_gpu_share(group)
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     free = [(node.cpus, [1.0] * node.gpus) for node in nodes]
     for group in sorted(groups, key=lambda g: (g.gpus, g.cpus), reverse=True):
         for _ in range(group.workers):
             if not _take(free, group):
-                needs = ", ".join(f"{g.name} {g.workers} x ({_amount(g.gpus, 'GPU')}, {_amount(g.cpus, 'CPU')})" for g in groups)
-                raise ValueError(
-                    f"placement.{group.name}: a worker with {_amount(group.gpus, 'GPU')} and {_amount(group.cpus, 'CPU')} finds no room; the job needs "
-                    f"{needs}, the cluster has {_amount(gpus, 'GPU')} and {_amount(cpus, 'CPU')} on {_amount(len(nodes), 'node')}; "
-                    f"lower the workers, gpus or cpus of placement, or add machines"
-                )
+                raise ValueError(_no_room(group, groups, nodes))
+
+
+def _no_room(group: WorkerGroup, groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> str:
+    needs = ", ".join(f"{g.name} {g.workers} x ({_amount(g.gpus, 'GPU')}, {_amount(g.cpus, 'CPU')})" for g in groups)
+    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    return (
+        f"placement.{group.name}: a worker with {_amount(group.gpus, 'GPU')} and {_amount(group.cpus, 'CPU')} finds no room; "
+        f"the job needs {needs}, the cluster has {_amount(gpus, 'GPU')} and {_amount(cpus, 'CPU')} on {_amount(len(nodes), 'node')}; "
+        "lower the workers, gpus or cpus of placement, or add machines"
+    )
 
 
 def _check_gpu_share(group: WorkerGroup) -> None:
     if group.gpus > 1 and group.gpus != int(group.gpus):
         raise ValueError(f"placement.{group.name}.gpus: above 1 it must be a whole number, got {group.gpus:g}")
     if group.stateful and group.workers > 1 and 0 < group.gpus < 1:
-        raise ValueError(f"placement.{group.name}.gpus: two ranks cannot share a GPU (NCCL refuses); use 1, or one worker")
+        raise ValueError(
+            f"placement.{group.name}.gpus: two ranks cannot share a GPU (NCCL refuses); use 1, or one worker"
+        )
 
 
 def _take(free: list[tuple[float, list[float]]], group: WorkerGroup) -> bool:

@@ -1,4 +1,5 @@
-"""Pools of interchangeable, stateless workers (rollout, reward): lost ones are replaced, their calls are replayed, the size may change."""
+"""Pools of interchangeable, stateless workers (rollout, reward): lost ones are replaced, their calls are replayed, the
+size may change."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Member:
-    """One worker of a pool. `number` never repeats, so that log lines of a replacement are not those of the lost worker."""
+    """One worker of a pool.
+
+    `number` never repeats, so that log lines of a replacement are not those of the lost worker.
+    """
 
     actor: Any
     number: int
@@ -35,7 +39,13 @@ class Member:
 class Pool:
     """Each call goes to one idle worker. Callers on several threads share the workers; whoever finds none idle waits."""
 
-    def __init__(self, group: WorkerGroup, config: Config, current_step: Callable[[], int | None], check_size: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        group: WorkerGroup,
+        config: Config,
+        current_step: Callable[[], int | None],
+        check_size: Callable[[int], None],
+    ) -> None:
         """check_size: raises ValueError when the cluster has no room for that many workers."""
         self._group = group
         self._config = config
@@ -57,7 +67,8 @@ class Pool:
             if self._failure is not None:
                 raise self._failure
             if len(self._idle) < self._size:
-                raise DeadlineExceeded(f"{Call(self._group.name, 'start')}: {len(self._idle)} of {self._size} workers came up within {timeout:g} s")
+                came_up = f"{len(self._idle)} of {self._size} workers came up within {timeout:g} s"
+                raise DeadlineExceeded(f"{Call(self._group.name, 'start')}: {came_up}")
 
     @property
     def size(self) -> int:
@@ -76,7 +87,8 @@ class Pool:
         self._grow()
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a method on any worker; replay it on another one, `deadlines.retries` times, when its worker is lost, hangs or fails."""
+        """Run a method on any worker; replay it on another one, `deadlines.retries` times, when its worker is lost,
+        hangs or fails."""
         (role,) = self._group.roles
         call = Call(role, method, self._current_step())
         timeout = self._config.deadlines.call_s
@@ -115,7 +127,10 @@ class Pool:
                 in_thread(functools.partial(self._bring_up, member))
 
     def _bring_up(self, member: Member) -> None:
-        """Load a new worker's role, then offer it. A worker that cannot load ends the pool: its replacement would fail alike."""
+        """Load a new worker's role, then offer it.
+
+        A worker that cannot load ends the pool: its replacement would fail alike.
+        """
         timeout = self._config.deadlines.start_s
         try:
             address, port = ray.get(member.actor.prepare.remote(), timeout=timeout)
@@ -135,7 +150,8 @@ class Pool:
         with self._changed:
             while not self._idle and self._failure is None:
                 if not self._changed.wait(give_up - time.monotonic()):
-                    raise DeadlineExceeded(f"{call}: none of {self._size} {self._group.name} workers was free within {patience:g} s; add workers")
+                    busy = f"none of {self._size} {self._group.name} workers was free within {patience:g} s"
+                    raise DeadlineExceeded(f"{call}: {busy}; add workers")
             if self._failure is not None:
                 raise self._failure
             return self._idle.pop()

@@ -25,8 +25,9 @@ class Task(Protocol[T_co]):
 class Runtime(Protocol):
     """The roles, wherever they run.
 
-    Every attribute below has the methods of its role class (flashdmd_ray/roles) with the same arguments and results. Arguments must not be
-    changed by a role, and results must not be changed by the driver: in the local runtime they are shared.
+    Every attribute below has the methods of its role class (flashdmd_ray/roles) with the same arguments and results.
+    Arguments must not be changed by a role, and results must not be changed by the driver: in the local runtime they
+    are shared.
     """
 
     generator: Any
@@ -41,7 +42,10 @@ class Runtime(Protocol):
         """Copy generator weights to where rollout workers can read them. `version` is the step they follow."""
 
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
-        """Run independent calls at the same time where there are processes for it; results in order. Raises the first error."""
+        """Run independent calls at the same time where there are processes for it; results in order.
+
+        Raises the first error.
+        """
 
     def background(self, call: Callable[[], T]) -> Task[T]:
         """Start a call whose result is wanted later. Errors are raised by `Task.result`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -20,28 +21,32 @@ from flashdmd_ray.runtime.wire import put_weights, register_tensors
 from flashdmd_ray.runtime.workers import StatefulGroup
 from flashdmd_ray.weights import checksum
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class RayRuntime:
     """See `Runtime`. Use `build_runtime`, which prepares the process before Ray is imported."""
 
-    def __init__(self, config: Config, groups: Sequence[WorkerGroup]) -> None:
+    def __init__(self, config: Config, groups: Sequence[WorkerGroup], say: Callable[[str], None]) -> None:
         """Starts or joins a cluster, then all workers at once, and waits until every role is loaded.
 
-        Raises ValueError for an impossible placement or what a role's constructor raises, WorkerError when workers do not come up. Nothing is
-        left running then. Call from the main thread: a private cluster ends with the thread that started it.
+        Raises ValueError for an impossible placement or what a role's constructor raises, WorkerError when workers do
+        not come up. Nothing is left running then. Call from the main thread: a private cluster ends with the thread
+        that started it.
         """
         self.step: int | None = None
         self._groups: dict[str, StatefulGroup | Pool] = {}
+        started = time.monotonic()
+        workers = ", ".join(f"{group.workers} {group.name}" for group in groups)
+        say("starting Ray")
         self._cluster = Cluster.join()
         try:
             check_placement(groups, self._cluster.nodes())
+            say(f"starting workers: {workers} ({time.monotonic() - started:.0f} s)")
             register_tensors()
             for group in groups:
                 self._groups[group.name] = self._start(group, groups, config)
-            run_parallel([group.setup for group in self._groups.values()])
+            run_parallel([functools.partial(self._setup, name, say, started) for name in self._groups])
         except BaseException:
             self.close()
             raise
@@ -62,12 +67,17 @@ class RayRuntime:
 
         return Pool(group, config, lambda: self.step, check_size)
 
+    def _setup(self, name: str, say: Callable[[str], None], started: float) -> None:
+        self._groups[name].setup()
+        say(f"{name} is ready ({time.monotonic() - started:.0f} s)")
+
     def _handle(self, name: str, role: str) -> Any:
         group = self._groups[name]
         return group.handle(role) if isinstance(group, StatefulGroup) else PoolHandle(group)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> PublishedWeights:
-        """One copy in the object store; workers read it in place. The store keeps it as long as the returned object lives."""
+        """One copy in the object store; workers read it in place. The store keeps it as long as the returned object
+        lives."""
         return PublishedWeights(version=version, tensors=put_weights(weights), checksum=checksum(weights))
 
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:

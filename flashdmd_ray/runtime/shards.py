@@ -32,10 +32,14 @@ def _shard_sizes(columns: Sequence[Sequence[Any]], ranks: int) -> list[int]:
     if not sizes:
         return [1] * ranks
     if len(sizes) > 1:
-        raise ValueError(f"the batches of one call have different sizes: {', '.join(str(sum(s)) for s in sorted(sizes))}")
+        raise ValueError(
+            f"the batches of one call have different sizes: {', '.join(str(sum(s)) for s in sorted(sizes))}"
+        )
     (found,) = sizes
     if min(found) == 0:
-        raise ValueError(f"cannot split a batch of {sum(found)} over {ranks} ranks: use a larger batch or fewer workers")
+        raise ValueError(
+            f"cannot split a batch of {sum(found)} over {ranks} ranks: use a larger batch or fewer workers"
+        )
     return list(found)
 
 
@@ -53,8 +57,9 @@ def is_replicated(result: Any) -> bool:
 def join_results(results: Sequence[Any], sizes: Sequence[int]) -> Any:
     """The group's result from its ranks' results.
 
-    Batches and tensors are concatenated, tuples joined element by element, floats and mappings of floats (metrics) averaged with the shard
-    sizes as weights; of weights rank 0's copy is taken; anything else must be equal on all ranks.
+    Batches and tensors are concatenated, tuples joined element by element, floats and mappings of floats (metrics)
+    averaged with the shard sizes as weights; of weights rank 0's copy is taken; anything else must be equal on all
+    ranks.
     """
     first = results[0]
     if len(results) == 1 or is_replicated(first):

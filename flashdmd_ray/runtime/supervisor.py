@@ -1,4 +1,5 @@
-"""Crash-only recovery: when a worker that holds trained state fails, everything is ended, built anew and resumed from the last checkpoint."""
+"""Crash-only recovery: a lost worker that holds trained state ends everything; all is built anew from the last
+checkpoint."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ T = TypeVar("T")
 def run_supervised(attempt: Callable[[Runtime], T], build: Callable[[], Runtime], max_attempts: int) -> T:
     """Build a runtime and run `attempt` in it, at most `max_attempts` times.
 
-    `attempt` must resume from the last complete checkpoint by itself. Only WorkerErrors lead to another attempt; errors about the configuration or
-    the numbers (ValueError, FloatingPointError) would come back, so they are raised at once. The runtime is closed in every case, by Ctrl-C too.
+    `attempt` must resume from the last complete checkpoint by itself. Only WorkerErrors lead to another attempt;
+    errors about the configuration or the numbers (ValueError, FloatingPointError) would come back, so they are raised
+    at once. The runtime is closed in every case, by Ctrl-C too.
     """
     for number in range(1, max_attempts + 1):
         try:

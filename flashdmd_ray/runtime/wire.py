@@ -1,7 +1,9 @@
-"""How tensors cross a process border: as numpy arrays, which Ray moves through shared memory without pickling their bytes.
+"""How tensors cross a process border: as numpy arrays, which Ray moves through shared memory without pickling their
+bytes.
 
-What arrives is always a copy of its own. Ray's arrays are read-only views of shared memory: writing to a tensor over them would be undefined,
-and sums over memory with another alignment can differ in the last bit from those of the local runtime.
+What arrives is always a copy of its own. Ray's arrays are read-only views of shared memory: writing to a tensor over
+them would be undefined, and sums over memory with another alignment can differ in the last bit from those of the local
+runtime.
 """
 
 from __future__ import annotations
@@ -20,7 +22,17 @@ from torch import Tensor
 from flashdmd_ray.batch import PublishedWeights
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_NUMPY_HAS = {torch.float16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
+_NUMPY_HAS = {
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+}
 
 
 def register_tensors() -> None:
@@ -53,7 +65,9 @@ def fetch_weights(published: PublishedWeights, timeout_s: float) -> PublishedWei
     return replace(published, tensors=tensors)
 
 
-def with_fetched_weights(args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout_s: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_fetched_weights(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout_s: float
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Replace every published set of weights among the arguments by one that a role can read."""
 
     def fetch(value: Any) -> Any:

@@ -71,7 +71,9 @@ class Worker:
         """Run one method of one role."""
         args, kwargs = with_fetched_weights(args, kwargs, self._config.deadlines.call_s)
         args = tuple(self._resolve(value) for value in args)
-        result = getattr(self._roles[role], method)(*args, **{name: self._resolve(value) for name, value in kwargs.items()})
+        result = getattr(self._roles[role], method)(
+            *args, **{name: self._resolve(value) for name, value in kwargs.items()}
+        )
         return {} if self._rank and self._group.stateful and is_replicated(result) else result
 
     def _resolve(self, value: Any) -> Any:
@@ -97,16 +99,25 @@ def worker_name(group: WorkerGroup, rank: int) -> str:
 def start_worker(group: WorkerGroup, rank: int, config: Config) -> Any:
     """Ask Ray for one worker process. Returns its actor handle at once.
 
-    Never restarted by Ray: that would run the constructor again and silently go on with initial weights. Groups are rebuilt by the supervisor
-    from a checkpoint; pools put a new worker in the place of a lost one.
+    Never restarted by Ray: that would run the constructor again and silently go on with initial weights. Groups are
+    rebuilt by the supervisor from a checkpoint; pools put a new worker in the place of a lost one.
     """
     environment = worker_environment(config.placement.threads, group.gpus)
-    options = {"num_cpus": group.cpus, "num_gpus": group.gpus, "max_restarts": 0, "max_task_retries": 0, "runtime_env": {"env_vars": environment}}
+    options = {
+        "num_cpus": group.cpus,
+        "num_gpus": group.gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": environment},
+    }
     return ray.remote(Worker).options(**options).remote(group, rank, config)
 
 
 class StatefulGroup:
-    """The ranks of one group. Every call goes to all ranks at once and has a deadline; the first failure ends the group."""
+    """The ranks of one group.
+
+    Every call goes to all ranks at once and has a deadline; the first failure ends the group.
+    """
 
     def __init__(self, group: WorkerGroup, config: Config, current_step: Callable[[], int | None]) -> None:
         self._group = group
@@ -119,7 +130,9 @@ class StatefulGroup:
     def setup(self) -> None:
         """Bring up all ranks; raises what a role raised, or a WorkerError."""
         timeout = self._deadlines.start_s
-        offers = self._wait([actor.prepare.remote() for actor in self._actors], Call(self._group.name, "start"), timeout)
+        offers = self._wait(
+            [actor.prepare.remote() for actor in self._actors], Call(self._group.name, "start"), timeout
+        )
         self._wait([actor.setup.remote(*offers[0]) for actor in self._actors], Call(self._group.name, "start"), timeout)
 
     def handle(self, role: str) -> RoleHandle:

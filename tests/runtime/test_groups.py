@@ -47,7 +47,9 @@ def test_an_error_of_one_rank_arrives_as_it_was_raised(ray_cluster: None) -> Non
 def test_a_hanging_call_runs_into_the_deadline(ray_cluster: None) -> None:
     with (
         closing(learner(deadlines__call_s=1.0)) as runtime,
-        pytest.raises(DeadlineExceeded, match=r"score\.sleeps before the first step: learner-0 did not answer within 1 s"),
+        pytest.raises(
+            DeadlineExceeded, match=r"score\.sleeps before the first step: learner-0 did not answer within 1 s"
+        ),
     ):
         runtime.score.sleeps(30.0)
 
@@ -61,8 +63,3 @@ def test_a_role_that_cannot_be_built_says_why(ray_cluster: None) -> None:
 def test_impossible_placement_is_refused_before_anything_starts(ray_cluster: None) -> None:
     with pytest.raises(ValueError, match=r"placement\.learner: .* the cluster has 0 GPUs"):
         learner(placement__learner__gpus=1)
-
-
-def test_local_runtime_has_one_rank() -> None:
-    with pytest.raises(ValueError, match=r"placement\.learner\.workers: the local runtime is one process, got 2"):
-        build_runtime(toy_config("local", placement__learner__workers=2), TOYS)

@@ -15,7 +15,10 @@ def groups(**placement: dict):
     ("placement", "nodes"),
     [
         ({}, [Node(2, 0)]),
-        ({"learner": {"gpus": 1, "workers": 4}, "discriminator": {"gpus": 0.5}, "reward": {"gpus": 0.5}}, [Node(8, 4), Node(8, 1)]),
+        (
+            {"learner": {"gpus": 1, "workers": 4}, "discriminator": {"gpus": 0.5}, "reward": {"gpus": 0.5}},
+            [Node(8, 4), Node(8, 1)],
+        ),
         ({"learner": {"gpus": 2, "workers": 2}}, [Node(8, 2), Node(8, 2)]),
         ({"reward": {"gpus": 0.6, "workers": 2}}, [Node(8, 2)]),
     ],
@@ -27,12 +30,28 @@ def test_fits(placement: dict, nodes: list[Node]) -> None:
 @pytest.mark.parametrize(
     ("placement", "nodes", "message"),
     [
-        ({"learner": {"gpus": 1}}, [Node(2, 0)], r"placement\.learner: .*needs learner 1 x \(1 GPU, 0.5 CPUs\).*the cluster has 0 GPUs and 2 CPUs on 1 node"),
-        ({"reward": {"workers": 8}}, [Node(2, 0)], r"placement\.reward: a worker with 0 GPUs and 0\.5 CPUs finds no room"),
+        (
+            {"learner": {"gpus": 1}},
+            [Node(2, 0)],
+            r"placement\.learner: .*needs learner 1 x \(1 GPU, 0.5 CPUs\).*the cluster has 0 GPUs and 2 CPUs on 1 node",
+        ),
+        (
+            {"reward": {"workers": 8}},
+            [Node(2, 0)],
+            r"placement\.reward: a worker with 0 GPUs and 0\.5 CPUs finds no room",
+        ),
         ({"learner": {"gpus": 2}}, [Node(8, 1), Node(8, 1)], r"placement\.learner"),
         ({"reward": {"gpus": 0.6, "workers": 3}}, [Node(8, 2)], r"placement\.reward"),
-        ({"learner": {"gpus": 0.5, "workers": 2}}, [Node(8, 2)], r"placement\.learner\.gpus: two ranks cannot share a GPU"),
-        ({"rollout": {"gpus": 1.5}}, [Node(8, 2)], r"placement\.rollout\.gpus: above 1 it must be a whole number, got 1\.5"),
+        (
+            {"learner": {"gpus": 0.5, "workers": 2}},
+            [Node(8, 2)],
+            r"placement\.learner\.gpus: two ranks cannot share a GPU",
+        ),
+        (
+            {"rollout": {"gpus": 1.5}},
+            [Node(8, 2)],
+            r"placement\.rollout\.gpus: above 1 it must be a whole number, got 1\.5",
+        ),
     ],
 )
 def test_refused(placement: dict, nodes: list[Node], message: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_roles import TOYS, toy_config
 
-from flashdmd_ray.batch import Draws, Prompts, PreferencePairs
+from flashdmd_ray.batch import Draws, PreferencePairs, Prompts
 from flashdmd_ray.config import Config
 from flashdmd_ray.runtime import Runtime, build_runtime
 
@@ -24,21 +24,27 @@ def toy_training(runtime: Runtime, steps: int = 3) -> list[Any]:
         prompts = Prompts(tuple(f"a red {i}" for i in range(BATCH)), torch.arange(BATCH))
         timesteps = draw.timesteps("t", BATCH, 20, 980)
         weights = runtime.publish(runtime.generator.weights(), version=step)
-        candidates = runtime.background(lambda p=prompts, d=draw, w=weights: runtime.rollouts.candidates(p, 1, d.seed("candidates"), w))
+        candidates = runtime.background(
+            lambda p=prompts, d=draw, w=weights: runtime.rollouts.candidates(p, 1, d.seed("candidates"), w)
+        )
         fakes = runtime.generator.predict(prompts, 2, None, seed=draw.seed("predict"))
         (matching, gap), (realism, mean) = runtime.parallel(
-            lambda f=fakes, t=timesteps, d=draw: runtime.score.gradient(f, t, d.seed("score")), lambda f=fakes: runtime.discriminator.gradient(f)
+            lambda f=fakes, t=timesteps, d=draw: runtime.score.gradient(f, t, d.seed("score")),
+            lambda f=fakes: runtime.discriminator.gradient(f),
         )
         metrics = runtime.generator.update(matching, 0.5 * realism)
         assert runtime.score.couple(runtime.generator, 0.9) is None
         updates = runtime.parallel(
-            lambda f=fakes, t=timesteps: runtime.score.update(f, t), lambda f=fakes, t=timesteps: runtime.discriminator.update(f, t)
+            lambda f=fakes, t=timesteps: runtime.score.update(f, t),
+            lambda f=fakes, t=timesteps: runtime.discriminator.update(f, t),
         )
         found = candidates.result()
         rewards = runtime.rewards.score(found)["toy"]
         rows = torch.arange(BATCH)
         winners, losers = found.values[rows, rewards.argmax(1)], found.values[rows, rewards.argmin(1)]
-        pairs = PreferencePairs(prompts, found.noisy, winners, losers, torch.ones(BATCH), torch.ones(BATCH), 999, 749, found.version)
+        pairs = PreferencePairs(
+            prompts, found.noisy, winners, losers, torch.ones(BATCH), torch.ones(BATCH), 999, 749, found.version
+        )
         preferred = runtime.generator.prefer(pairs)
         seen += [fakes.values, matching, realism, rewards, gap, mean, metrics, *updates, preferred]
     return [*seen, runtime.generator.weights()["weight"], runtime.score.weights()["weight"]]
@@ -63,8 +69,14 @@ def test_one_rank_is_bit_identical() -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_ranks_agree_and_keep_the_order_of_the_batch() -> None:
     local = run(toy_config("local"))
-    ray = run(toy_config("ray", placement__learner__workers=2, placement__discriminator__workers=2, placement__rollout__workers=2))
-    assert torch.equal(local[0], ray[0]), "the first prediction depends on nothing but the weights: shards must join exactly"
+    ray = run(
+        toy_config(
+            "ray", placement__learner__workers=2, placement__discriminator__workers=2, placement__rollout__workers=2
+        )
+    )
+    assert torch.equal(local[0], ray[0]), (
+        "the first prediction depends on nothing but the weights: shards must join exactly"
+    )
     for here, there in zip(local, ray, strict=True):
         torch.testing.assert_close(here, there)
 

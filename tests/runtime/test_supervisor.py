@@ -39,7 +39,11 @@ def test_a_dead_learner_is_rebuilt_and_resumes_exactly(tmp_path: Path, caplog: p
     (tmp_path / "struck").mkdir()
     local = build_runtime(toy_config("local", preference__updates=0), roles)
     expected = train(local, tmp_path / "quiet", die_at=None)
-    result = run_supervised(lambda runtime: train(runtime, tmp_path / "struck", die_at=3), lambda: build_runtime(config, roles), max_attempts=2)
+    result = run_supervised(
+        lambda runtime: train(runtime, tmp_path / "struck", die_at=3),
+        lambda: build_runtime(config, roles),
+        max_attempts=2,
+    )
     assert torch.equal(result, expected)
     assert "attempt 1 of 2 failed: generator.dies at step 3: learner-0 is gone" in caplog.text
 
@@ -54,7 +58,9 @@ class Recorder:
         self.closed += 1
 
 
-@pytest.mark.parametrize(("error", "attempts"), [(WorkerLost, 3), (ValueError, 1), (FloatingPointError, 1), (KeyboardInterrupt, 1)])
+@pytest.mark.parametrize(
+    ("error", "attempts"), [(WorkerLost, 3), (ValueError, 1), (FloatingPointError, 1), (KeyboardInterrupt, 1)]
+)
 def test_which_errors_lead_to_another_attempt(error: type[BaseException], attempts: int) -> None:
     built: list[Recorder] = []
 

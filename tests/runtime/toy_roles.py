@@ -65,7 +65,11 @@ class Toy:
         self.weight = torch.load(directory / f"{type(self).__name__}.pt")
 
     def facts(self) -> tuple[str, ...]:
-        return (str(torch.get_num_threads()), os.environ.get("OMP_NUM_THREADS", ""), os.environ.get("MALLOC_TRIM_THRESHOLD_", ""))
+        return (
+            str(torch.get_num_threads()),
+            os.environ.get("OMP_NUM_THREADS", ""),
+            os.environ.get("MALLOC_TRIM_THRESHOLD_", ""),
+        )
 
     def pids(self) -> Tensor:
         return torch.tensor([os.getpid()])
