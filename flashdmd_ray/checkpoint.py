@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -104,12 +103,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, any device, by name as one safetensors file.
-
-    Ranks of a process group hold the same state: all of them may call, and only rank 0 writes.
-    """
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
+    """Write tensors, any device, by name as one safetensors file."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 

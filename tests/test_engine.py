@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flashdmd_ray.config import EngineConfig, OptimizerConfig
-from flashdmd_ray.engine import Engine, build_engine
+from flashdmd_ray.engine import Engine, build_engine, init_process_group
 
 LR, BETAS, DECAY, EPS = 1e-2, (0.9, 0.999), 0.01, 1e-8
 
@@ -237,6 +237,13 @@ def test_state_that_does_not_fit_is_refused_before_any_change():
             trained.load_state(wrong)
         assert "\n" not in str(caught.value)
         assert same(trained.state(), before)
+
+
+def test_a_group_of_several_ranks_needs_a_port():
+    with pytest.raises(ValueError, match="rank 2 is not one of a group of 2"):
+        init_process_group(2, 2, port=1)
+    with pytest.raises(ValueError, match=r"a group of 2 ranks needs a port on 127\.0\.0\.1"):
+        init_process_group(0, 2)
 
 
 def test_frozen_parameters_stay():

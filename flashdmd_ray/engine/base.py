@@ -104,9 +104,8 @@ class Engine(ABC):
         warmup = self.settings.warmup if warmup is None else warmup
         factor = min(1.0, number / warmup) if warmup else 1.0
         self._optimizer.param_groups[0]["lr"] = (self.settings.lr if lr is None else lr) * factor
-        self._optimizer.state[self._masters] = self._moments.setdefault(
-            objective, {}
-        )  # AdamW fills an empty one in place
+        moments = self._moments.setdefault(objective, {})  # AdamW fills an empty one in place
+        self._optimizer.state[self._masters] = moments
         self._apply(norm)
         self._updates[objective] = number
         return norm.item()
