@@ -200,7 +200,7 @@ class GroupConfig(Section):
     cpus: PositiveFloat = 0.5
     """Ray CPUs each worker reserves; a reservation, not a limit."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs, or a share of one, for each worker."""
+    """GPUs, or a share of one, for each worker. Not yet: this version trains on CPUs and refuses anything but 0."""
 
 
 class PlacementConfig(Section):
@@ -299,6 +299,11 @@ class Config(Section):
             if batch % workers:
                 raise ValueError(
                     f"placement.{group}.workers: {workers} ranks cannot share {key} {batch} equally; choose a multiple of the ranks"
+                )
+        for group in ("learner", "discriminator", "rollout", "reward"):
+            if getattr(self.placement, group).gpus:
+                raise ValueError(
+                    f"placement.{group}.gpus: this version trains on CPUs, GPU workers follow; set it to 0"
                 )
         labels = [reward.label for reward in self.rewards]
         if len(set(labels)) < len(labels):
