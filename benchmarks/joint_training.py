@@ -125,9 +125,13 @@ def table(rows: list[dict[str, object]]) -> str:
             key: sum(row[key] for row in found) / len(found) for key in ("frechet", "accuracy", "reward", "diversity")
         }
         spread = f"{min(row['frechet'] for row in found):.2f}..{max(row['frechet'] for row in found):.2f}"
-        lines.append(
-            f"| {arm} | {name} | {len(found)} | {mean['frechet']:.2f} ({spread}) | {mean['accuracy']:.3f} | {mean['reward']:.3f} | {mean['diversity']:.2f} |"
-        )
+        figures = [
+            f"{mean['frechet']:.2f} ({spread})",
+            f"{mean['accuracy']:.3f}",
+            f"{mean['reward']:.3f}",
+            f"{mean['diversity']:.2f}",
+        ]
+        lines.append(f"| {arm} | {name} | {len(found)} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
