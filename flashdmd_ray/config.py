@@ -300,11 +300,6 @@ class Config(Section):
                 raise ValueError(
                     f"placement.{group}.workers: {workers} ranks cannot share {key} {batch} equally; choose a multiple of the ranks"
                 )
-        for group in ("learner", "discriminator", "rollout", "reward"):
-            if getattr(self.placement, group).gpus:
-                raise ValueError(
-                    f"placement.{group}.gpus: this version trains on CPUs, GPU workers follow; set it to 0"
-                )
         labels = [reward.label for reward in self.rewards]
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: two rewards are called the same ({', '.join(labels)}); give each a name")

@@ -32,6 +32,9 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
 
     Raises ValueError, one line, naming the key or file and the remedy.
     """
+    for group, placed in config.placement:
+        if isinstance(placed, GroupConfig) and placed.gpus:
+            raise ValueError(f"placement.{group}.gpus: this version trains on CPUs, GPU workers follow; set it to 0")
     run = RunDirectory.check(config.run.dir, config.run.name, config.model_dump(mode="json"))
     return run, parts_of(config)
 

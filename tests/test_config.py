@@ -61,7 +61,6 @@ def test_the_dump_is_the_same_configuration():
         ("runtime=rey", "runtime", "'local' or 'ray'"),
         ("matching.timestep_range=[500, 20]", "matching.timestep_range", "below the second"),
         ("evaluation.student_steps=[3]", "evaluation.student_steps", "choose divisors"),
-        ("placement.learner.gpus=1", "placement.learner.gpus", "set it to 0"),
         ("adversarial.space=latent", "score.ema", "set score.ema to 1"),
         ("seed.x=1", "seed", "integer"),
         ("steps", "steps", "key=value"),
