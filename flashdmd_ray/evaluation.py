@@ -244,12 +244,11 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("features are not finite: the samples or the feature network are broken")
     gap = x.mean(axis=0) - y.mean(axis=0)
-    cx, cy = np.atleast_2d(np.cov(x, rowvar=False)), np.atleast_2d(np.cov(y, rowvar=False))
-    values, vectors = np.linalg.eigh(cx)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    # Eigenvalues of the symmetric product are those of C1 C2; rounding can leave tiny negative ones.
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cy @ root).clip(min=0)).sum()
-    return float(gap @ gap + np.trace(cx) + np.trace(cy) - 2 * cross)
+    # C = R'R with R from a QR decomposition of the centred samples; the trace of the root is then the nuclear norm of Ry Rx',
+    # which loses no digits to squaring and holds for fewer samples than features too.
+    rx, ry = (np.linalg.qr((z - z.mean(axis=0)) / np.sqrt(len(z) - 1), mode="r") for z in (x, y))
+    cross = np.linalg.svd(ry @ rx.T, compute_uv=False).sum()
+    return max(0.0, float(gap @ gap + np.square(rx).sum() + np.square(ry).sum() - 2 * cross))
 
 
 def demo_held_out(count: int, seed: int) -> HeldOut:

@@ -1,0 +1,154 @@
+"""Commands on a run folder after training: evaluate the student again, export it again. Nothing is trained.
+
+Exit codes are those of the training command: 0 done, 1 failed, 2 the folder or an option is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashdmd_ray.cli import FAILED, brief, prepare_process, refuse, say
+from flashdmd_ray.config import Config, load_config
+from flashdmd_ray.run_directory import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EVALUATION = "evaluation.json"
+
+
+def evaluate_command(arguments: Sequence[str] | None = None) -> int:
+    """`evaluate.py RUN [--samples N] [--seed S]`: the table of teacher and student, also written to RUN/evaluation.json."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description="Compare a run's student with its teacher on held-out prompts and noise."
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a training run, for example runs/demo")
+    parser.add_argument("--samples", type=int, default=2000, help="held-out prompts per row (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of prompts and noise (default: the run's own)")
+    options = parser.parse_args(arguments)
+    return _execute(lambda: evaluate_run(options.run, options.samples, options.seed))
+
+
+def export_command(arguments: Sequence[str] | None = None) -> int:
+    """`export.py RUN [--out DIRECTORY]`: the newest checkpoint's student as a diffusers pipeline."""
+    parser = argparse.ArgumentParser(
+        prog="export.py", description="Write a run's newest student as a diffusers pipeline directory."
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a training run, for example runs/demo")
+    parser.add_argument("--out", metavar="DIRECTORY", type=Path, help="where to (default: RUN/export)")
+    options = parser.parse_args(arguments)
+    return _execute(lambda: export_run(options.run, options.out))
+
+
+def _execute(command: Callable[[], object]) -> int:
+    prepare_process()
+    try:
+        command()
+    except ValueError as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        say(f"failed: {brief(error)}")
+        return FAILED
+    return 0
+
+
+def evaluate_run(run: Path, samples: int, seed: int | None) -> list[dict[str, object]]:
+    """Print the table and write it as JSON; returns its rows. Raises ValueError when `run` holds no student."""
+    config = read_run_config(run)
+    if samples < 2:
+        raise ValueError(f"--samples {samples}: a Frechet distance needs at least 2")
+    if seed is not None and seed < 0:
+        raise ValueError(f"--seed {seed}: must not be negative")
+    seed = config.seed if seed is None else seed
+    config = config.model_copy(
+        update={"seed": seed, "evaluation": config.evaluation.model_copy(update={"samples": samples})}
+    )
+    source = find_student(run)
+
+    import torch
+
+    from flashdmd_ray.evaluation import as_records, print_table
+    from flashdmd_ray.export import load_student
+    from flashdmd_ray.report import measure
+    from flashdmd_ray.roles.networks import load_family
+
+    torch.set_num_threads(config.placement.threads)
+    print(f"evaluating {source}", flush=True)
+    family = load_family(config.model)
+    student = load_student(family, read_student(source))
+    rows = measure(config, family, student, lambda text: print(text, flush=True))
+    print_table(rows)
+    records = as_records(rows)
+    facts = {"student": str(source.relative_to(run)), "samples": samples, "seed": seed, "rows": records}
+    write_atomically(run / EVALUATION, json.dumps(facts, indent=1) + "\n")
+    print(f"written to {run / EVALUATION}")
+    return records
+
+
+def export_run(run: Path, out: Path | None) -> Path:
+    """Export the newest checkpoint; returns the directory. Raises ValueError when there is none or `out` is taken."""
+    config = read_run_config(run)
+
+    from flashdmd_ray.checkpoint import latest_checkpoint, read_state
+    from flashdmd_ray.export import export_pipeline
+    from flashdmd_ray.report import card_facts, student_weights
+    from flashdmd_ray.roles.networks import load_family
+
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"{run} has no complete checkpoint: train it to its first one")
+    training = read_state(checkpoint)
+    facts = card_facts(config, training, _rows_of(run, training))
+    family = load_family(config.model)
+    weights = student_weights(checkpoint)
+    written = export_pipeline(family, weights, config.sampling.timesteps, out or run / "export", facts)
+    print(f"{checkpoint.name} written to {written}")
+    return written
+
+
+def read_run_config(run: Path) -> Config:
+    """The configuration a run was started with. Raises ValueError when `run` is no run folder."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is no run folder (it has no config.yaml): give one such as runs/demo")
+    return load_config(run / "config.yaml")
+
+
+def find_student(run: Path) -> Path:
+    """The run's export, or its newest complete checkpoint while it has none. Raises ValueError when it has neither."""
+    from flashdmd_ray.checkpoint import latest_checkpoint
+
+    if (run / "export" / "flashdmd.json").is_file():
+        return run / "export"
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"{run} has neither an export nor a complete checkpoint: train it to its first one")
+    return checkpoint
+
+
+def read_student(source: Path) -> dict[str, Tensor]:
+    """The student's weights in an export or a checkpoint. Raises ValueError when they are damaged."""
+    from flashdmd_ray.models.sdxl import SDXL
+    from flashdmd_ray.report import student_weights
+
+    if (source / "flashdmd.json").is_file():
+        return SDXL.from_pretrained(str(source), parts=["unet"]).teacher.state_dict()
+    return student_weights(source)
+
+
+def _rows_of(run: Path, training: dict[str, Any]) -> list[Any]:
+    """The rows measured at the end of training, when they belong to this very checkpoint."""
+    from flashdmd_ray.evaluation import Row
+
+    try:
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return []
+    if report.get("training", {}).get("step") != training["step"]:
+        return []
+    return [Row(**row) for row in report["rows"]]
