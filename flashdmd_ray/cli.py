@@ -111,8 +111,11 @@ def refuse(error: ValueError) -> int:
 
 
 def brief(error: Exception) -> str:
-    """The error in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The error in one line; errors that were not written for a reader carry their type."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError | ArithmeticError | OSError):
+        text = f"{type(error).__name__}: {text}"
+    text = text or type(error).__name__
     return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."
 
 

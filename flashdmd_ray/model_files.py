@@ -11,7 +11,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,16 +24,27 @@ PIPELINE = {
     "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2"),
 }
 """The parts of a pipeline directory that hold weights, by model family; each has a config.json beside them."""
-PIPELINE_JSON = {
-    "sdxl": ("model_index.json", "scheduler/scheduler_config.json"),
+PIPELINE_JSON: dict[str, dict[str, Sequence[str]]] = {
+    "sdxl": {
+        "model_index.json": ("_class_name",),
+        "scheduler/scheduler_config.json": (),
+        "unet/config.json": ("sample_size", "in_channels"),
+        "vae/config.json": ("block_out_channels",),
+    },
 }
+"""Keys that a pipeline's JSON files must have, by model family."""
+PIPELINE_CLASS = {"sdxl": "StableDiffusionXLPipeline"}
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """One pretrained model. parameters: by part ('' for a model of one part); empty when only loading can tell."""
+    """One pretrained model. root: where its files lie; None for a hub repository that is not on this machine.
+
+    parameters: by part ('' for a model of one part); empty when only loading can tell.
+    """
 
     source: str
+    root: Path | None = None
     parameters: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -44,7 +55,15 @@ class ModelFiles:
 def teacher_files(config: Config) -> ModelFiles:
     """The teacher's pipeline. Raises ValueError, one line, naming the file and the remedy."""
     family = config.model.family
-    return _inspect("model.teacher", config.model.teacher, "teacher", PIPELINE[family], PIPELINE_JSON[family])
+    files = _inspect("model.teacher", config.model.teacher, "teacher", PIPELINE[family], PIPELINE_JSON[family])
+    if files.root is not None:
+        found = json.loads((files.root / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        if found != PIPELINE_CLASS[family]:
+            raise ValueError(
+                f"model.teacher: {files.source} holds a {found}, but model.family '{family}' is a {PIPELINE_CLASS[family]}; "
+                "choose a teacher of that family"
+            )
+    return files
 
 
 def sam_files(config: Config) -> ModelFiles:
@@ -53,10 +72,9 @@ def sam_files(config: Config) -> ModelFiles:
     if path.suffix in (".pth", ".pt"):
         if not path.is_file():
             raise ValueError(f"model.sam: {path} does not exist; correct the path or download the checkpoint")
-        return ModelFiles(
-            str(path), {"": path.stat().st_size // 4}
-        )  # an official checkpoint is float32 weights and nothing else
-    return _inspect("model.sam", config.model.sam, "sam", ("",), ())
+        floats = path.stat().st_size // 4  # an official checkpoint is float32 weights and nothing else
+        return ModelFiles(str(path), path.parent, {"": floats})
+    return _inspect("model.sam", config.model.sam, "sam", ("",), {})
 
 
 def reward_files(config: Config) -> dict[str, ModelFiles]:
@@ -64,11 +82,13 @@ def reward_files(config: Config) -> dict[str, ModelFiles]:
     found = {}
     for index, reward in enumerate(config.rewards):
         part = "latent_reward" if reward.kind == "latent" else "reward"
-        found[reward.label] = _inspect(f"rewards.{index}.path", reward.path, part, ("",), ())
+        found[reward.label] = _inspect(f"rewards.{index}.path", reward.path, part, ("",), {})
     return found
 
 
-def _inspect(key: str, source: str, demo_part: str, parts: Sequence[str], json_files: Sequence[str]) -> ModelFiles:
+def _inspect(
+    key: str, source: str, demo_part: str, parts: Sequence[str], json_files: Mapping[str, Sequence[str]]
+) -> ModelFiles:
     """Raises ValueError, naming the configuration `key`, when weights, a config.json or another JSON file is missing or damaged."""
     if source == "demo":
         root, name = weights_path(demo_part), "demo weights"
@@ -80,11 +100,11 @@ def _inspect(key: str, source: str, demo_part: str, parts: Sequence[str], json_f
             return ModelFiles(source)
         root, name = snapshot, source
     try:
-        for file in json_files:
-            check_json(root / file)
+        for file, keys in json_files.items():
+            check_json(root / file, keys)
         for part in parts:
             check_json(root / part / "config.json")
-        return ModelFiles(name, {part: count_parameters(root / part) for part in parts})
+        return ModelFiles(name, root, {part: count_parameters(root / part) for part in parts})
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 
@@ -108,16 +128,21 @@ def _snapshot(key: str, source: str) -> Path | None:
     return None
 
 
-def check_json(path: Path) -> None:
-    """Raises ValueError when a JSON file is missing or no JSON object."""
+def check_json(path: Path, keys: Sequence[str] = ()) -> None:
+    """Raises ValueError when a JSON file is missing, is no JSON object, or lacks a key."""
     try:
-        whole = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(f"{path} is missing; download or make the model again") from None
     except ValueError:
-        whole = False
-    if not whole:
+        tree = None
+    if not isinstance(tree, dict):
         raise ValueError(f"{path} is damaged (no JSON object); download or make the model again")
+    for key in keys:
+        if key not in tree:
+            raise ValueError(
+                f"{path} lacks '{key}': it is damaged or describes another kind of model; choose another path"
+            )
 
 
 def count_parameters(folder: Path) -> int:

@@ -25,6 +25,8 @@ def write_pipeline(folder: Path) -> Path:
             parameters,
             "diffusion_pytorch_model.safetensors" if part in ("unet", "vae") else "model.safetensors",
         )
+    (folder / "unet" / "config.json").write_text(json.dumps({"sample_size": 8, "in_channels": 4}))
+    (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8]}))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")

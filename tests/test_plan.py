@@ -98,6 +98,14 @@ def test_memory_follows_engine_ranks_and_objectives(settings, tmp_path, monkeypa
             r"rewards\.0\.path: .*model\.safetensors is damaged",
         ),
         (lambda root: (root / "lrm/config.json").write_text("{"), r"rewards\.1\.path: .*config\.json is damaged"),
+        (
+            lambda root: (root / "teacher/unet/config.json").write_text("{}"),
+            r"model\.teacher: .*config\.json lacks 'sample_size'",
+        ),
+        (
+            lambda root: (root / "teacher/model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
+            r"model\.teacher: .* holds a FluxPipeline",
+        ),
         (lambda root: (root / "teacher/model_index.json").unlink(), r"model\.teacher: .*model_index\.json is missing"),
     ],
 )
@@ -106,6 +114,14 @@ def test_missing_and_damaged_files_are_named(settings, tmp_path, damage, message
     with pytest.raises(ValueError, match=message) as refusal:
         plan.check(parse_config(settings))
     assert "\n" not in str(refusal.value)
+
+
+def test_an_official_sam_checkpoint_is_one_file(settings, tmp_path):
+    settings["model"]["sam"] = str(tmp_path / "sam_vit_b.pth")
+    with pytest.raises(ValueError, match=r"model\.sam: .* does not exist"):
+        plan.check(parse_config(settings))
+    (tmp_path / "sam_vit_b.pth").write_bytes(bytes(4000))
+    assert row(plan_text(settings), "discriminator: SAM")[3] == "1,000"
 
 
 @pytest.mark.parametrize("path", ["/no/where", "./no", "no\nwhere", "nobody/nothing"])
