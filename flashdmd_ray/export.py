@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
@@ -67,15 +67,17 @@ def few_step_scheduler(scheduler_config: Mapping[str, Any], timesteps: Sequence[
         raise ValueError(
             f"{scheduler_config.get('_class_name')} has no betas: only variance-preserving models are exported so far"
         )
+    # As training reads it: what the configuration does not state has DDPM's defaults, not LCM's.
+    config = DDPMScheduler.from_config(dict(scheduler_config)).config
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    settings = {name: scheduler_config[name] for name in kept if name in scheduler_config}
+    settings = {name: config[name] for name in kept}
     settings |= {
-        "rescale_betas_zero_snr": scheduler_config.get("rescale_betas_zero_snr", False),
+        "rescale_betas_zero_snr": config["rescale_betas_zero_snr"],
         "clip_sample": False,
         "timestep_spacing": "trailing",
         "timestep_scaling": _TIMESTEP_SCALING,
     }
-    total = int(settings.get("num_train_timesteps", 1000))
+    total = int(settings["num_train_timesteps"])
     for resolution in (total, len(timesteps)):
         scheduler = LCMScheduler(**settings, original_inference_steps=resolution)
         scheduler.set_timesteps(len(timesteps))

@@ -82,6 +82,10 @@ class TextTowers(nn.Module):
         self.width = int(encoder.config.hidden_size + encoder_2.config.hidden_size)
         self.pooled_width = int(encoder_2.config.projection_dim)
 
+    def forget(self) -> None:
+        """Empty the cache, whose embeddings stay on the device they were computed on."""
+        self._cache.clear()
+
     @torch.no_grad()
     def _encode_group(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         hidden = []
@@ -141,7 +145,7 @@ class SDXL:
         self.latent_shape = latent_shape
         self.image_size = image_size
         self.device = torch.device("cpu")
-        self.checkpoint_decoder = False
+        self.checkpoint_decoder = False  # recompute the decoder in the backward pass: less memory at 1024 pixels
         self.zero_unconditional = zero_unconditional
         self._modules = {name: module.requires_grad_(False).eval() for name, module in modules.items()}
 
@@ -211,6 +215,8 @@ class SDXL:
         self.device = torch.device(device)
         for module in self._modules.values():
             module.to(self.device)
+        if "text" in self._modules:
+            self.text.forget()
         return self
 
     def denoiser(self, gradient_checkpointing: bool = False) -> SDXLDenoiser:
