@@ -45,7 +45,7 @@ def run_job(config: Config) -> int:
     with (
         Tracker(directory, config.tracking, after_step=done) as tracker,
         Progress(config.steps, done) as progress,
-        Interruption() as stop,
+        Interruption(progress.notice) as stop,
     ):
         progress.say(f"resuming after step {done}" if done else f"starting {directory.path}")
 
@@ -97,11 +97,13 @@ class TrainingRun:
         """Load every role from the newest complete checkpoint, if there is one."""
         checkpoint = latest_checkpoint(self.directory.checkpoints)
         if checkpoint is None:
+            self.tracker.rewind(0)
             return
         state = read_state(checkpoint)
         for role in (self.runtime.generator, self.runtime.score, self.runtime.discriminator):
             role.load(checkpoint)
         self.done, self.counters, self.seconds = state["step"], state["counters"], state["seconds"]
+        self.tracker.rewind(self.done)  # steps after the checkpoint will be done, and recorded, again
 
     def steps(self) -> Iterator[int]:
         """From the first step not yet done until the last, or until a signal asks to stop."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -58,7 +59,7 @@ class PreferenceSource:
         if not self.due(draw.step):
             return []
         return [
-            self.runtime.background(lambda update=update: self._rated_pairs(draw, update))
+            self.runtime.background(partial(self._rated_pairs, draw, update))
             for update in range(self.config.preference.updates)
         ]
 

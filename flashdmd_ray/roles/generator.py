@@ -81,7 +81,8 @@ class Generator:
     def update(self, matching: Tensor, realism: Tensor) -> Metrics:
         """One backward and one optimizer step from the critics' per-sample gradients dLoss_b/dx_b, each float32 (B, C, h, w).
 
-        The objective is their mean over the batch, so it does not matter how many ranks a critic had. One backward of the sum: two would lose the first gradient under ZeRO. Raises FloatingPointError when not finite.
+        The objective is their mean over the batch, so it does not matter how many ranks a critic had. One backward of
+        the sum: two would lose the first gradient under ZeRO. Raises FloatingPointError when not finite.
         """
         assert self._outputs is not None, "update() without predict()"
         coarse, fine = self._outputs
