@@ -55,7 +55,7 @@ def run_job(config: Config) -> int:
             train(config, runtime, build_images(config.data, config.seed), run)
 
         if done < config.steps:
-            run_supervised(attempt, lambda: build_runtime(config), config.deadlines.attempts)
+            run_supervised(attempt, lambda: build_runtime(config, say=progress.say), config.deadlines.attempts)
         if steps_done(directory) < config.steps:
             tracker.finish("interrupted")
             return stop.exit_code
