@@ -26,12 +26,9 @@ ARMS = {
 
 def main() -> None:
     options = parse()
-    jobs = [(arm, seed) for seed in options.seeds for arm in ARMS]
+    jobs = [(arm, seed) for seed in options.seeds for arm in (*ARMS, "teacher")]
     with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(lambda job: train(*job, options), jobs))
-        measured = list(
-            pool.map(lambda job: measure(*job, options), [("teacher", seed) for seed in options.seeds] + jobs)
-        )
+        measured = list(pool.map(lambda job: train_and_measure(*job, options), jobs))
     rows = [row for rows in measured for row in rows]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "joint_training.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -60,6 +57,12 @@ def overrides(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
         *options.set,
         *ARMS.get(arm, []),
     ]
+
+
+def train_and_measure(arm: str, seed: int, options: argparse.Namespace) -> list[dict[str, object]]:
+    if arm in ARMS:
+        train(arm, seed, options)
+    return measure(arm, seed, options)
 
 
 def train(arm: str, seed: int, options: argparse.Namespace) -> None:
