@@ -212,6 +212,9 @@ class PromptChecker:
     def load(cls, path: Path | None = None) -> PromptChecker:
         """From `config.json` and `model.safetensors` in `path` (default: the shipped judge)."""
         path = weights_path("checker") if path is None else path
+        for file in ("config.json", "model.safetensors"):
+            if not (path / file).is_file():
+                raise ValueError(f"{path / file} is missing: not a checker directory")
         config = json.loads((path / "config.json").read_text())
         digits, encoder = DigitClassifier(), SceneEncoder(config["attribute_count"])
         state = load_file(path / "model.safetensors")

@@ -68,7 +68,7 @@ class LatentRewardModel(nn.Module):
                 }
             model.load_state_dict({name: value.float() for name, value in state.items()})
         except FileNotFoundError as error:
-            raise ValueError(f"{error.filename or path} is missing: not a latent reward model directory") from error
+            raise ValueError(f"{path} is not a complete latent reward model: {error}") from error
         except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} does not hold a latent reward model: {error}") from error
         return model

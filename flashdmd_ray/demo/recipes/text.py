@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import string
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -28,28 +29,17 @@ _POOL = 30_000
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with merges learnt on the captions, so that every word of the grammar is one token.
+    """CLIP's byte-pair tokenizer with merges learnt on the grammar's words, so that each of them is one token.
 
-    Other words fall apart into letters.
+    Other words fall apart into letters. The merges are learnt here because the tokenizers library numbers its tokens
+    differently in every process.
     """
     words = ["a", "on", "background", *COLOURS, *BACKGROUNDS, *" ".join(RELATIONS).split(), *string.digits]
-    tokenizer = Tokenizer(models.BPE(unk_token=_END, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
-    letters = list(string.ascii_lowercase)
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=[_START, _END],
-        end_of_word_suffix="</w>",
-        initial_alphabet=letters,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(words + letters, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(pair) for pair in model["merges"]]
-    result = CLIPTokenizer(
-        vocab=model["vocab"],
+    merges = _learn_merges(words)
+    letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase + string.digits)]
+    tokens = [_START, _END, *letters, *(first + second for first, second in merges)]
+    tokenizer = CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
         merges=merges,
         unk_token=_END,
         bos_token=_START,
@@ -58,8 +48,30 @@ def build_tokenizer() -> CLIPTokenizer:
         model_max_length=MAX_LENGTH,
     )
     for word in words:
-        if len(result(word).input_ids) != 3:
+        if len(tokenizer(word).input_ids) != 3:
             raise AssertionError(f"the word {word!r} is not one token")
+    return tokenizer
+
+
+def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every word one token: the most frequent pair first, ties by the alphabet."""
+    split = [[*word[:-1], f"{word[-1]}</w>"] for word in dict.fromkeys(words)]
+    merges: list[tuple[str, str]] = []
+    while any(len(parts) > 1 for parts in split):
+        counts = Counter(pair for parts in split for pair in pairwise(parts))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        split = [_merge(parts, best) for parts in split]
+    return merges
+
+
+def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    result: list[str] = []
+    for part in parts:
+        if result and (result[-1], part) == pair:
+            result[-1] += part
+        else:
+            result.append(part)
     return result
 
 
