@@ -26,7 +26,7 @@ ARMS = {
 
 def main() -> None:
     options = parse()
-    jobs = [(arm, seed) for seed in options.seeds for arm in (*ARMS, "teacher")]
+    jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
     with ThreadPoolExecutor(options.workers) as pool:
         measured = list(pool.map(lambda job: train_and_measure(*job, options), jobs))
     rows = [row for rows in measured for row in rows]
@@ -38,6 +38,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=[*ARMS, "teacher"], choices=[*ARMS, "teacher"])
     parser.add_argument("--samples", type=int, default=2000, help="held-out prompts per figure")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes to the demo, for all arms")
