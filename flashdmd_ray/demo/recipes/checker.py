@@ -76,7 +76,7 @@ def train(work: Path, plan: Plan = PLAN) -> tuple[PromptChecker, dict[str, float
     seconds = fit("checker_digits", digits, digit_loss, plan, work)
     seconds += fit("checker_scenes", encoder, scene_loss, replace(plan, steps=_SCENE_STEPS * plan.steps), work)
     checker = PromptChecker(digits, encoder)
-    return checker, {"seconds": seconds, **evaluate(checker)}
+    return checker, {"seconds": seconds, "scene_encoder_steps": _SCENE_STEPS * plan.steps, **evaluate(checker)}
 
 
 def evaluate(checker: PromptChecker, count: int = 4000) -> dict[str, float]:
