@@ -27,7 +27,7 @@ TOYS = {
 
 def toy_config(runtime: str = "ray", **settings: Any) -> Config:
     """A configuration with a short deadline for calls; settings: dotted keys with '__' for the dot."""
-    tree: dict[str, Any] = {"runtime": runtime, "deadlines": {"call_s": 20.0, "start_s": 240.0, "retries": 2}}
+    tree: dict[str, Any] = {"runtime": runtime, "deadlines": {"call_s": 20.0, "start_s": 600.0, "retries": 2}}
     for key, value in settings.items():
         *parents, last = key.split("__")
         branch = tree
