@@ -50,16 +50,15 @@ def limit_threads(threads: int) -> None:
 
 
 def use_loopback(environment: MutableMapping[str, str]) -> None:
-    """Keep a Ray that this job starts for itself off the network.
+    """Keep a Ray that this job starts for itself off the network, and patient on a busy machine.
 
     Ray replaces 127.0.0.1 by the address of a network interface and then listens there. It has a switch for systems
-    whose firewall would ask the user; despite the switch's name it works everywhere. It is read when `ray` is imported
-    and inherited by every Ray process.
+    whose firewall would ask the user; despite the switch's name it works everywhere. All of these are read when `ray`
+    is imported and are inherited by every Ray process. In a cluster (RAY_ADDRESS) its own settings hold.
     """
-    if "RAY_ADDRESS" not in environment:
-        environment.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # A busy machine needs longer than Ray's 60 and 30 s.
-    environment.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "180")
-    environment.setdefault("RAY_gcs_server_port_wait_time_s", "180")
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "RAY_ADDRESS" not in environment:
+        environment.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        environment.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "180")
+        environment.setdefault("RAY_gcs_server_port_wait_time_s", "180")

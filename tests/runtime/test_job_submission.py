@@ -108,7 +108,7 @@ def head() -> Iterator[Head]:
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, token: str, log: Path) -> None:
     give_up = time.monotonic() + 240
-    while status_of(url, token) != 200:
+    while "Ray runtime started" not in log.read_text() or status_of(url, token) != 200:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < give_up, log.read_text()
         time.sleep(0.5)
@@ -133,3 +133,24 @@ def test_the_api_wants_the_token(head: Head) -> None:
     assert status_of(f"{head.address}/api/jobs/", "0" * 64) in (401, 403)
     token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert status_of(f"{head.address}/api/jobs/", token) == 200
+
+
+def test_joint_training_as_a_job(head: Head, tmp_path: Path) -> None:
+    """The real job from the real working directory, with as little to do as it can have."""
+    settings = ["steps=1", "batch=2", "preference.updates=1", "preference.batch=2", "preference.candidates=2"]
+    settings += [
+        "evaluation.samples=2",
+        "evaluation.batch=2",
+        "evaluation.student_steps=[4]",
+        "evaluation.teacher_steps=2",
+    ]
+    settings += ["tracking.enabled=false", f"run.dir={tmp_path}", "run.name=job"]
+    done = head.submit(ROOT, "python", "jobs/joint_train.py", "--set", *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (package,) = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).parent.glob(
+        "session_2*/runtime_resources/working_dir_files/*/jobs"
+    )
+    uploaded = [path.name for path in package.parent.iterdir()]
+    assert not {".venv", ".git", "runs", "work"} & set(uploaded), uploaded
+    metrics = (tmp_path / "job" / "metrics.jsonl").read_text()
+    assert "preference/loss" in metrics
