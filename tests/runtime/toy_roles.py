@@ -79,6 +79,9 @@ class Toy:
             raise kind(f"raised in rank {self.rank}")
         time.sleep(30)
 
+    def echo(self, value: Any) -> Any:
+        return value
+
     def sleeps(self, seconds: float) -> float:
         time.sleep(seconds)
         return seconds
