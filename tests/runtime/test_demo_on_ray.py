@@ -1,0 +1,56 @@
+"""The real roles on the shipped weights: the Ray runtime gives the bits of the local one, so what is debugged here runs there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashdmd_ray.config import load_config
+from flashdmd_ray.data import build_images
+from flashdmd_ray.driver import train
+from flashdmd_ray.roles.networks import Metrics
+from flashdmd_ray.runtime import build_runtime
+
+STEPS = 2
+SMALL = ["batch=4", "ttur=2", "preference.updates=1", "preference.batch=4", "preference.candidates=2"]
+
+
+class Recorded:
+    """What the loop reports, kept."""
+
+    def __init__(self) -> None:
+        self.metrics: list[Metrics] = []
+
+    def steps(self) -> Iterable[int]:
+        return range(STEPS)
+
+    def finish(self, step: int, metrics: Metrics) -> None:
+        self.metrics.append(metrics)
+
+
+def run(runtime_name: str) -> tuple[list[Metrics], dict[str, Tensor]]:
+    config = load_config(None, [f"runtime={runtime_name}", *SMALL])
+    runtime = build_runtime(config)
+    try:
+        recorded = Recorded()
+        train(config, runtime, build_images(config.data, config.seed), recorded)
+        return recorded.metrics, runtime.generator.weights()
+    finally:
+        runtime.close()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_demo_is_bit_identical_on_ray() -> None:
+    threads = torch.get_num_threads()
+    try:
+        (here, mine), (there, theirs) = run("local"), run("ray")
+    finally:
+        torch.set_num_threads(threads)
+    assert len(here) == STEPS
+    assert "preference/loss" in here[-1]
+    assert here == there
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
