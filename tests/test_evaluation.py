@@ -142,7 +142,7 @@ def test_the_table_tells_a_perfect_sampler_from_a_useless_one():
     assert perfect.accuracy >= 0.9
     assert useless.accuracy <= 0.1
     assert perfect.frechet == pytest.approx(real.frechet, rel=0.5)
-    assert useless.frechet > 5 * real.frechet
+    assert useless.frechet > 2 * real.frechet, "32 samples alone put real images far from each other"
     assert perfect.reward > useless.reward
     assert perfect.diversity == pytest.approx(0, abs=1e-6), "the same image again and again"
     assert real.diversity > 0

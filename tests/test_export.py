@@ -36,13 +36,23 @@ def trained(family: SDXL) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in student.named_parameters()}
 
 
-@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+@pytest.fixture(scope="module")
 def family(request, tmp_path_factory):
-    return SDXL.from_pretrained(str(save_sdxl(tmp_path_factory.mktemp("base"), prediction_type=request.param)))
+    prediction_type = getattr(request, "param", "epsilon")
+    return SDXL.from_pretrained(str(save_sdxl(tmp_path_factory.mktemp("base"), prediction_type=prediction_type)))
 
 
 @pytest.mark.parametrize(
-    "timesteps", [(999, 749, 499, 249), (999,), (999, 499), tuple(range(999, 0, -125)), (999, 600, 100)]
+    ("family", "timesteps"),
+    [
+        ("epsilon", (999, 749, 499, 249)),
+        ("v_prediction", (999, 749, 499, 249)),
+        ("epsilon", (999,)),
+        ("epsilon", (999, 499)),
+        ("epsilon", tuple(range(999, 0, -125))),
+        ("epsilon", (999, 600, 100)),
+    ],
+    indirect=["family"],
 )
 def test_plain_diffusers_draws_the_images_of_our_sampler(family, timesteps, tmp_path):
     weights = trained(family)
