@@ -9,7 +9,7 @@ from flashdmd_ray.demo.checker import PromptChecker
 from flashdmd_ray.demo.recipes.preferences import contradicting_pool
 from flashdmd_ray.demo.recipes.training import make_pool
 
-_COUNT = 1000
+_COUNT = 600
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def test_rejects_noise(judge: PromptChecker, real: tuple[torch.Tensor, list[str]
 
 def test_verdict_does_not_depend_on_the_batch(judge: PromptChecker, real: tuple[torch.Tensor, list[str]]) -> None:
     images, captions = real
-    together = judge.correct(images[:50], captions[:50])
+    together = judge.correct(images[:12], captions[:12])
     assert together.tolist() == [
-        judge.correct(image[None], [caption]).item() for image, caption in zip(images[:50], captions[:50], strict=True)
+        judge.correct(image[None], [caption]).item() for image, caption in zip(images[:12], captions[:12], strict=True)
     ]
 
 

@@ -101,13 +101,13 @@ def train(work: Path, tokenizer: CLIPTokenizer, plan: Plan = PLAN) -> tuple[CLIP
     return model.clip.eval(), {"seconds": seconds, **evaluate(model.clip.eval(), tokenizer)}
 
 
-@torch.no_grad()
 def score(clip: CLIPModel, ids: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """PickScore (B,) of images (B, 3, 24, 24) in [-1, 1]: exp(logit_scale) times the cosine."""
     output = clip(input_ids=ids, pixel_values=normalise(images))
     return clip.logit_scale.exp() * (output.image_embeds * output.text_embeds).sum(-1)
 
 
+@torch.no_grad()
 def evaluate(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int = 2000) -> dict[str, float]:
     """Shares of held-out pairs in which the real scene scores higher than a contradicting or a badly drawn one."""
     pool = make_pool(count, "held_out", 6262)

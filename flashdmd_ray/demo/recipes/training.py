@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -91,7 +91,7 @@ def fit(
 
     `loss_of(step, generator)` returns the scalar loss of one step. State is saved in `work/<name>.pt` at most every
     `save_seconds`; when the file exists training goes on from there. With an EMA the model ends with the averaged
-    weights.
+    weights. Raises ValueError when the file was made by another plan.
     """
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
@@ -101,7 +101,7 @@ def fit(
     )
     ema = Ema(model, plan.ema_decay)
     state_file = work / f"{name}.pt"
-    start, spent = _resume(state_file, model, optimizer, ema)
+    start, spent = _resume(state_file, plan, model, optimizer, ema)
     began = saved = logged = time.monotonic()
     running = 0.0
     for step in range(start, plan.steps):
@@ -122,24 +122,28 @@ def fit(
             print(f"{name}: step {step + 1}/{plan.steps} loss {running:.4f} left {left:.0f} s", flush=True)
         if now - saved > save_seconds or step + 1 == plan.steps:
             saved = now
-            _save(state_file, model, optimizer, ema, step + 1, spent + now - began)
+            _save(state_file, plan, model, optimizer, ema, step + 1, spent + now - began)
     if plan.ema_decay:
         ema.copy_to(model)
     return spent + time.monotonic() - began
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> tuple[int, float]:
+def _resume(path: Path, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True)
+    if state["plan"] != asdict(plan):
+        raise ValueError(f"{path} was made by another training plan; remove it or name another work directory")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     ema.shadow = state["ema"]
     return state["step"], state["seconds"]
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int, seconds: float) -> None:
+def _save(
+    path: Path, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int, seconds: float
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.shadow}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.shadow, "plan": asdict(plan)}
     torch.save({**state, "step": step, "seconds": seconds}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
