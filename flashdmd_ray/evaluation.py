@@ -240,15 +240,15 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
         raise ValueError(
             f"two sets of at least 2 features are needed, got {tuple(first.shape)} and {tuple(second.shape)}"
         )
-    x, y = (features.detach().cpu().double().numpy() for features in (first, second))
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    x, y = (features.detach().cpu().double() for features in (first, second))
+    if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("features are not finite: the samples or the feature network are broken")
-    gap = x.mean(axis=0) - y.mean(axis=0)
+    gap = x.mean(dim=0) - y.mean(dim=0)
     # C = R'R with R from a QR decomposition of the centred samples; the trace of the root is then the nuclear norm of Ry Rx',
     # which loses no digits to squaring and holds for fewer samples than features too.
-    rx, ry = (np.linalg.qr((z - z.mean(axis=0)) / np.sqrt(len(z) - 1), mode="r") for z in (x, y))
-    cross = np.linalg.svd(ry @ rx.T, compute_uv=False).sum()
-    return max(0.0, float(gap @ gap + np.square(rx).sum() + np.square(ry).sum() - 2 * cross))
+    rx, ry = (torch.linalg.qr((z - z.mean(dim=0)) / (len(z) - 1) ** 0.5, mode="r").R for z in (x, y))
+    cross = torch.linalg.svdvals(ry @ rx.T).sum()
+    return max(0.0, (gap @ gap + rx.square().sum() + ry.square().sum() - 2 * cross).item())
 
 
 def demo_held_out(count: int, seed: int) -> HeldOut:
