@@ -104,7 +104,7 @@ class MatchingConfig(Section):
     timestep_range: tuple[Timestep, Timestep] = (20, 980)
     """[open] Where x is noised for the DM gradient; the range is DMD2's."""
     guidance_scale: Annotated[float, Field(ge=1)] = 8.0
-    """Classifier-free guidance of the teacher: 8 for SDXL, 7 for SD3 in related work, about 3 for the demo."""
+    """Classifier-free guidance of the teacher: 8 for SDXL, 7 for SD3 in related work, 2 for the demo."""
     epsilon: PositiveFloat = 1e-6
     """Keeps the per-sample normaliser mean|x - x_real| from zero."""
 
