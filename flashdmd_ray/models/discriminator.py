@@ -65,7 +65,9 @@ class Head(nn.Module):
 
     def __init__(self, width: int, hidden: int, prompt_width: int | None) -> None:
         super().__init__()
-        groups = math.gcd(8, hidden)
+        # At least four channels to a group: one channel alone would lose its mean over the image, and with it all
+        # that is global.
+        groups = math.gcd(8, hidden, max(1, hidden // 4))
         self.body = nn.Sequential(
             spectral_norm(nn.Conv2d(width, hidden, 1)),
             nn.GroupNorm(groups, hidden),
