@@ -35,7 +35,7 @@ def gradient_of(generator: Generator, matching: torch.Tensor, realism: torch.Ten
     """What `update` would hand to the optimizer."""
     coarse, fine = generator._outputs
     parameters = [p for p in generator.engine.module.parameters() if p.requires_grad]
-    loss = (coarse * matching).sum() + (fine * realism).sum()
+    loss = ((coarse * matching).sum() + (fine * realism).sum()) / len(coarse)
     grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return torch.cat([g.flatten() for g in grads if g is not None])
 

@@ -63,5 +63,7 @@ def test_groups_follow_the_configuration() -> None:
     assert [g.name for g in groups()] == ["learner", "discriminator", "rollout", "reward"]
     distilling = worker_groups(parse_config({"preference": {"updates": 0}}))
     assert [g.name for g in distilling] == ["learner", "discriminator"]
-    baseline = worker_groups(parse_config({"adversarial": {"space": "latent"}, "preference": {"updates": 0}}))
+    baseline = worker_groups(
+        parse_config({"adversarial": {"space": "latent"}, "score": {"ema": 1.0}, "preference": {"updates": 0}})
+    )
     assert [(g.name, list(g.roles)) for g in baseline] == [("learner", ["generator", "score", "discriminator"])]
