@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install ## the main job on the shipped demo: distillation and preference RL on real images, a few minutes
+demo: install ## the main job on the shipped demo: distillation and preference RL on real images
 	$(BIN)/python jobs/joint_train.py
 
 test: install ## all tests

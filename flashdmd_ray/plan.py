@@ -12,7 +12,7 @@ from flashdmd_ray.run_directory import RunDirectory
 GIB = 2**30
 FLOAT = 4
 PROCESS_GIB = 0.6
-"""Private memory of one worker before its models, measured: Python, torch, diffusers, transformers and Ray."""
+"""Private memory of one worker before its models, a rough estimate: Python, torch, diffusers, transformers and Ray."""
 
 
 @dataclass(frozen=True)
