@@ -27,10 +27,10 @@ ARMS = {
 def main() -> None:
     options = parse()
     jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
+    options.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.workers) as pool:
         measured = list(pool.map(lambda job: train_and_measure(*job, options), jobs))
     rows = [row for rows in measured for row in rows]
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "joint_training.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
 
@@ -69,7 +69,6 @@ def train_and_measure(arm: str, seed: int, options: argparse.Namespace) -> list[
 def train(arm: str, seed: int, options: argparse.Namespace) -> None:
     """One run of the main job in a process of its own, on one thread."""
     command = [sys.executable, str(ROOT / "jobs" / "joint_train.py"), "--set", *overrides(arm, seed, options)]
-    options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / f"{arm}-{seed}.log").open("a") as log:
         subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
     print(f"trained {arm} {seed}", flush=True)
