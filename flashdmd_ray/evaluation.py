@@ -19,8 +19,8 @@ from torch import Tensor
 from flashdmd_ray.batch import derive_seed
 from flashdmd_ray.diffusion.sampling import DrawNoise, ddim_sample, few_step_sample, guided
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
+from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.rewards import PixelReward
-from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.roles.networks import bind
 
 DIVERSITY_PROMPTS, DIVERSITY_NOISES = 32, 4
@@ -100,7 +100,7 @@ def seed_of(seed: int, index: int) -> int:
     return derive_seed(seed, "evaluation", index)
 
 
-def teacher_sampler(family: SDXL, steps: int, guidance_scale: float) -> Sampler:
+def teacher_sampler(family: Family, steps: int, guidance_scale: float) -> Sampler:
     """The frozen teacher, deterministic, with classifier-free guidance (two forwards per step unless the scale is 1)."""
 
     def sample(conditioning: Conditioning, draw_noise: DrawNoise) -> Tensor:
@@ -116,7 +116,7 @@ def teacher_sampler(family: SDXL, steps: int, guidance_scale: float) -> Sampler:
     return Sampler(name, steps * (1 if guidance_scale == 1 else 2), sample)
 
 
-def student_sampler(name: str, family: SDXL, network: Denoiser, timesteps: Sequence[int]) -> Sampler:
+def student_sampler(name: str, family: Family, network: Denoiser, timesteps: Sequence[int]) -> Sampler:
     """A few-step generator without guidance. With the teacher as `network` it is the student before distillation."""
 
     def sample(conditioning: Conditioning, draw_noise: DrawNoise) -> Tensor:
@@ -138,7 +138,7 @@ def every_kth(timesteps: Sequence[int], steps: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def sample_images(
-    family: SDXL, sampler: Sampler, texts: Sequence[str], indices: Sequence[int], seed: int, batch: int
+    family: Family, sampler: Sampler, texts: Sequence[str], indices: Sequence[int], seed: int, batch: int
 ) -> Iterator[Tensor]:
     """Images float32 (<= batch, 3, H, W) in [-1, 1], on the CPU, batch after batch; sample i uses noise `indices[i]`."""
     for start in range(0, len(texts), batch):
@@ -149,7 +149,7 @@ def sample_images(
 
 
 def evaluate(
-    family: SDXL,
+    family: Family,
     samplers: Sequence[Sampler],
     held_out: HeldOut,
     judge: Judge,
@@ -187,7 +187,7 @@ def _chunks(texts: Sequence[str], size: int) -> list[Sequence[str]]:
 
 
 def _measure(
-    family: SDXL,
+    family: Family,
     sampler: Sampler,
     texts: Sequence[str],
     reference: Tensor,
@@ -214,7 +214,7 @@ def _measure(
     )
 
 
-def _diversity(family: SDXL, sampler: Sampler, texts: Sequence[str], judge: Judge, seed: int, batch: int) -> float:
+def _diversity(family: Family, sampler: Sampler, texts: Sequence[str], judge: Judge, seed: int, batch: int) -> float:
     """Several noises for each of the first prompts; their noise indices follow those of the table's samples."""
     repeated = [text for text in texts[:DIVERSITY_PROMPTS] for _ in range(DIVERSITY_NOISES)]
     indices = range(len(texts), len(texts) + len(repeated))

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler, LCMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, LCMScheduler
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
-from flashdmd_ray.models.sdxl import SDXL, SDXLDenoiser
+from flashdmd_ray.models.denoiser import Denoiser
+from flashdmd_ray.models.family import Family
 
 FACTS = "flashdmd.json"
 FORMAT = 1
@@ -45,7 +46,7 @@ class CardFacts:
     """(prompt, seed) of pictures that can be drawn again."""
 
 
-def load_student(family: SDXL, weights: Mapping[str, Tensor]) -> SDXLDenoiser:
+def load_student(family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
     """The generator with `weights` (`Engine.weights()`), frozen. Raises ValueError when they are not this family's."""
     student = family.denoiser()
     try:
@@ -87,7 +88,7 @@ def few_step_scheduler(scheduler_config: Mapping[str, Any], timesteps: Sequence[
 
 
 def export_pipeline(
-    family: SDXL, weights: Mapping[str, Tensor], timesteps: Sequence[int], out: Path, facts: CardFacts
+    family: Family, weights: Mapping[str, Tensor], timesteps: Sequence[int], out: Path, facts: CardFacts
 ) -> Path:
     """Write pipeline, scheduler, `flashdmd.json` and model card to `out`, in one rename; returns `out`.
 
@@ -96,16 +97,7 @@ def export_pipeline(
     """
     student = load_student(family, weights)
     scheduler, plain = few_step_scheduler(family.scheduler_config, timesteps)
-    pipeline = StableDiffusionXLPipeline(
-        vae=family.vae,
-        text_encoder=family.text.encoder,
-        text_encoder_2=family.text.encoder_2,
-        tokenizer=family.text.tokenizers[0],
-        tokenizer_2=family.text.tokenizers[1],
-        unet=student.unet,
-        scheduler=scheduler,
-        force_zeros_for_empty_prompt=family.zero_unconditional,
-    )
+    pipeline = family.pipeline(student, scheduler)
 
     def write(directory: Path) -> None:
         pipeline.save_pretrained(directory, safe_serialization=True)
@@ -117,7 +109,7 @@ def export_pipeline(
     return _replace_directory(out, write)
 
 
-def _sampler_facts(family: SDXL, timesteps: Sequence[int], plain: bool, facts: CardFacts) -> dict[str, Any]:
+def _sampler_facts(family: Family, timesteps: Sequence[int], plain: bool, facts: CardFacts) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "base": facts.base,

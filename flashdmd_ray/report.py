@@ -29,10 +29,12 @@ from flashdmd_ray.evaluation import (
 from flashdmd_ray.export import CardFacts, export_pipeline, load_student
 from flashdmd_ray.grid import write_grid
 from flashdmd_ray.models.denoiser import Denoiser
+from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.rewards import PixelReward, build_reward
-from flashdmd_ray.models.sdxl import SDXL
-from flashdmd_ray.roles.networks import load_family, resolve
+from flashdmd_ray.roles.generator import AVERAGE
+from flashdmd_ray.roles.networks import load_family, resolve, student, whole_weights
 from flashdmd_ray.run_directory import RunDirectory, write_atomically
+from flashdmd_ray.storage import Location, checkpoint_root
 from flashdmd_ray.tracking import Tracker
 
 SHEET_COLUMNS = 10
@@ -43,7 +45,7 @@ Say = Callable[[str], None]
 class SampleSheet:
     """The same held-out prompts and noise again and again: the teacher's row above the student's."""
 
-    def __init__(self, config: Config, family: SDXL):
+    def __init__(self, config: Config, family: Family):
         self.config = config
         self.family = family
         self.seed = derive_seed(config.seed, "sheet")
@@ -51,40 +53,47 @@ class SampleSheet:
         self._teacher_row: tuple[str, Tensor] | None = None
 
     def write(self, weights: Mapping[str, Tensor], path: Path) -> Path:
-        """Draw the sheet for these generator weights."""
+        """Draw the sheet for these weights of the generator (`Generator.evaluation_weights`)."""
         if self._teacher_row is None:
             evaluation = self.config.evaluation
             self._teacher_row = self._row(
                 teacher_sampler(self.family, evaluation.teacher_steps, evaluation.guidance_scale)
             )
-        network = load_student(self.family, weights)
-        student = student_sampler("student", self.family, network, self.config.sampling.timesteps)
-        return write_grid(path, [self._teacher_row, self._row(student)], self.texts)
+        network = student(self.config, self.family, weights)
+        sampler = student_sampler("student", self.family, network, self.config.sampling.timesteps)
+        return write_grid(path, [self._teacher_row, self._row(sampler)], self.texts)
 
     def _row(self, sampler: Sampler) -> tuple[str, Tensor]:
         return sampler.name, draw_samples(self.family, sampler, self.texts, self.seed)
 
 
-def student_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The generator's float32 weights in a checkpoint, by parameter name."""
+def saved_weights(checkpoint: Location) -> dict[str, Tensor]:
+    """`Generator.evaluation_weights` at a checkpoint, by parameter name."""
     state = load_tensors(checkpoint / "generator.safetensors")
+    if (checkpoint / AVERAGE).exists():
+        state |= load_tensors(checkpoint / AVERAGE)
     return {
         name.partition("/")[2]: tensor for name, tensor in state.items() if name.startswith(("weights/", "buffers/"))
     }
 
 
+def student_weights(config: Config, family: Family, checkpoint: Location) -> Mapping[str, Tensor]:
+    """As `saved_weights`, always of a whole network: a LoRA generator's are merged into the teacher's."""
+    return whole_weights(config, family, saved_weights(checkpoint))
+
+
 def report(config: Config, directory: RunDirectory, tracker: Tracker, say: Say) -> None:
     """Measure, draw and export the newest checkpoint of a finished run. `report.json` is written last."""
-    checkpoint = latest_checkpoint(directory.checkpoints)
+    checkpoint = latest_checkpoint(checkpoint_root(config, directory.path))
     assert checkpoint is not None, "a finished run has a checkpoint"
     family = load_family(config.model)
-    weights = student_weights(checkpoint)
-    student = load_student(family, weights)
+    weights = student_weights(config, family, checkpoint)
+    network = load_student(family, weights)
 
     say(f"comparing teacher and student on {config.evaluation.samples} held-out prompts")
-    rows = measure(config, family, student, say)
+    rows = measure(config, family, network, say)
     print_table(rows)
-    grid = draw_comparison(config, family, student, directory.path / "grid.png")
+    grid = draw_comparison(config, family, network, directory.path / "grid.png")
     training = read_state(checkpoint)
     facts = {"rows": as_records(rows), "seed": config.seed, "training": training}
     export_pipeline(family, weights, config.sampling.timesteps, directory.export, card_facts(config, training, rows))
@@ -94,7 +103,7 @@ def report(config: Config, directory: RunDirectory, tracker: Tracker, say: Say) 
     say(f"table: {directory.path / 'report.json'}   grid: {grid}   pipeline: {directory.export}")
 
 
-def samplers(config: Config, family: SDXL, student: Denoiser) -> list[Sampler]:
+def samplers(config: Config, family: Family, student: Denoiser) -> list[Sampler]:
     """The teacher, the student before any training (the teacher's network as a few-step generator), the student now."""
     evaluation = config.evaluation
     few = config.student_timesteps.values()
@@ -105,7 +114,7 @@ def samplers(config: Config, family: SDXL, student: Denoiser) -> list[Sampler]:
     ]
 
 
-def measure(config: Config, family: SDXL, student: Denoiser, say: Say) -> list[Row]:
+def measure(config: Config, family: Family, student: Denoiser, say: Say) -> list[Row]:
     """The final table, on held-out captions and noise."""
     evaluation = config.evaluation
     seed = derive_seed(config.seed, "evaluation")
@@ -116,7 +125,7 @@ def measure(config: Config, family: SDXL, student: Denoiser, say: Say) -> list[R
     return evaluate(family, samplers(config, family, student), held_out, judge, reward, seed, evaluation.batch, say)
 
 
-def draw_comparison(config: Config, family: SDXL, student: Denoiser, path: Path) -> Path:
+def draw_comparison(config: Config, family: Family, student: Denoiser, path: Path) -> Path:
     """One column per held-out prompt, one row per sampler, most forwards first."""
     seed = derive_seed(config.seed, "grid")
     held_out = demo_held_out(SHEET_COLUMNS, seed)
@@ -128,7 +137,7 @@ def draw_comparison(config: Config, family: SDXL, student: Denoiser, path: Path)
     return write_grid(path, rows, held_out.texts)
 
 
-def draw_samples(family: SDXL, sampler: Sampler, texts: Sequence[str], seed: int) -> Tensor:
+def draw_samples(family: Family, sampler: Sampler, texts: Sequence[str], seed: int) -> Tensor:
     """One image per text, float32 (N, 3, H, W) in [-1, 1]."""
     return torch.cat(list(sample_images(family, sampler, texts, range(len(texts)), seed, len(texts))))
 

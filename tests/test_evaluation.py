@@ -207,7 +207,7 @@ def run(tmp_path_factory):
     path.mkdir()
     evaluation = {"teacher_steps": 2, "student_steps": [1, 4], "guidance_scale": 2.0}
     (path / "config.yaml").write_text(dump_config(parse_config({"evaluation": evaluation, "runtime": "local"})))
-    student = SDXL.from_pretrained(str(weights_path("teacher")), parts=["unet"]).denoiser()
+    student = SDXL.from_pretrained(str(weights_path("teacher")), parts=["denoiser"]).denoiser()
     weights = {f"weights/{name}": value * 1.01 for name, value in student.state_dict().items()}
 
     def save(directory):

@@ -1,1 +1,24 @@
-"""Networks and what they need to be loaded: the teacher families behind `Denoiser`, SAM, the discriminator, reward models."""
+"""Networks and what they need to be loaded: the teacher families behind `Denoiser`, SAM, the discriminator, reward models.
+
+Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flashdmd_ray.models.family import Family
+
+FAMILIES = {
+    "sdxl": "flashdmd_ray.models.sdxl:SDXL",
+}
+"""Name of a model family in the configuration -> its class."""
+
+
+def family_class(name: str) -> type[Family]:
+    """The class of the family called `name` in the configuration."""
+    module, _, attribute = FAMILIES[name].partition(":")
+    found: type[Family] = getattr(import_module(module), attribute)
+    return found

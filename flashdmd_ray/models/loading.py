@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from torch import nn
 from transformers import CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -81,3 +82,47 @@ def load_config(config_class: Any, path: str, subfolder: str = "") -> Mapping[st
     """The JSON configuration of one part of a diffusers directory. Raises ValueError as `load_part` does."""
     arguments = {"subfolder": subfolder} if subfolder else {}
     return load_part(path, subfolder or "model_index.json", lambda: config_class.load_config(path, **arguments))
+
+
+class Source(ABC):
+    """Where the parts of one pretrained pipeline come from. Every method raises ValueError as `load_part` does."""
+
+    def __init__(self, path: str, index: Mapping[str, Any]) -> None:
+        """index: the pipeline's model_index.json."""
+        self.path = path
+        self.index = index
+
+    @abstractmethod
+    def config(self, folder: str) -> Mapping[str, Any]:
+        """The JSON configuration of the part in that sub-folder of a pipeline."""
+
+    @abstractmethod
+    def module(self, module_class: Any, folder: str, dtype: torch.dtype) -> Any:
+        """A frozen module in evaluation mode."""
+
+    @abstractmethod
+    def clip_tokenizer(self, folder: str, encoder: Any) -> CLIPTokenizer:
+        """The tokenizer that belongs to a CLIP text encoder."""
+
+
+class PipelineDirectory(Source):
+    """A diffusers pipeline directory, or a hub repository of that form."""
+
+    def config(self, folder: str) -> Mapping[str, Any]:
+        config_class = DDPMScheduler if folder == "scheduler" else AutoencoderKL  # any ConfigMixin reads any config
+        return load_config(config_class, self.path, folder)
+
+    def module(self, module_class: Any, folder: str, dtype: torch.dtype) -> Any:
+        return load_module(module_class, self.path, folder, dtype)
+
+    def clip_tokenizer(self, folder: str, encoder: Any) -> CLIPTokenizer:
+        return load_tokenizer(self.path, folder, encoder.config.max_position_embeddings, encoder.config.vocab_size)
+
+
+def open_source(pipeline_class: Any, path: str) -> Source:
+    """The pretrained pipeline at `path`. Raises ValueError when there is none or it is of another family."""
+    index = load_config(pipeline_class, path)
+    found, wanted = index.get("_class_name"), pipeline_class.__name__
+    if found != wanted:
+        raise ValueError(f"{path} holds a {found}, not a {wanted}: choose the model family that matches it")
+    return PipelineDirectory(path, index)

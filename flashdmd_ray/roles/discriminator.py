@@ -8,21 +8,22 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Latents
-from flashdmd_ray.checkpoint import load_tensors
+from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource, build_images
 from flashdmd_ray.engine import Engine, build_engine
 from flashdmd_ray.models.discriminator import PixelDiscriminator
+from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.sam import load_sam_encoder
-from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
-from flashdmd_ray.roles.networks import Metrics, load_family, resolve, save_shared
+from flashdmd_ray.roles.networks import Metrics, load_family, resolve, save_engine
+from flashdmd_ray.storage import Location
 
 
-class Discriminator:
+class Discriminator(Saved):
     """Answers the generator with a gradient in latent space, and learns to tell its decoded images from real ones."""
 
-    def __init__(self, config: Config, family: SDXL, engine: Engine, images: ImageSource):
+    def __init__(self, config: Config, family: Family, engine: Engine, images: ImageSource):
         self.config = config
         self.family = family
         self.engine = engine
@@ -50,15 +51,13 @@ class Discriminator:
         (gradient,) = torch.autograd.grad(len(latents) * loss, latents)
         return gradient, {"adversarial/generator_loss": loss.item()}
 
-    def update(self, fakes: Latents, real_indices: Tensor) -> Metrics:
-        """One update of the heads: decoded fakes against the real images at `real_indices`, int64 (B,) (ALGORITHM 3.5)."""
+    def update(self, fakes: Latents, real_positions: Tensor) -> Metrics:
+        """One update of the heads: decoded fakes against the real images at `real_positions`, int64 (B,) (ALGORITHM 3.5)."""
         with torch.no_grad():
             fake_images = self.family.decode(fakes.values)
-            real_images = self.images.images(real_indices)
-            if self.config.adversarial.real_through_vae:
-                real_images = self.family.decode(self.family.encode_images(real_images))
+            real_images, captions, replaced = self._reals(real_positions)
         prompts = self._prompts(fakes)
-        real_prompts = None if prompts is None else self.family.encode(self.images.prompts(real_indices)).pooled
+        real_prompts = None if prompts is None else self.family.encode(captions).pooled
         both = None if prompts is None or real_prompts is None else torch.cat([real_prompts, prompts])
         real_logits, fake_logits = self.engine(torch.cat([real_images, fake_images]), both).chunk(2)
         loss = discriminator_loss(real_logits, fake_logits, self.config.adversarial.loss)
@@ -69,13 +68,27 @@ class Discriminator:
             "discriminator/grad_norm": norm,
             "discriminator/accuracy_real": (real_logits > 0).float().mean().item(),
             "discriminator/accuracy_fake": (fake_logits < 0).float().mean().item(),
+            "data/replaced": replaced / len(real_images),
         }
+
+    def data_report(self) -> tuple[str, ...]:
+        """The bad samples that this rank met and replaced, as "reason<tab>name"."""
+        return self.images.report().pairs()
+
+    def _reals(self, positions: Tensor) -> tuple[Tensor, tuple[str, ...], int]:
+        """Real images, their captions, and how many stand in for a bad one."""
+        size = self.family.image_size
+        if not self.config.adversarial.real_through_vae:
+            reals = self.images.reals(positions, size)
+            return reals.images, reals.captions, reals.replaced
+        encoded = self.images.latents(positions, size, self.family.encode_images)
+        return self.family.decode(encoded.values), encoded.captions, encoded.replaced
 
     def _prompts(self, latents: Latents) -> Tensor | None:
         return self.family.encode(latents.prompts.texts).pooled if self.config.adversarial.prompt_projection else None
 
-    def save(self, directory: Path) -> None:
-        save_shared(directory / "discriminator.safetensors", self.engine.state())
+    def save(self, directory: Path | Destination) -> None:
+        save_engine(directory / "discriminator.safetensors", self.engine)
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Location) -> None:
         self.engine.load_state(load_tensors(directory / "discriminator.safetensors"))

@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Latents, Prediction, PreferencePairs, Prompts, noise
-from flashdmd_ray.checkpoint import load_tensors
+from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import PredictX0, backward_simulation, complete, transition
 from flashdmd_ray.engine import Engine, build_engine
-from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.engine.average import WeightAverage
+from flashdmd_ray.models.family import Family
 from flashdmd_ray.objectives.matching import surrogate
 from flashdmd_ray.objectives.preference import log_ratio_difference, preference_loss
-from flashdmd_ray.roles.networks import Metrics, bind, frozen, full, load_family, noise_stream, save_shared
+from flashdmd_ray.roles.networks import (
+    Metrics,
+    bind,
+    frozen,
+    full,
+    load_family,
+    noise_stream,
+    save_engine,
+    save_shared,
+    trained_network,
+)
+from flashdmd_ray.storage import Location
+
+AVERAGE = "generator_average.safetensors"
+"""The part of a checkpoint that `Generator.evaluation_weights` are read from, if it is there."""
 
 
-class Generator:
-    """Trained by the DM gradient, the adversarial gradient and the preference loss; starts as a copy of the teacher."""
+class Generator(Saved):
+    """Trained by the DM gradient, the adversarial gradient and the preference loss; starts as the teacher."""
 
-    def __init__(self, config: Config, family: SDXL, engine: Engine):
+    def __init__(self, config: Config, family: Family, engine: Engine):
         self.config = config
         self.family = family
         self.schedule = family.schedule
         self.timesteps = config.sampling.timesteps
         self.engine = engine
+        self.average = WeightAverage(engine, config.evaluation.ema) if config.evaluation.ema else None
         self.reference: torch.nn.Module | None = None
         self._outputs: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Generator:
         family = load_family(config.model)
-        return cls(config, family, build_engine(config.engine, family.denoiser(), config.generator, role="generator"))
+        network = trained_network(config, family, "generator")
+        return cls(config, family, build_engine(config.engine, network, config.generator, role="generator"))
 
     def predict(self, prompts: Prompts, high: int, low: int | None, seed: int) -> Prediction:
         """The two forwards of one update, kept for `update` (ALGORITHM 3.1, 3.2).
@@ -89,6 +105,7 @@ class Generator:
         self._outputs = None
         self.engine.backward((surrogate(coarse, matching) + surrogate(fine, realism)) / len(coarse))
         norm = self.engine.update("distillation")
+        self._take_average()
         with torch.no_grad():
             return {
                 "generator/grad_norm": norm,
@@ -112,6 +129,7 @@ class Generator:
         self.engine.backward(loss)
         preference = self.config.preference
         norm = self.engine.update("preference", lr=preference.lr, warmup=preference.warmup)
+        self._take_average()
         with torch.no_grad():
             # Weighted means: over all ranks together they are the means over the kept pairs, wherever those are.
             return {
@@ -123,21 +141,36 @@ class Generator:
             }
 
     def freeze_reference(self) -> None:
-        """The reference policy G_ref: a frozen copy of the generator as it is now."""
-        self.reference = copy.deepcopy(self.engine.module).eval().requires_grad_(False)
+        """The reference policy G_ref: a frozen copy of the generator as it is now; of a LoRA generator, of its adapter."""
+        self.reference = self.engine.copy()
 
     def weights(self) -> dict[str, Tensor]:
-        """Full float32 weights for the rollout workers and the export."""
+        """What training moves, full and float32, for the rollout workers: all weights, or with LoRA the adapter's."""
         return self.engine.weights()
 
-    def save(self, directory: Path) -> None:
-        """Write weights, moments and the reference; every rank calls, rank 0 writes."""
-        save_shared(directory / "generator.safetensors", self.engine.state())
+    def evaluation_weights(self) -> dict[str, Tensor]:
+        """As `weights`, for whoever judges the generator: their average over the updates when `evaluation.ema` asks for one."""
+        return self.weights() if self.average is None else self.average.weights()
+
+    def _take_average(self) -> None:
+        if self.average is not None:
+            self.average.update()
+
+    def save(self, directory: Path | Destination) -> None:
+        """Write weights, moments, the average and the reference; every rank calls, rank 0 writes."""
+        save_engine(directory / "generator.safetensors", self.engine)
+        if self.average is not None:
+            save_shared(directory / AVERAGE, dict(self.average.state_items()))
         if self.reference is not None:
             save_shared(directory / "reference.safetensors", self.reference.state_dict())
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Location) -> None:
+        """Continue from what `save` wrote. An average that was not kept until then starts from the loaded weights."""
         self.engine.load_state(load_tensors(directory / "generator.safetensors"))
+        if self.config.evaluation.ema:
+            self.average = WeightAverage(self.engine, self.config.evaluation.ema)
+            if (directory / AVERAGE).exists():
+                self.average.load_state(load_tensors(directory / AVERAGE))
         if (directory / "reference.safetensors").exists():
             self.freeze_reference()
             assert self.reference is not None

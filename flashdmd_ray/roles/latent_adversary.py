@@ -14,20 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from flashdmd_ray.batch import Latents, noise
+from flashdmd_ray.checkpoint import Destination, Saved
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource, build_images
 from flashdmd_ray.engine import build_engine
-from flashdmd_ray.models.denoiser import Conditioning
-from flashdmd_ray.models.sdxl import SDXLDenoiser
+from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
-from flashdmd_ray.roles.networks import Metrics, load_family
+from flashdmd_ray.roles.networks import Metrics, load_family, trained_network
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
+from flashdmd_ray.storage import Location
 
 
 class DenoiserWithHead(nn.Module):
     """A denoiser that also judges: `logits` reads the mid block's features."""
 
-    def __init__(self, denoiser: SDXLDenoiser, width: int, hidden: int):
+    def __init__(self, denoiser: Denoiser, width: int, hidden: int):
         super().__init__()
         self.denoiser = denoiser
         self.head = nn.Sequential(
@@ -64,24 +65,25 @@ class AdversarialScoreEstimator(ScoreEstimator):
         family = load_family(config.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = DenoiserWithHead(family.denoiser(), family.mid_width, config.adversarial.hidden)
+            denoiser = trained_network(config, family, "score")
+            network = DenoiserWithHead(denoiser, family.mid_width, config.adversarial.hidden)
         estimator = cls(config, family, build_engine(config.engine, network, config.score, role="score estimator"))
         estimator.images = build_images(config.data, config.seed)
         return estimator
 
-    def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_indices: Tensor) -> Metrics:
+    def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_positions: Tensor) -> Metrics:
         draw = self._noise(fakes, seed)
         noisy = self.schedule.add_noise(fakes.values, draw, timesteps)
         conditioning = self.family.encode(fakes.prompts.texts)
-        reals = self.family.encode_images(self.images.images(real_indices))
+        reals = self.images.latents(real_positions, self.family.image_size, self.family.encode_images)
         noisy_reals = self.schedule.add_noise(
-            reals, noise(fakes.prompts.indices, self.family.latent_shape, seed, "real"), timesteps
+            reals.values, noise(fakes.prompts.indices, self.family.latent_shape, seed, "real"), timesteps
         )
         network_timesteps = self.schedule.network_timestep(timesteps)
         judged = (
             torch.cat([noisy_reals, noisy]),
             network_timesteps.repeat(2),
-            Conditioning.concat([self.family.encode(self.images.prompts(real_indices)), conditioning]),
+            Conditioning.concat([self.family.encode(reals.captions), conditioning]),
         )
         prediction, logits = self.engine(noisy, network_timesteps, conditioning, judged)
         real_logits, fake_logits = logits.chunk(2)
@@ -95,10 +97,11 @@ class AdversarialScoreEstimator(ScoreEstimator):
             "discriminator/loss": adversarial.item(),
             "discriminator/accuracy_real": (real_logits > 0).float().mean().item(),
             "discriminator/accuracy_fake": (fake_logits < 0).float().mean().item(),
+            "data/replaced": reals.replaced / len(reals.captions),
         }
 
 
-class LatentDiscriminator:
+class LatentDiscriminator(Saved):
     """The discriminator's verbs for DMD2. It owns no weights: its head trains and is saved with the score estimator."""
 
     def __init__(self, estimator: AdversarialScoreEstimator):
@@ -124,12 +127,16 @@ class LatentDiscriminator:
         (gradient,) = torch.autograd.grad(len(latents) * loss, latents)
         return gradient, {"adversarial/generator_loss": loss.item()}
 
-    def update(self, fakes: Latents, real_indices: Tensor) -> Metrics:
+    def update(self, fakes: Latents, real_positions: Tensor) -> Metrics:
         """Nothing to do: the estimator's own update trains the head."""
         return {}
 
-    def save(self, directory: Path) -> None:
+    def data_report(self) -> tuple[str, ...]:
+        """See `Discriminator.data_report`."""
+        return self.estimator.images.report().pairs()
+
+    def save(self, directory: Path | Destination) -> None:
         """Saved with the score estimator."""
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Location) -> None:
         """Loaded with the score estimator."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Prompts, noise
-from flashdmd_ray.checkpoint import save_tensors
-from flashdmd_ray.config import ModelConfig
+from flashdmd_ray.checkpoint import Destination, save_part, save_tensors
+from flashdmd_ray.config import Config, ModelConfig
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.diffusion.sampling import PredictX0
 from flashdmd_ray.diffusion.schedule import NoiseSchedule
-from flashdmd_ray.models.denoiser import Conditioning
-from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.engine import Engine
+from flashdmd_ray.models import family_class
+from flashdmd_ray.models.adapters import AdaptedDenoiser
+from flashdmd_ray.models.denoiser import Conditioning, Denoiser
+from flashdmd_ray.models.family import Family
+
+TrainedRole = Literal["generator", "score"]
 
 
 def resolve(path: str, part: str) -> str:
@@ -25,9 +31,41 @@ def resolve(path: str, part: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def load_family(model: ModelConfig) -> SDXL:
+def load_family(model: ModelConfig) -> Family:
     """The frozen teacher family, loaded once per process and shared by the roles in it."""
-    return SDXL.from_pretrained(resolve(model.teacher, "teacher"))
+    located = model.model_copy(update={"teacher": resolve(model.teacher, "teacher")})
+    return family_class(model.family).from_config(located)
+
+
+def trained_network(config: Config, family: Family, role: TrainedRole) -> Denoiser:
+    """Where the training of a role starts: a whole float32 copy of the teacher, or an adapter of it that changes nothing yet.
+
+    Generator and score estimator start from the same values either way. Raises ValueError for an unusable `lora.targets`.
+    """
+    if role in config.lora.networks:
+        return AdaptedDenoiser(family.teacher, config.lora, config.seed, config.engine.gradient_checkpointing)
+    return family.denoiser(gradient_checkpointing=config.engine.gradient_checkpointing)
+
+
+def student(config: Config, family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
+    """The generator with `weights` (`Generator.weights`), frozen. Raises ValueError when they are of another network."""
+    network = trained_network(config, family, "generator").requires_grad_(False).eval()
+    try:
+        network.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights do not fit the generator of this configuration on {family.path}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return network
+
+
+def whole_weights(config: Config, family: Family, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`weights` of the generator as those of a network without adapters: float32, merged into the teacher's where they are LoRA."""
+    if "generator" not in config.lora.networks:
+        return weights
+    adapted = student(config, family, weights)
+    assert isinstance(adapted, AdaptedDenoiser)
+    return adapted.merge_into(family.denoiser()).state_dict()
 
 
 def bind(network: Callable[..., Tensor], schedule: NoiseSchedule, conditioning: Conditioning) -> PredictX0:
@@ -60,9 +98,27 @@ def full(timestep: int, like: Tensor) -> Tensor:
     return torch.full((len(like),), timestep, dtype=torch.int64, device=like.device)
 
 
-def save_shared(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write what all ranks of a group hold alike: rank 0 does. (Collecting it was the collective part.)"""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+def save_shared(path: Path | Destination, tensors: Mapping[str, Tensor]) -> None:
+    """Write what all ranks of a group hold alike: rank 0 does. The values are taken now, whenever they are written."""
+    if is_first_rank():
+        _save(path, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()})
+
+
+def save_engine(path: Path | Destination, engine: Engine) -> None:
+    """Write the state of an engine: every rank calls, rank 0 writes. What `Engine.state` returns is not copied again."""
+    state = engine.state()
+    if is_first_rank():
+        _save(path, state)
+
+
+def is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _save(path: Path | Destination, tensors: Mapping[str, Tensor]) -> None:
+    if isinstance(path, Destination):
+        save_part(path, tensors)
+    else:
         save_tensors(path, tensors)
 
 

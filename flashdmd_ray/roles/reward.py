@@ -7,16 +7,16 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Candidates
 from flashdmd_ray.config import Config, RewardConfig
+from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel
 from flashdmd_ray.models.rewards import PixelReward, build_reward
-from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.roles.networks import full, load_family, resolve
 
 
 class Reward:
     """Every configured reward, by label. A reward that is not finite is passed on as it is: the pair selection drops its group."""
 
-    def __init__(self, config: Config, family: SDXL, models: dict[str, PixelReward | LatentRewardModel]):
+    def __init__(self, config: Config, family: Family, models: dict[str, PixelReward | LatentRewardModel]):
         self.config = config
         self.family = family
         self.models = models
@@ -47,6 +47,8 @@ class Reward:
             candidates.timestep if self.config.preference.reward_timestep == "current" else candidates.next_timestep
         )
         c = self.family.encode(tuple(texts))
+        assert c.pooled is not None, "latent rewards are SDXL-form"
+        assert c.time_ids is not None, "latent rewards are SDXL-form"
         return model(latents, full(timestep, latents), c.prompt_embeds, c.pooled, c.time_ids)
 
 

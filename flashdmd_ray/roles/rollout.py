@@ -9,15 +9,15 @@ from flashdmd_ray.batch import Candidates, Prompts, PublishedWeights, noise
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import backward_simulation, complete, transition
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
-from flashdmd_ray.models.sdxl import SDXL
-from flashdmd_ray.roles.networks import bind, full, load_family, noise_stream
+from flashdmd_ray.models.family import Family
+from flashdmd_ray.roles.networks import bind, full, load_family, noise_stream, trained_network
 from flashdmd_ray.weights import checksum
 
 
 class Rollout:
-    """Stateless but for a copy of the generator's weights, which every call names by version."""
+    """Stateless but for a copy of the weights that the generator trains, which every call names by version."""
 
-    def __init__(self, config: Config, family: SDXL, network: Denoiser):
+    def __init__(self, config: Config, family: Family, network: Denoiser):
         self.config = config
         self.family = family
         self.schedule = family.schedule
@@ -28,7 +28,7 @@ class Rollout:
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Rollout:
         family = load_family(config.model)
-        return cls(config, family, family.denoiser())
+        return cls(config, family, trained_network(config, family, "generator"))
 
     def load_weights(self, weights: PublishedWeights) -> None:
         """Take over published weights; raises ValueError when what arrived is not what was published."""

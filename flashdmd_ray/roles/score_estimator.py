@@ -8,21 +8,22 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Latents, noise
-from flashdmd_ray.checkpoint import load_tensors
+from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import guided
 from flashdmd_ray.engine import Engine, build_engine
-from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.models.family import Family
 from flashdmd_ray.objectives.matching import distribution_matching_gradient
 from flashdmd_ray.objectives.score import denoising_loss
 from flashdmd_ray.roles.generator import Generator
-from flashdmd_ray.roles.networks import Metrics, bind, load_family, save_shared
+from flashdmd_ray.roles.networks import Metrics, bind, load_family, save_engine, trained_network
+from flashdmd_ray.storage import Location
 
 
-class ScoreEstimator:
+class ScoreEstimator(Saved):
     """Tracks the generator's distribution by denoising its samples and, after every generator update, by EMA coupling."""
 
-    def __init__(self, config: Config, family: SDXL, engine: Engine):
+    def __init__(self, config: Config, family: Family, engine: Engine):
         self.config = config
         self.family = family
         self.schedule = family.schedule
@@ -31,7 +32,8 @@ class ScoreEstimator:
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> ScoreEstimator:
         family = load_family(config.model)
-        return cls(config, family, build_engine(config.engine, family.denoiser(), config.score, role="score estimator"))
+        network = trained_network(config, family, "score")
+        return cls(config, family, build_engine(config.engine, network, config.score, role="score estimator"))
 
     @torch.no_grad()
     def gradient(self, coarse: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
@@ -52,8 +54,8 @@ class ScoreEstimator:
             "matching/real_generated_gap": (x_real - x).square().mean().sqrt().item(),
         }
 
-    def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_indices: Tensor) -> Metrics:
-        """One denoising update on detached generator samples. `real_indices` serves the DMD2 form, whose GAN head lives on this network."""
+    def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_positions: Tensor) -> Metrics:
+        """One denoising update on detached generator samples. `real_positions` serves the DMD2 form, whose GAN head lives on this network."""
         draw = self._noise(fakes, seed)
         noisy = self.schedule.add_noise(fakes.values, draw, timesteps)
         prediction = self.engine(
@@ -77,8 +79,8 @@ class ScoreEstimator:
         if decay < 1:
             self.engine.couple(generator.engine, decay)
 
-    def save(self, directory: Path) -> None:
-        save_shared(directory / "score_estimator.safetensors", self.engine.state())
+    def save(self, directory: Path | Destination) -> None:
+        save_engine(directory / "score_estimator.safetensors", self.engine)
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Location) -> None:
         self.engine.load_state(load_tensors(directory / "score_estimator.safetensors"))

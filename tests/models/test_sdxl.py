@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from flashdmd_ray.diffusion.sampling import ddim_sample, guided
-from flashdmd_ray.models.sdxl import SDXL, TextTowers
+from flashdmd_ray.models.family import TextTowers
+from flashdmd_ray.models.sdxl import SDXL
 from tests.tiny import save_sdxl
 
 TEXTS = ["a red 4 on a gray background", "two 7s", "", "a very long prompt that is cut after a few letters"]
@@ -156,7 +157,7 @@ def test_conditioning_rows():
 def test_parts_are_loaded_selectively(directory):
     family = SDXL.from_pretrained(str(directory), parts=["vae"])
     assert family.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 16, 16)
-    with pytest.raises(AttributeError, match=r"'unet'.*not loaded in this process"):
+    with pytest.raises(AttributeError, match=r"'denoiser'.*not loaded in this process"):
         _ = family.teacher
 
 

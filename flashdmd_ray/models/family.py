@@ -1,0 +1,202 @@
+"""A model family: one pretrained text-to-image model, frozen, as the teacher and the spaces it works in.
+
+What all families share is here. A family's own file (sdxl.py, sd15.py, sd3.py) says which stock modules it has, how
+prompts become conditioning, and how its modules make a diffusers pipeline again.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flashdmd_ray.config import ModelConfig
+from flashdmd_ray.diffusion.schedule import NoiseSchedule, schedule_from_config
+from flashdmd_ray.models.denoiser import Conditioning, Denoiser
+from flashdmd_ray.models.loading import Source, open_source
+
+PARTS = ("denoiser", "vae", "text")
+
+
+class TextTowers(nn.Module, ABC):
+    """Frozen text encoders with their tokenizers and a cache of embeddings, by text."""
+
+    # Prompts are encoded this many at a time, the last group padded. One fixed shape means the same kernels, so that an
+    # embedding does not depend on which prompts it was computed beside: resumed and distributed runs stay bit-
+    # identical.
+    GROUP = 8
+    CACHE_BYTES = 256 * 2**20
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cache: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
+
+    @abstractmethod
+    def encode_group(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Embeddings (GROUP, ...) of GROUP texts, each in the type its encoder computes in."""
+
+    def forget(self) -> None:
+        """Empty the cache, whose embeddings stay on the device they were computed on."""
+        self._cache.clear()
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """The embeddings of `encode_group` as float32 (B, ...), without gradients; cached per text."""
+        self._fill([text for text in dict.fromkeys(texts) if text not in self._cache])
+        for text in texts:
+            self._cache.move_to_end(text)
+        rows = [self._cache[text] for text in texts]
+        room = max(1, self.CACHE_BYTES // sum(tensor.nbytes for tensor in rows[0]))
+        while len(self._cache) > room:
+            self._cache.popitem(last=False)
+        return tuple(torch.stack(column).float() for column in zip(*rows, strict=True))
+
+    def _fill(self, texts: Sequence[str]) -> None:
+        for start in range(0, len(texts), self.GROUP):
+            group = list(texts[start : start + self.GROUP])
+            columns = self.encode_group(group + [""] * (self.GROUP - len(group)))
+            for row, text in enumerate(group):
+                self._cache[text] = tuple(column[row].clone() for column in columns)
+
+
+class Family(ABC):
+    """One pretrained model of one family, frozen, in evaluation mode.
+
+    schedule: its forward process, from scheduler_config, the model's own. latent_shape: (C, h, w). image_size: (H, W)
+    in pixels. Parts that were not asked for are absent: using one raises AttributeError, which is a programming error.
+    """
+
+    name: ClassVar[str]
+    """The family's name in the configuration."""
+    pipeline_class: ClassVar[Any]
+    """The stock pipeline whose directories the family reads and writes."""
+    denoiser_folder: ClassVar[str]
+    """The sub-folder of a pipeline directory that holds the denoiser: "unet" or "transformer"."""
+
+    def __init__(self, model: ModelConfig, source: Source, parts: Collection[str]) -> None:
+        assert set(parts) <= set(PARTS), f"unknown parts {set(parts) - set(PARTS)}"
+        self.path = source.path
+        self.index = source.index
+        self.scheduler_config: Mapping[str, Any] = source.config("scheduler")
+        self.schedule: NoiseSchedule = schedule_from_config(self.scheduler_config)
+        self.device = torch.device("cpu")
+        self.checkpoint_decoder = False  # recompute the decoder in the backward pass: less memory at 1024 pixels
+        network, vae = source.config(self.denoiser_folder), source.config("vae")
+        reduction = 2 ** (len(vae["block_out_channels"]) - 1)
+        height, width = int(network["sample_size"]), int(network["sample_size"])
+        self.latent_shape = (int(network["in_channels"]), height, width)
+        self.image_size = (height * reduction, width * reduction)
+        dtype: torch.dtype = torch.float32
+        modules: dict[str, nn.Module] = {}
+        if "denoiser" in parts:
+            modules["denoiser"] = self._load_denoiser(source, dtype)
+        if "vae" in parts:
+            modules["vae"] = source.module(AutoencoderKL, "vae", dtype)
+        if "text" in parts:
+            modules["text"] = self._load_text(source, dtype)
+        self._modules = {part: module.requires_grad_(False).eval() for part, module in modules.items()}
+
+    @classmethod
+    def from_config(cls, model: ModelConfig, parts: Collection[str] = PARTS) -> Self:
+        """Read the model that the configuration section names; only `parts` of "denoiser", "vae", "text" are loaded.
+
+        Raises ValueError, one line that names the path and the remedy, when anything is missing, damaged or of another
+        kind.
+        """
+        return cls(model, open_source(cls.pipeline_class, model.teacher), parts)
+
+    @classmethod
+    def from_pretrained(cls, path: str, parts: Collection[str] = PARTS, **settings: Any) -> Self:
+        """As `from_config` with `teacher` = path and other fields of the configuration section by name."""
+        return cls.from_config(ModelConfig.model_validate({"family": cls.name, "teacher": path, **settings}), parts)
+
+    @abstractmethod
+    def _load_denoiser(self, source: Source, dtype: torch.dtype) -> Denoiser: ...
+
+    @abstractmethod
+    def _load_text(self, source: Source, dtype: torch.dtype) -> TextTowers: ...
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Conditioning float32 of `texts`, as the stock pipeline makes it; no gradients; cached."""
+
+    @property
+    @abstractmethod
+    def pooled_width(self) -> int:
+        """Size of a pooled prompt embedding. Raises ValueError for a family without one."""
+
+    @abstractmethod
+    def pipeline(self, denoiser: Denoiser, scheduler: SchedulerMixin) -> DiffusionPipeline:
+        """A stock pipeline of `denoiser`, `scheduler` and this family's other modules, which must all be loaded."""
+
+    def _part(self, part: str) -> Any:
+        if part not in self._modules:
+            raise AttributeError(f"the part {part!r} of {self.path} was not loaded in this process")
+        return self._modules[part]
+
+    @property
+    def teacher(self) -> Denoiser:
+        """The frozen pretrained denoiser."""
+        return self._part("denoiser")
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self._part("vae")
+
+    @property
+    def mid_width(self) -> int:
+        """Channels of the denoiser's mid features."""
+        return self.teacher.mid_width
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move every loaded part; returns self."""
+        self.device = torch.device(device)
+        for module in self._modules.values():
+            module.to(self.device)
+            if isinstance(module, TextTowers):
+                module.forget()
+        return self
+
+    def denoiser(self, gradient_checkpointing: bool = False) -> Denoiser:
+        """A trainable float32 copy of the teacher: the start of the generator and of the score estimator."""
+        fresh = copy.deepcopy(self.teacher).float().requires_grad_(True)
+        if gradient_checkpointing:
+            fresh.network.enable_gradient_checkpointing()
+        return fresh.train()
+
+    def unconditional(self, count: int) -> Conditioning:
+        """The other branch of classifier-free guidance, `count` rows: the embedding of ""."""
+        return self.encode([""] * count)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images float32 (B, 3, H, W), nominally in [-1, 1], of `latents` float32 (B, C, h, w); differentiable.
+
+        Values just outside the range are not clamped, because a clamp would stop the gradient there.
+        """
+        if self.checkpoint_decoder and torch.is_grad_enabled():
+            return checkpoint(self._decode, latents, use_reentrant=False)
+        return self._decode(latents)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        scaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents float32 (B, C, h, w) of `images` float (B, 3, H, W) in [-1, 1].
+
+        A sample of the posterior with `noise` float (B, C, h, w), its mean without.
+        """
+        posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+        latents = posterior.mean.float()
+        if noise is not None:
+            latents = latents + posterior.std.float() * noise.to(latents.device)
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
