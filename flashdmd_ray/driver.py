@@ -33,7 +33,7 @@ class Run(Protocol):
 
 def train(config: Config, runtime: Runtime, data: ImageSource, run: Run) -> None:
     """Interleave distillation and preference updates until the run's steps are done."""
-    source = PreferenceSource(config, runtime, lambda *which: draw_prompts(data, *which))
+    source = PreferenceSource(config, runtime, lambda *which: next_prompts(data, *which))
     for step in run.steps():
         runtime.step = step
         draw = Draws(config.seed, step)
@@ -64,17 +64,16 @@ def distil(config: Config, runtime: Runtime, data: ImageSource, draw: Draws) -> 
         score.couple(generator, config.score.ema)
         return moved
 
-    def update_score(fakes: Prediction, purpose: str) -> Metrics:
-        timesteps = draw.timesteps(f"{purpose}/score", count, *inclusive(config.score.timestep_range))
-        return score.update(
-            fakes.coarse, timesteps, draw.seed(f"{purpose}/score"), draw_reals(data, draw, purpose, count)
-        )
+    def update_score(fakes: Prediction, update: int) -> Metrics:
+        purpose = f"critics/{update}/score"
+        timesteps = draw.timesteps(purpose, count, *inclusive(config.score.timestep_range))
+        return score.update(fakes.coarse, timesteps, draw.seed(purpose), next_reals(config, draw, update))
 
-    def update_discriminator(fakes: Prediction, purpose: str) -> Metrics:
-        return discriminator.update(fakes.fine, draw_reals(data, draw, purpose, count))
+    def update_discriminator(fakes: Prediction, update: int) -> Metrics:
+        return discriminator.update(fakes.fine, next_reals(config, draw, update))
 
     prediction = generator.predict(
-        draw_prompts(data, draw, "predict", count), *draw_noise_levels(config, draw, "predict"), draw.seed("predict")
+        next_prompts(data, draw, "predict", count), *draw_noise_levels(config, draw, "predict"), draw.seed("predict")
     )
     matching_timesteps = draw.timesteps("matching", count, *inclusive(config.matching.timestep_range))
     (matching, gaps), (realism, judged) = runtime.parallel(
@@ -87,25 +86,27 @@ def distil(config: Config, runtime: Runtime, data: ImageSource, draw: Draws) -> 
 
     # The first update of the critics learns from the forwards already made, as in GAN training; a TTUR above 1 samples afresh.
     moved, told_apart = runtime.parallel(
-        lambda: update_generator() | update_score(prediction, "critics/0"),
-        lambda: update_discriminator(prediction, "critics/0"),
+        lambda: update_generator() | update_score(prediction, 0),
+        lambda: update_discriminator(prediction, 0),
     )
-    for purpose in (f"critics/{update}" for update in range(1, config.ttur)):
+    for update in range(1, config.ttur):
+        purpose = f"critics/{update}"
         fakes = generator.sample(
-            draw_prompts(data, draw, purpose, count), *draw_noise_levels(config, draw, purpose), draw.seed(purpose)
+            next_prompts(data, draw, purpose, count), *draw_noise_levels(config, draw, purpose), draw.seed(purpose)
         )
-        runtime.parallel(lambda: update_score(fakes, purpose), lambda: update_discriminator(fakes, purpose))  # noqa: B023
+        runtime.parallel(lambda: update_score(fakes, update), lambda: update_discriminator(fakes, update))  # noqa: B023
     return gaps | judged | moved | told_apart | gradient_norms(matching, realism, weight)
 
 
-def draw_prompts(data: ImageSource, draw: Draws, purpose: str, count: int) -> Prompts:
-    """`count` captions of the data, uniformly with replacement."""
-    return Prompts(data.prompts(draw.timesteps(f"{purpose}/prompts", count, 0, len(data))), torch.arange(count))
+def next_prompts(data: ImageSource, draw: Draws, purpose: str, count: int) -> Prompts:
+    """The prompts of this step for `purpose`: each once per epoch. A position in the data is a function of the step."""
+    rows = torch.arange(count)
+    return Prompts(data.prompts(purpose, draw.step * count + rows), rows)
 
 
-def draw_reals(data: ImageSource, draw: Draws, purpose: str, count: int) -> Tensor:
-    """Indices of real images, int64 (count,)."""
-    return draw.timesteps(f"{purpose}/reals", count, 0, len(data))
+def next_reals(config: Config, draw: Draws, update: int) -> Tensor:
+    """Positions of the real images of one critic update, int64 (batch,)."""
+    return (draw.step * config.ttur + update) * config.batch + torch.arange(config.batch)
 
 
 def draw_noise_levels(config: Config, draw: Draws, purpose: str) -> tuple[int, int | None]:

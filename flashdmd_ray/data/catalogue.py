@@ -1,0 +1,66 @@
+"""The data sets that a configuration names, their indexes, and what is said about them. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flashdmd_ray.config import DataConfig
+from flashdmd_ray.data.formats import Columns, ImageFormat, TextFormat, open_images, open_prompts
+from flashdmd_ray.data.index import Index, default_cache, is_indexed, open_index
+
+
+def named(config: DataConfig) -> dict[str, TextFormat]:
+    """By key of the configuration, the data sets in files. Reads no sample. Raises ValueError when one is not there."""
+    found: dict[str, TextFormat] = {}
+    if config.source != "demo":
+        found["source"] = image_format(config)
+    if config.prompts is not None:
+        found["prompts"] = open_prompts(config.prompts, columns(config))
+    return found
+
+
+def image_format(config: DataConfig) -> ImageFormat:
+    """The format of the real images. Raises ValueError when they are not there."""
+    return open_images(config.source, columns(config))
+
+
+def columns(config: DataConfig) -> Columns:
+    """What the caption and the image are called."""
+    return Columns(config.caption, config.image)
+
+
+def judged_index(config: DataConfig, key: str, format: TextFormat) -> Index:
+    """The index of the data set called `key`. Raises ValueError when more than `max_bad` of its samples are bad."""
+    index = open_index(format, cache_folder(config))
+    index.tally.check(config.max_bad, f"data.{key} {getattr(config, key)}")
+    return index
+
+
+def describe_data(config: DataConfig) -> list[str]:
+    """What `--dry-run` says about the data, a line for each data set. Raises ValueError for one that is not there."""
+    lines = [f"source: {config.scenes:,} digit scenes of the train split"] if config.source == "demo" else []
+    for key, format in named(config).items():
+        cache = cache_folder(config)
+        if is_indexed(format, cache):
+            index = open_index(format, cache)
+            state = f"{len(index):,} samples, {index.tally.bad_count:,} bad"
+        else:
+            state = "not indexed yet; jobs/prepare_data.py --check judges it"
+        lines.append(f"{key}: {getattr(config, key)} ({format.kind}, {state})")
+    return lines
+
+
+def data_report(config: DataConfig) -> dict[str, dict[str, Any]]:
+    """What indexing found, by key: path, kind, a digest of the content, samples seen, and bad ones by reason."""
+    found = {}
+    for key, format in named(config).items():
+        index = open_index(format, cache_folder(config))
+        facts = {"path": getattr(config, key), "kind": format.kind, "content": index.content}
+        found[key] = facts | index.tally.as_json()
+    return found
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where indexes are kept."""
+    return default_cache() if config.cache is None else config.cache.expanduser()

@@ -1,0 +1,102 @@
+"""Encoded image bytes, from anywhere, to pixels of a fixed size. Pillow and numpy only."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from flashdmd_ray.data.samples import BadSample
+
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit against decompression bombs, here for refusal instead of a warning."""
+LARGEST_FILE = 256 * 2**20
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+"""What is opened, whatever a file is called. Formats that run other programs (EPS) or are rarely photographs stay out."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+
+Pixels = NDArray[np.uint8]
+_ROTATED = (5, 6, 7, 8)
+_ORIENTATION = 0x0112
+
+# The limit is checked below, for every image; Pillow would warn at the same number and refuse at twice as much.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def image_size(file: IO[bytes], length: int) -> tuple[int, int]:
+    """(width, height) as the image is looked at, from its header alone. Raises BadSample."""
+    image = _open(file, length)
+    width, height = image.size
+    try:
+        rotated = image.getexif().get(_ORIENTATION) in _ROTATED
+    except Exception:  # damaged EXIF is no reason to lose an image
+        rotated = False
+    return (height, width) if rotated else (width, height)
+
+
+def decode(data: bytes, size: tuple[int, int]) -> Pixels:
+    """RGB uint8 (H, W, 3): upright, cropped around the centre to the aspect ratio of `size` = (H, W), resized to it.
+
+    Gray, palette, 16-bit and CMYK images become RGB; what is transparent becomes white. Raises BadSample.
+    """
+    image = _open(io.BytesIO(data), len(data))
+    height, width = size
+    try:
+        _read_small(image, max(height, width))
+        upright = _rgb(_upright(image))
+        return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
+    except BadSample:
+        raise
+    except Exception as error:  # libraries raise almost anything on damaged bytes
+        raise BadSample("truncated or damaged image") from error
+
+
+def _open(file: IO[bytes], length: int) -> Image.Image:
+    if length == 0:
+        raise BadSample("empty image file")
+    if length > LARGEST_FILE:
+        raise BadSample(f"image file above {LARGEST_FILE // 2**20} MiB")
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise BadSample(f"image above {MAX_PIXELS:,} pixels") from None
+    except Exception:  # not only UnidentifiedImageError: parsers of headers raise almost anything
+        raise BadSample("not an image") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample(f"image above {MAX_PIXELS:,} pixels")
+    if not image.width or not image.height:
+        raise BadSample("not an image")
+    return image
+
+
+def _read_small(image: Image.Image, side: int) -> None:
+    """Let JPEG decode at a half, quarter or eighth of the size, as long as twice the pixels wanted are left."""
+    wanted = 2 * side
+    if image.format == "JPEG" and min(image.size) > wanted:
+        image.draft(None, (wanted, wanted))
+    image.load()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF: as stored
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadSample("more than 16 bits per channel")
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode == "F":
+        raise BadSample("more than 16 bits per channel")
+    if image.has_transparency_data:
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
