@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashdmd_ray.cli import FAILED, brief, prepare_process, refuse, say
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.run_directory import write_atomically
+from flashdmd_ray.storage import Location, checkpoint_root
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from flashdmd_ray.models.family import Family
 
 EVALUATION = "evaluation.json"
 
@@ -34,14 +37,20 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def export_command(arguments: Sequence[str] | None = None) -> int:
-    """`export.py RUN [--out DIRECTORY]`: the newest checkpoint's student as a diffusers pipeline."""
+    """`export.py RUN [--checkpoint best|latest|STEP] [--out DIRECTORY]`: a checkpoint's student as a diffusers pipeline."""
     parser = argparse.ArgumentParser(
-        prog="export.py", description="Write a run's newest student as a diffusers pipeline directory."
+        prog="export.py", description="Write the student of a run's checkpoint as a diffusers pipeline directory."
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a training run, for example runs/demo")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="best|latest|STEP",
+        help="best: by the run's checkpoint.best_metric (default: %(default)s)",
+    )
     parser.add_argument("--out", metavar="DIRECTORY", type=Path, help="where to (default: RUN/export)")
     options = parser.parse_args(arguments)
-    return _execute(lambda: export_run(options.run, options.out))
+    return _execute(lambda: export_run(options.run, options.checkpoint, options.out))
 
 
 def _execute(command: Callable[[], object]) -> int:
@@ -69,7 +78,7 @@ def evaluate_run(run: Path, samples: int, seed: int | None) -> list[dict[str, ob
     config = config.model_copy(
         update={"seed": seed, "evaluation": config.evaluation.model_copy(update={"samples": samples})}
     )
-    source = find_student(run)
+    source = find_student(run, config)
 
     import torch
 
@@ -81,32 +90,34 @@ def evaluate_run(run: Path, samples: int, seed: int | None) -> list[dict[str, ob
     torch.set_num_threads(config.placement.threads)
     print(f"evaluating {source}", flush=True)
     family = load_family(config.model)
-    student = load_student(family, read_student(source))
+    student = load_student(family, read_student(source, config, family))
     rows = measure(config, family, student, lambda text: print(text, flush=True))
     print_table(rows)
     records = as_records(rows)
-    facts = {"student": str(source.relative_to(run)), "samples": samples, "seed": seed, "rows": records}
+    name = source.relative_to(run) if isinstance(source, Path) and source.is_relative_to(run) else source
+    facts = {"student": str(name), "samples": samples, "seed": seed, "rows": records}
     write_atomically(run / EVALUATION, json.dumps(facts, indent=1) + "\n")
     print(f"written to {run / EVALUATION}")
     return records
 
 
-def export_run(run: Path, out: Path | None) -> Path:
-    """Export the newest checkpoint; returns the directory. Raises ValueError when there is none or `out` is taken."""
+def export_run(run: Path, which: str, out: Path | None) -> Path:
+    """Export the checkpoint `which` ('best', 'latest' or a step); returns the directory.
+
+    Raises ValueError when there is no such checkpoint, when it is damaged, or when `out` is taken.
+    """
     config = read_run_config(run)
 
-    from flashdmd_ray.checkpoint import latest_checkpoint, read_state
+    from flashdmd_ray.checkpoint import Best, read_state, select_checkpoint
     from flashdmd_ray.export import export_pipeline
     from flashdmd_ray.report import card_facts, student_weights
     from flashdmd_ray.roles.networks import load_family
 
-    checkpoint = latest_checkpoint(run / "checkpoints")
-    if checkpoint is None:
-        raise ValueError(f"{run} has no complete checkpoint: train it to its first one")
+    checkpoint = select_checkpoint(checkpoint_root(config, run), which, Best.wanted(config.checkpoint))
     training = read_state(checkpoint)
     facts = card_facts(config, training, _rows_of(run, training))
     family = load_family(config.model)
-    weights = student_weights(checkpoint)
+    weights = student_weights(config, family, checkpoint)
     written = export_pipeline(family, weights, config.sampling.timesteps, out or run / "export", facts)
     print(f"{checkpoint.name} written to {written}")
     return written
@@ -119,26 +130,26 @@ def read_run_config(run: Path) -> Config:
     return load_config(run / "config.yaml")
 
 
-def find_student(run: Path) -> Path:
+def find_student(run: Path, config: Config) -> Location:
     """The run's export, or its newest complete checkpoint while it has none. Raises ValueError when it has neither."""
     from flashdmd_ray.checkpoint import latest_checkpoint
 
     if (run / "export" / "flashdmd.json").is_file():
         return run / "export"
-    checkpoint = latest_checkpoint(run / "checkpoints")
+    checkpoint = latest_checkpoint(checkpoint_root(config, run))
     if checkpoint is None:
         raise ValueError(f"{run} has neither an export nor a complete checkpoint: train it to its first one")
     return checkpoint
 
 
-def read_student(source: Path) -> dict[str, Tensor]:
-    """The student's weights in an export or a checkpoint. Raises ValueError when they are damaged."""
-    from flashdmd_ray.models.sdxl import SDXL
+def read_student(source: Location, config: Config, family: Family) -> Mapping[str, Tensor]:
+    """The student's whole weights in an export or a checkpoint. Raises ValueError when they are damaged."""
+    from flashdmd_ray.models import family_class
     from flashdmd_ray.report import student_weights
 
-    if (source / "flashdmd.json").is_file():
-        return SDXL.from_pretrained(str(source), parts=["unet"]).teacher.state_dict()
-    return student_weights(source)
+    if (source / "flashdmd.json").exists():
+        return family_class(config.model.family).from_pretrained(str(source), parts=["denoiser"]).teacher.state_dict()
+    return student_weights(config, family, source)
 
 
 def _rows_of(run: Path, training: dict[str, Any]) -> list[Any]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 
-from flashdmd_ray.checkpoint import latest_checkpoint, read_state, write_checkpoint
+from flashdmd_ray.checkpoint import Best, damage_explained, latest_checkpoint, latest_step, open_store, read_state
+from flashdmd_ray.checkpoint.saver import CheckpointSaver
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import build_images
+from flashdmd_ray.data.report import note_replaced, start_report
 from flashdmd_ray.driver import train
 from flashdmd_ray.interruption import Interruption
 from flashdmd_ray.progress import Progress
 from flashdmd_ray.report import SampleSheet, report
 from flashdmd_ray.roles.networks import Metrics, load_family
-from flashdmd_ray.run_directory import RunDirectory
+from flashdmd_ray.run_directory import RESUME_MAY_CHANGE, RunDirectory, changed_settings, fixed_settings
 from flashdmd_ray.runtime.build import build_runtime
 from flashdmd_ray.runtime.protocol import Runtime
 from flashdmd_ray.runtime.supervisor import run_supervised
+from flashdmd_ray.storage import checkpoint_root
 from flashdmd_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -38,10 +44,14 @@ def run_job(config: Config) -> int:
     Raises ValueError for a run folder or checkpoint that cannot be used; other exceptions mean that the run failed.
     """
     directory = RunDirectory.prepare(config.run.dir, config.run.name, config.model_dump(mode="json"))
-    done = steps_done(directory)
+    root = checkpoint_root(config, directory.path)
+    done = latest_step(root)
     if done >= config.steps and (directory.path / "report.json").is_file():
         print(f"{directory.path} is finished ({done} steps); raise steps to go on, or choose another run.name")
         return 0
+    latest_checkpoint(root)  # a damaged one is refused before anything starts
+    data = build_images(config.data, config.seed)  # and so is unusable data
+    found = start_report(directory.path, config.data)
     with (
         Tracker(directory, config.tracking, after_step=done) as tracker,
         Progress(config.steps, done) as progress,
@@ -50,23 +60,18 @@ def run_job(config: Config) -> int:
         progress.say(f"resuming after step {done}" if done else f"starting {directory.path}")
 
         def attempt(runtime: Runtime) -> None:
-            run = TrainingRun(config, directory, runtime, tracker, progress, stop)
+            run = TrainingRun(config, directory, runtime, tracker, progress, stop, found)
             run.restore()
-            train(config, runtime, build_images(config.data, config.seed), run)
+            with run.saver:
+                train(config, runtime, data, run)
 
         if done < config.steps:
             run_supervised(attempt, lambda: build_runtime(config, say=progress.say), config.deadlines.attempts)
-        if steps_done(directory) < config.steps:
+        if latest_step(root) < config.steps:
             tracker.finish("interrupted")
             return stop.exit_code
         report(config, directory, tracker, progress.say)
     return 0
-
-
-def steps_done(directory: RunDirectory) -> int:
-    """Steps behind the newest complete checkpoint."""
-    checkpoint = latest_checkpoint(directory.checkpoints)
-    return int(read_state(checkpoint)["step"]) if checkpoint else 0
 
 
 class TrainingRun:
@@ -80,8 +85,11 @@ class TrainingRun:
         tracker: Tracker,
         progress: Progress,
         stop: Interruption,
+        found: Metrics,
     ) -> None:
+        """found: what is known of the data, recorded with every step."""
         self.config = config
+        self.found = found
         self.directory = directory
         self.runtime = runtime
         self.tracker = tracker
@@ -91,17 +99,32 @@ class TrainingRun:
         self.counters = {"generator_updates": 0, "score_updates": 0, "preference_updates": 0, "samples": 0}
         self.seconds = 0.0
         self._started = time.monotonic()
+        self._judged: list[float] = []  # values of checkpoint.best_metric since the last checkpoint
+        self._root = checkpoint_root(config, directory.path)
+        self._settings = fixed_settings(config.model_dump(mode="json"), (*RESUME_MAY_CHANGE, "checkpoint"))
+        self.saver = CheckpointSaver(
+            open_store(self._root, self._mark(), config.checkpoint.keep, Best.wanted(config.checkpoint)),
+            (runtime.generator, runtime.score, runtime.discriminator),
+            config.checkpoint.asynchronous,
+            config.deadlines.checkpoint_s,
+        )
         self._sheet = SampleSheet(config, load_family(config.model))
 
     def restore(self) -> None:
-        """Load every role from the newest complete checkpoint, if there is one."""
-        checkpoint = latest_checkpoint(self.directory.checkpoints)
+        """Load every role from the newest complete checkpoint, if there is one. Raises ValueError when it is of another run."""
+        checkpoint = latest_checkpoint(self._root)
         if checkpoint is None:
             self.tracker.rewind(0)
             return
         state = read_state(checkpoint)
-        for role in (self.runtime.generator, self.runtime.score, self.runtime.discriminator):
-            role.load(checkpoint)
+        if changes := changed_settings(state.get("settings", self._settings), self._settings):
+            raise ValueError(
+                f"checkpoint {checkpoint} was written with another configuration ({changes}); "
+                "choose another run.name, or restore the value to resume"
+            )
+        with damage_explained(self._root):
+            for role in self.saver.roles:
+                role.load(checkpoint)
         self.done, self.counters, self.seconds = state["step"], state["counters"], state["seconds"]
         self.tracker.rewind(self.done)  # steps after the checkpoint will be done, and recorded, again
 
@@ -111,16 +134,19 @@ class TrainingRun:
             yield self.done
 
     def finish(self, step: int, metrics: Metrics) -> None:
-        """Count, record, show; then the sample sheet and the checkpoint when due."""
+        """Count, record, show; then the sample sheet and the checkpoint when due. Raises CheckpointError for one that failed meanwhile."""
+        self.saver.check()
         self.done = step + 1
+        self._judged.append(metrics.get(self.config.checkpoint.best_metric or "", math.nan))
         self._count(metrics)
         last = self.done == self.config.steps
         if last or self.done % self.config.tracking.log_every == 0:
-            self.tracker.metrics(self.done, metrics | {f"count/{name}": value for name, value in self.counters.items()})
+            counted = {f"count/{name}": value for name, value in self.counters.items()}
+            self.tracker.metrics(self.done, metrics | counted | self.found)
         self.progress.step(self.done, {label: metrics[name] for name, label in SHOWN.items() if name in metrics})
         if last or self.done % self.config.tracking.samples_every == 0:
             path = self._sheet.write(
-                self.runtime.generator.weights(), self.directory.samples / f"step-{self.done:06d}.png"
+                self.runtime.generator.evaluation_weights(), self.directory.samples / f"step-{self.done:06d}.png"
             )
             self.tracker.image("samples", path, self.done)
         if last or self.stop.requested or self.done % self.config.checkpoint.every == 0:
@@ -134,14 +160,29 @@ class TrainingRun:
         self.counters["preference_updates"] += int(metrics.pop("preference/updates", 0))
 
     def _checkpoint(self) -> None:
+        note_replaced(self.directory.path, self.runtime.discriminator.data_report())
         now = time.monotonic()
         self.seconds, self._started = self.seconds + now - self._started, now
-        roles = (self.runtime.generator, self.runtime.score, self.runtime.discriminator)
-        state = {"step": self.done, "counters": self.counters, "seconds": self.seconds}
-        write_checkpoint(
-            self.directory.checkpoints,
-            self.done,
-            *(role.save for role in roles),
-            state=state,
-            keep=self.config.checkpoint.keep,
-        )
+        state = {
+            "step": self.done,
+            "counters": dict(self.counters),
+            "seconds": self.seconds,
+            "settings": self._settings,
+        }
+        self.saver.save(self.done, state, self._mean_metric())
+
+    def _mean_metric(self) -> dict[str, float]:
+        """`checkpoint.best_metric` over the steps since the last checkpoint; warns when none of them had it."""
+        name, values = self.config.checkpoint.best_metric, [value for value in self._judged if math.isfinite(value)]
+        self._judged = []
+        if name is None:
+            return {}
+        if not values:
+            log.warning("checkpoint.best_metric: no step since the last checkpoint has a finite '%s'", name)
+            return {}
+        return {name: math.fsum(values) / len(values)}
+
+    def _mark(self) -> str:
+        """Tells this run's checkpoints from those of another run in the same place."""
+        facts = json.dumps([self.config.run.name, self._settings], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]

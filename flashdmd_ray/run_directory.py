@@ -32,11 +32,25 @@ RESUME_MAY_CHANGE = (
     "run",
     "placement",
     "deadlines",
-    "checkpoint",
+    "checkpoint.every",
+    "checkpoint.asynchronous",
+    "checkpoint.keep",
+    "checkpoint.best_metric",
+    "checkpoint.best_mode",
     "tracking",
     "evaluation",
+    "engine.kind",
+    "engine.zero_stage",
+    "engine.accumulation",
+    "engine.gradient_checkpointing",
+    "engine.offload_optimizer",
+    "engine.compile",
+    "data.decode",
+    "data.workers",
+    "data.ahead",
+    "data.cache",
 )
-"""Configuration sections that do not change what a step computes, so a resumed run may set them anew."""
+"""Configuration sections and keys that do not change what a step computes (but for rounding), so a resumed run may set them anew."""
 
 PACKAGES = (
     "flashdmd-ray",
@@ -157,22 +171,16 @@ class RunDirectory:
 
     def _check_same(self, config: Mapping[str, Any], may_change: Collection[str]) -> None:
         try:
-            saved = flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
-        except (OSError, yaml.YAMLError, AttributeError):
+            saved = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError):
             raise ValueError(
                 f"{self.config}: cannot be read as the configuration of a run; choose another run.name"
             ) from None
-        new = flatten(json.loads(json.dumps(config)))
-        changes = [
-            f"{key} was {saved.get(key, 'not set')} and is now {new.get(key, 'not set')}"
-            for key in dict.fromkeys([*saved, *new])
-            if key.split(".")[0] not in may_change and saved.get(key) != new.get(key)
-        ]
+        changes = changed_settings(fixed_settings(saved, may_change), fixed_settings(config, may_change))
         if changes:
             raise ValueError(
-                f"run.name: {self.path} was started with another configuration ({'; '.join(changes[:3])}"
-                + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
-                + "); choose another run.name, or restore the value to resume"
+                f"run.name: {self.path} was started with another configuration ({changes}); "
+                "choose another run.name, or restore the value to resume"
             )
 
 
@@ -260,6 +268,26 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in items:
         flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat
+
+
+def fixed_settings(config: Mapping[str, Any], may_change: Collection[str] = RESUME_MAY_CHANGE) -> dict[str, Any]:
+    """The settings, by dotted key, that a resumed run must share."""
+    flat = flatten(json.loads(json.dumps(config, default=str)))
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in may_change)
+    }
+
+
+def changed_settings(saved: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first three differences in words, '' when there are none."""
+    changes = [
+        f"{key} was {saved.get(key, 'not set')} and is now {new.get(key, 'not set')}"
+        for key in dict.fromkeys([*saved, *new])
+        if saved.get(key) != new.get(key)
+    ]
+    return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
 
 
 def environment() -> dict[str, Any]:

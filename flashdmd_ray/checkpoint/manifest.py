@@ -1,0 +1,159 @@
+"""What a checkpoint consists of: `manifest.json`, the last of its files to be written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashdmd_ray.storage import Location, children, size
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+NAME = re.compile(r"step-(\d{8,})(\.\d+)?")
+
+
+class DamagedCheckpoint(ValueError):
+    """A file of a checkpoint is missing or not what was written. The message names it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file as it was written. sha256: of its content, hexadecimal."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint as its manifest describes it.
+
+    serial: grows with every checkpoint written to one place. run: whose it is. metrics: what retention may judge it by.
+    """
+
+    folder: Location
+    step: int
+    serial: int
+    run: str
+    metrics: Mapping[str, float]
+    files: Mapping[str, Part]
+
+    def to_json(self) -> bytes:
+        files = {name: {"bytes": part.bytes, "sha256": part.sha256} for name, part in sorted(self.files.items())}
+        tree = {"format": FORMAT, "step": self.step, "serial": self.serial, "run": self.run}
+        return json.dumps(tree | {"metrics": dict(self.metrics), "files": files}, indent=1).encode()
+
+
+def read_manifest(folder: Location) -> Manifest:
+    """Raises DamagedCheckpoint, a ValueError, when the manifest is missing or damaged."""
+    try:
+        tree = json.loads((folder / MANIFEST).read_text())
+        known = tree["format"] == FORMAT
+        files = {name: Part(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in tree["files"].items()}
+        metrics = {str(name): float(value) for name, value in tree.get("metrics", {}).items()}
+        manifest = Manifest(folder, int(tree["step"]), int(tree["serial"]), str(tree.get("run", "")), metrics, files)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder}: cannot read {MANIFEST} ({error})") from None
+    if not known:
+        raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} has a format that this version does not know")
+    return manifest
+
+
+def read_state(folder: Location) -> dict[str, Any]:
+    """The driver's JSON of a checkpoint. Raises DamagedCheckpoint, a ValueError, when it cannot be read."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder}: cannot read {STATE} ({error})") from None
+    assert isinstance(state, dict)
+    return state
+
+
+def newest_first(root: Location) -> list[Location]:
+    """Checkpoint folders by the order of writing; one whose manifest cannot be read comes first, so that it is noticed.
+
+    In a store the manifest is the commit: a folder without one is unfinished, so no checkpoint.
+    """
+    serials = {
+        folder: _serial(folder) for folder in children(root) if NAME.fullmatch(folder.name) and is_committed(folder)
+    }
+    return sorted(serials, key=lambda f: (serials[f] is None, serials[f] or 0, f.name), reverse=True)
+
+
+def is_committed(folder: Location) -> bool:
+    """Whether a folder with a checkpoint's name was finished: by its rename in a file system, by its manifest in a store."""
+    if isinstance(folder, Path):
+        return folder.is_dir()
+    try:
+        return (folder / MANIFEST).size() > 0  # an empty one: the process ended between creating and writing it
+    except FileNotFoundError:
+        return False
+
+
+def manifests(root: Location) -> list[Manifest]:
+    """Of all checkpoints whose manifest can be read, newest first."""
+    found = []
+    for folder in newest_first(root):
+        try:
+            found.append(read_manifest(folder))
+        except ValueError:
+            continue
+    return found
+
+
+def verify_checkpoint(folder: Location) -> Location:
+    """Return `folder` if it is a complete checkpoint; raises ValueError when there is none, and its subclass
+    DamagedCheckpoint naming the file that is missing or differs.
+
+    Of tensors in a store only the sizes are compared: `load_tensors` checks their contents when it fetches them.
+    """
+    if not is_committed(folder):
+        raise ValueError(f"no checkpoint at {folder}: name a directory such as runs/demo/checkpoints/step-00000050")
+    for part in read_manifest(folder).files.values():
+        try:
+            found = _look_at(folder / part.name, part)
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"checkpoint {folder}: {part.name} is missing") from None
+        check_same(part, found, folder)
+    return folder
+
+
+def check_same(written: Part, found: Part, folder: Location) -> None:
+    """Raises DamagedCheckpoint when a file is not what was written."""
+    if found != written:
+        raise DamagedCheckpoint(
+            f"checkpoint {folder}: {written.name} is not what was written (size or SHA-256 differs)"
+        )
+
+
+def describe(name: str, file: Path) -> Part:
+    """Size and SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return Part(name, file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def describe_bytes(name: str, data: bytes) -> Part:
+    """Size and SHA-256 of a file's content."""
+    return Part(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _look_at(file: Location, expected: Part) -> Part:
+    if isinstance(file, Path):
+        return describe(expected.name, file)
+    if expected.name == STATE:
+        return describe_bytes(STATE, file.read_bytes())
+    return Part(expected.name, size(file), expected.sha256)
+
+
+def _serial(folder: Location) -> int | None:
+    try:
+        return read_manifest(folder).serial
+    except ValueError:
+        return None

@@ -1,0 +1,121 @@
+"""How a role's tensors get into a checkpoint: taken by the training thread, written by another thread of the same process."""
+
+from __future__ import annotations
+
+import json
+import queue
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from flashdmd_ray.checkpoint.manifest import Part, describe
+from flashdmd_ray.checkpoint.store import flush
+from flashdmd_ray.checkpoint.tensors import save_tensors
+from flashdmd_ray.storage import Location, RemotePath
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a role saves to, as `directory / name` like a path. background: write in another thread, after `save` has returned."""
+
+    path: Location
+    background: bool
+
+    def __truediv__(self, name: str) -> Destination:
+        return replace(self, path=self.path / name)
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """How far a part is: written when `part` is there, failed when `error` is, still being written otherwise."""
+
+    name: str
+    part: Part | None = None
+    error: str | None = None
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> PartReport:
+        fields = json.loads(text)
+        return cls(fields["name"], fields["part"] and Part(**fields["part"]), fields["error"])
+
+
+class Saved:
+    """Base of the roles that save parts."""
+
+    def saved(self, directory: Destination) -> tuple[str, ...]:
+        """A `PartReport` as text for each part that this process was given for `directory`. Does not wait and does not raise."""
+        return tuple(report.to_text() for report in _writer.reports(directory))
+
+
+def save_part(file: Destination, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, in the background if `file` says so; `Saved.saved` tells how it went.
+
+    Tensors on a device are copied to the host before this returns. Those on the host already must be copies or never change again:
+    to copy what is a copy would double the memory.
+    """
+    _writer.write(file, {name: tensor.detach().to("cpu") for name, tensor in tensors.items()})
+
+
+class PartWriter:
+    """Writes the parts of a process, one after the other. Remembers how the parts of the latest checkpoint went."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reports: dict[Location, PartReport] = {}
+        self._waiting: queue.SimpleQueue[tuple[Location, dict[str, Tensor]]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def write(self, file: Destination, tensors: dict[str, Tensor]) -> None:
+        folder = file.path.parent
+        with self._lock:
+            self._reports = {path: report for path, report in self._reports.items() if path.parent == folder}
+            self._reports[file.path] = PartReport(file.path.name)
+        if not file.background:
+            self._finish(file.path, tensors)
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True, name="checkpoint-parts")
+            self._thread.start()
+        self._waiting.put((file.path, tensors))
+
+    def reports(self, directory: Destination) -> list[PartReport]:
+        with self._lock:
+            return [report for path, report in self._reports.items() if path.parent == directory.path]
+
+    def _work(self) -> None:
+        while True:
+            self._finish(*self._waiting.get())
+
+    def _finish(self, path: Location, tensors: dict[str, Tensor]) -> None:
+        try:
+            report = PartReport(path.name, part=write_part(path, tensors))
+        except Exception as error:  # whatever it is, the driver must hear of it
+            report = PartReport(path.name, error=" ".join(f"{type(error).__name__}: {error}".split()))
+        tensors.clear()  # free the copies before the next part is waited for
+        with self._lock:
+            if path in self._reports:
+                self._reports[path] = report
+
+
+_writer = PartWriter()
+
+
+def write_part(path: Location, tensors: Mapping[str, Tensor]) -> Part:
+    """Write one file and see it safely on the disk, or in the store. Raises what stands in the way."""
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="flashdmd-") as folder:
+            local = Path(folder) / path.name
+            save_tensors(local, tensors)
+            part = describe(path.name, local)
+            path.upload(local)
+            return part
+    save_tensors(path, tensors)
+    flush(path)
+    return describe(path.name, path)

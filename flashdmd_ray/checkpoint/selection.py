@@ -1,0 +1,102 @@
+"""Which of a run's checkpoints is meant: the newest, the best, or that of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from flashdmd_ray.checkpoint.manifest import (
+    DamagedCheckpoint,
+    Manifest,
+    manifests,
+    newest_first,
+    read_manifest,
+    verify_checkpoint,
+)
+from flashdmd_ray.config import CheckpointConfig
+from flashdmd_ray.storage import Location
+
+
+@dataclass(frozen=True)
+class Best:
+    """What makes a checkpoint the best of its run: the smallest or the largest value of a metric."""
+
+    metric: str
+    mode: Literal["min", "max"]
+
+    @classmethod
+    def wanted(cls, settings: CheckpointConfig) -> Self | None:
+        """What the configuration asks for; None when it names no metric."""
+        return None if settings.best_metric is None else cls(settings.best_metric, settings.best_mode)
+
+    def of(self, candidates: Iterable[Manifest]) -> Manifest | None:
+        """The best one, of equals the newest; None when none recorded the metric as a finite number."""
+        sign = 1.0 if self.mode == "min" else -1.0
+        judged = [m for m in candidates if math.isfinite(m.metrics.get(self.metric, math.nan))]
+        return min(judged, key=lambda m: (sign * m.metrics[self.metric], -m.serial), default=None)
+
+
+def latest_checkpoint(root: Location) -> Location | None:
+    """The newest checkpoint, verified; None when there is none.
+
+    A damaged one is never passed over in silence: ValueError names the file and says how to go back to the one before.
+    """
+    found = newest_first(root)
+    if not found:
+        return None
+    with damage_explained(root):
+        return verify_checkpoint(found[0])
+
+
+def latest_step(root: Location) -> int:
+    """Steps behind the newest checkpoint, by its manifest alone; 0 when there is none. Raises ValueError like `latest_checkpoint`."""
+    found = newest_first(root)
+    if not found:
+        return 0
+    with damage_explained(root):
+        return read_manifest(found[0]).step
+
+
+@contextmanager
+def damage_explained(root: Location) -> Iterator[None]:
+    """Add to the error about the newest checkpoint what the user may decide: nobody else goes back to an older one."""
+    try:
+        yield
+    except DamagedCheckpoint as error:
+        newest, *older = newest_first(root)
+        then = f"go back to {older[0].name}" if older else "start from step 0"
+        raise DamagedCheckpoint(f"{error}; restore it, or delete or move {newest} to {then}") from None
+
+
+def select_checkpoint(root: Location, which: str, best: Best | None) -> Location:
+    """`which`: 'latest', 'best' (by `best`) or a step. Raises ValueError when there is no such checkpoint or it is damaged."""
+    if which == "latest":
+        latest = latest_checkpoint(root)
+        if latest is None:
+            raise ValueError(f"{root} holds no complete checkpoint: train to the first one")
+        return latest
+    known = manifests(root)
+    if which == "best":
+        return verify_checkpoint(_best(known, best, root).folder)
+    if not which.isascii() or not which.isdigit():
+        raise ValueError(f"--checkpoint {which}: expected latest, best or a step such as 200")
+    for manifest in known:
+        if manifest.step == int(which):
+            return verify_checkpoint(manifest.folder)
+    raise ValueError(f"--checkpoint {which}: {root} holds {_steps(known)}")
+
+
+def _best(known: Sequence[Manifest], best: Best | None, root: Location) -> Manifest:
+    if best is None:
+        raise ValueError("--checkpoint best: the run was trained without checkpoint.best_metric; name a step or latest")
+    found = best.of(known)
+    if found is None:
+        raise ValueError(f"--checkpoint best: no checkpoint at {root} recorded {best.metric}; name a step or latest")
+    return found
+
+
+def _steps(known: Sequence[Manifest]) -> str:
+    return f"steps {', '.join(str(m.step) for m in reversed(known))}" if known else "no complete checkpoint"

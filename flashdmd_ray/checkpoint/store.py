@@ -1,0 +1,200 @@
+"""The checkpoints of one run in one place: begun, committed, retired. One process at a time writes to a place.
+
+In a file system a checkpoint is written under a temporary name, flushed, and renamed: it is complete or not there. Object stores have no
+rename, so there the manifest, written last, is the commit, and a folder without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flashdmd_ray.checkpoint.manifest import (
+    MANIFEST,
+    NAME,
+    STATE,
+    Manifest,
+    Part,
+    describe_bytes,
+    is_committed,
+    manifests,
+)
+from flashdmd_ray.checkpoint.selection import Best
+from flashdmd_ray.storage import Location, RemotePath, size
+
+BEGUN = "begun.json"
+"""In a store: says whose unfinished checkpoint a folder is. The first of its files to be written, the last to go."""
+
+
+class CheckpointStore(ABC):
+    """run: marks this run's checkpoints; no others are removed. keep: how many of the newest stay (>= 1), beside the best."""
+
+    def __init__(self, root: Location, run: str, keep: int, best: Best | None) -> None:
+        assert keep >= 1
+        assert run
+        self.root: Location = root
+        self.run = run
+        self.keep = keep
+        self.best = best
+
+    @abstractmethod
+    def begin(self, step: int) -> Location:
+        """Clear away what an earlier process left unfinished; return a new folder for the parts of a checkpoint."""
+
+    def commit(
+        self, begun: Location, step: int, parts: Iterable[Part], state: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> Location:
+        """Make the folder a checkpoint; returns where it lies.
+
+        parts: the files that were written to it. state: JSON, the driver's own part. Raises OSError when it cannot be written, or
+        when a part that was reported as written cannot be seen from here.
+        """
+        files = {part.name: part for part in parts}
+        for part in files.values():
+            _check_seen(begun / part.name, part)
+        text = json.dumps(dict(state), indent=1, sort_keys=True).encode()
+        files[STATE] = describe_bytes(STATE, text)
+        serial = 1 + max((m.serial for m in manifests(self.root)), default=0)
+        return self._publish(text, Manifest(begun, step, serial, self.run, metrics, files))
+
+    def retire(self) -> None:
+        """Remove the complete checkpoints of this run that are neither among the newest nor the best."""
+        ours = [m for m in manifests(self.root) if m.run == self.run]
+        best = self.best.of(ours) if self.best else None
+        for manifest in ours[self.keep :]:
+            if manifest is not best:
+                self._remove(manifest.folder)
+
+    @abstractmethod
+    def abandon(self, begun: Location) -> None:
+        """Remove the folder of a checkpoint that will not be finished, as far as possible."""
+
+    @abstractmethod
+    def _publish(self, state: bytes, manifest: Manifest) -> Location: ...
+
+    @abstractmethod
+    def _remove(self, folder: Location) -> None:
+        """At no moment is half a checkpoint under a checkpoint's name."""
+
+
+def open_store(root: Location, run: str, keep: int, best: Best | None = None) -> CheckpointStore:
+    """The store for a place; creates nothing."""
+    kind = RemoteStore if isinstance(root, RemotePath) else LocalStore
+    return kind(root, run, keep, best)
+
+
+class LocalStore(CheckpointStore):
+    """In a file system, which may be shared by machines: temporary name, flush, rename."""
+
+    root: Path
+
+    def begin(self, step: int) -> Path:
+        root = self.root.absolute()  # workers have working directories of their own
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(f"{self._unfinished}*"):
+            shutil.rmtree(leftover, ignore_errors=True)  # a worker that is just being ended may still write there
+        return Path(tempfile.mkdtemp(prefix=f"{self._unfinished}step-{step:08d}-", dir=root))
+
+    @property
+    def _unfinished(self) -> str:
+        return f".unfinished-{self.run}-"
+
+    def _publish(self, state: bytes, manifest: Manifest) -> Path:
+        folder = Path(str(manifest.folder))
+        folder.chmod(0o755)  # mkdtemp's 0700 would hide a checkpoint from the user's group
+        for name, data in ((STATE, state), (MANIFEST, manifest.to_json())):
+            (folder / name).write_bytes(data)
+            flush(folder / name)
+        flush(folder)
+        final = self.root / _free_name(manifest.step, {p.name for p in self.root.iterdir()})
+        folder.rename(final)
+        flush(self.root)
+        return final
+
+    def abandon(self, begun: Location) -> None:
+        shutil.rmtree(str(begun), ignore_errors=True)
+
+    def _remove(self, folder: Location) -> None:
+        assert isinstance(folder, Path)
+        shutil.rmtree(folder.rename(self.root / f"{self._unfinished}{folder.name}"), ignore_errors=True)
+
+
+class RemoteStore(CheckpointStore):
+    """In a store: parts under the final name, the manifest last."""
+
+    root: RemotePath
+
+    def begin(self, step: int) -> RemotePath:
+        taken = self.root.children()
+        for folder in taken:
+            if NAME.fullmatch(folder.name) and not is_committed(folder) and self._is_ours(folder):
+                self._remove(folder)
+        # A name that nobody had: a worker that is just being ended may still write to the folder it knew.
+        folder = self.root / _free_name(step, {child.name for child in taken})
+        (folder / BEGUN).write_bytes(self._begun.encode())
+        return folder
+
+    @property
+    def _begun(self) -> str:
+        return json.dumps({"run": self.run})
+
+    def _is_ours(self, folder: RemotePath) -> bool:
+        names = {child.name for child in folder.children()}
+        text = (folder / BEGUN).read_text() if BEGUN in names else ""
+        if not text:
+            return names <= {BEGUN}  # a process ended before it wrote anything: nobody misses an empty folder
+        return text == self._begun
+
+    def _publish(self, state: bytes, manifest: Manifest) -> RemotePath:
+        folder = manifest.folder
+        assert isinstance(folder, RemotePath)
+        (folder / STATE).write_bytes(state)
+        (folder / MANIFEST).write_bytes(manifest.to_json())
+        return folder
+
+    def abandon(self, begun: Location) -> None:
+        """Left for the next `begin`: what just failed was writing to this very store."""
+
+    def _remove(self, folder: Location) -> None:
+        assert isinstance(folder, RemotePath)
+        (folder / MANIFEST).unlink()
+        for file in folder.children():
+            if file.name != BEGUN:
+                file.unlink()
+        folder.remove()
+
+
+def flush(path: Path) -> None:
+    """A file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_name(step: int, taken: set[str]) -> str:
+    """A checkpoint of the same step is never replaced: there must be no moment without it."""
+    name, attempt = f"step-{step:08d}", 1
+    while name in taken:
+        name, attempt = f"step-{step:08d}.{attempt}", attempt + 1
+    return name
+
+
+def _check_seen(file: Location, part: Part) -> None:
+    try:
+        seen = size(file)
+    except FileNotFoundError:
+        seen = None
+    if seen != part.bytes:
+        raise OSError(
+            f"{part.name} was written with {part.bytes} bytes, but here {file} "
+            + ("does not exist" if seen is None else f"has {seen}")
+            + "; all machines of a job must see the same storage: set checkpoint.dir to a shared folder or a URL"
+        )
