@@ -48,19 +48,80 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    family: Literal["sdxl"] = "sdxl"
-    """Which adapter of flashdmd_ray/models drives the networks. (SD1.5 and SD3 follow.)"""
+    family: Literal["sdxl", "sd15", "sd3"] = "sdxl"
+    """Which adapter of flashdmd_ray/models drives the networks. sd15: Stable Diffusion 1.5 and 2.1; sd3: 3 and 3.5. See docs/models.md."""
     teacher: str = "demo"
-    """'demo' for the weights in the package, a directory, or a hub id of a diffusers pipeline."""
+    """'demo' for the weights in the package, a directory or hub id of a diffusers pipeline, or one .safetensors file in the original
+    layout."""
+    teacher_config: str | None = None
+    """Directory or hub id of the pipeline whose configuration and tokenizers go with a single-file teacher; null lets diffusers infer
+    a hub id from the file."""
+    vae: str | None = None
+    """Directory or hub id of another VAE, such as madebyollin/sdxl-vae-fp16-fix; null is the teacher's own."""
+    t5: bool = False
+    """SD3 only: load text_encoder_3, the T5. Without it the denoiser reads zeros in its place, as SD3 allows."""
+    resolution: tuple[PositiveInt, PositiveInt] | None = None
+    """[height, width] of the images that are trained on and sampled, in pixels; null is the teacher's own size."""
+    original_size: tuple[PositiveInt, PositiveInt] | None = None
+    """SDXL only: [height, width] that micro-conditioning states as the size before cropping; null is `resolution`."""
+    crop: tuple[Count, Count] | None = None
+    """SDXL only: [top, left] of the crop that micro-conditioning states; null is [0, 0], no crop."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights and activations of the frozen networks: teacher, VAE and text encoders. What is trained: see engine.precision."""
     sam: str = "demo"
     """'demo', a directory with config.json and model.safetensors, or an official sam_vit_*.pth file."""
 
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.family == "sd15" and self.teacher == "demo":
+            raise ValueError(
+                "teacher: the package has no demo weights of family 'sd15'; name a teacher, or use family sdxl or sd3"
+            )
+        if self.t5 and self.family != "sd3":
+            raise ValueError(f"t5: family '{self.family}' has no T5; set it to false")
+        if self.family != "sdxl" and (self.original_size or self.crop):
+            raise ValueError(f"original_size and crop: family '{self.family}' has no micro-conditioning; leave them null")
+        if self.teacher_config is not None and not self.teacher.endswith(".safetensors"):
+            raise ValueError("teacher_config: goes with a single .safetensors file as teacher; leave it null")
+        return self
+
 
 class DataConfig(Section):
-    source: Literal["demo"] = "demo"
-    """Prompts and real images. 'demo' composes digit scenes of the train split; files and web datasets follow."""
+    source: str = "demo"
+    """Captioned real images: 'demo' composes digit scenes of the train split; else a .tar or .parquet file, a folder of them, an image
+    folder with metadata.jsonl, a folder of datasets.save_to_disk, or hf:owner/name[:split]. See docs/data.md."""
+    prompts: str | None = None
+    """Prompts to train on: a .txt, .jsonl or .parquet file; null takes the captions of `source`."""
     scenes: PositiveInt = 20_000
     """How many distinct scenes the demo source holds."""
+    caption: str | None = None
+    """Column or JSON field of the caption; null is the first of caption, text, prompt that is there."""
+    image: str | None = None
+    """Column of the image, in tables; null is the first usual one (image, jpg, ...)."""
+    mix: PositiveInt | None = None
+    """Shuffle this many blocks (archives, row groups) at a time, so that reading stays within them. null mixes everything, in parquet
+    8 row groups, whose rows cannot be read alone."""
+    max_bad: Fraction = 0.01
+    """Share of bad samples (damaged, no caption, too large, ...) above which a run stops with a report. Bad ones are never used."""
+    decode: Literal["threads", "ray"] = "threads"
+    """threads: the process that trains on real images decodes them, ahead of itself. ray: Ray Data does, on any CPU of the cluster;
+    the same images in the same order. Needs runtime 'ray'."""
+    workers: PositiveInt = 2
+    """Threads, or Ray tasks at a time, that decode in advance, for each process that trains on real images."""
+    ahead: PositiveInt = 2
+    """Batches decoded in advance."""
+    cache: Path | None = None
+    """Folder of the indexes of data sets; null is flashdmd_ray/data in the user's cache folder."""
+    embeddings: Path | None = None
+    """Folder of text embeddings from jobs/prepare_data.py --embeddings; prompts that are not in it are encoded as usual."""
+    latents: Path | None = None
+    """Folder of latents of `source` from jobs/prepare_data.py --latents, for real images that pass through the VAE's encoder."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.source == "demo" and self.latents is not None:
+            raise ValueError("latents: the demo source composes its images anew; set latents to null")
+        return self
 
 
 class SamplingConfig(Section):
@@ -189,9 +250,59 @@ class RewardConfig(Section):
 
 class EngineConfig(Section):
     kind: Literal["torch", "deepspeed"] = "torch"
-    """What runs the learner's optimizer."""
-    zero_stage: Literal[1] = 1
-    """DeepSpeed ZeRO stage. (2 and 3 follow.)"""
+    """What trains the generator and the score estimator: every rank alone with all of it, or sharded by DeepSpeed ZeRO."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """deepspeed only. What ranks share out: 1 masters and moments, 2 gradients too, 3 weights too."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Weights and activations of the trained networks. Masters and moments are float32 in either. (float16 would need loss scaling.)"""
+    accumulation: PositiveInt = 1
+    """Micro-batches per update, one after the other: less memory for activations, the same update."""
+    gradient_checkpointing: bool = False
+    """Compute activations of the denoisers, SAM and the VAE decoder again in the backward pass instead of keeping them."""
+    offload_optimizer: bool = False
+    """Masters, moments and the optimizer's step in host memory. Saves nothing on a machine without a GPU."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: moments of 8 bits in blocks of 256 with one scale each; kind 'torch' only, needs the extra 'low-memory'."""
+    compile: bool = False
+    """torch.compile of the trained networks; not with ZeRO stage 3, whose gathering it cannot follow."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.optimizer == "adamw_8bit" and (self.kind == "deepspeed" or self.offload_optimizer):
+            raise ValueError(
+                "optimizer 'adamw_8bit' keeps small moments on one device: set kind to 'torch' and offload_optimizer to false, or use 'adamw'"
+            )
+        if self.compile and self.kind == "deepspeed" and self.zero_stage == 3:
+            raise ValueError("compile cannot follow the gathering of ZeRO stage 3: set compile to false, or zero_stage to 1 or 2")
+        return self
+
+
+class LoraConfig(Section):
+    networks: tuple[Literal["generator", "score"], ...] = ()
+    """Networks trained as low-rank adapters of the frozen teacher, instead of whole: [generator, score], one of them, or none.
+    With both, teacher, generator, score estimator and reference policy share one base: the memory of one network."""
+    rank: PositiveInt = 64
+    """Rank of every adapted layer's update."""
+    alpha: PositiveFloat | None = None
+    """The update is alpha / rank times B A; null is the rank itself, so a factor of 1."""
+    targets: tuple[str, ...] | None = None
+    """Adapted layers by the end of their path, such as [to_q, to_k, ff.net.2]; null is the family's attention projections."""
+
+    @field_validator("networks")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"names a network twice, got {list(value)}")
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and not all([*value, value]):
+            raise ValueError(
+                f"must name at least one layer, and no empty name; null adapts the attention projections, got {list(value)}"
+            )
+        return value
 
 
 class GroupConfig(Section):
@@ -223,6 +334,8 @@ class DeadlineConfig(Section):
     """For one call of a role."""
     retries: Count = 3
     """Replays of a call whose pool worker died."""
+    checkpoint_s: PositiveFloat = 1800.0
+    """For a checkpoint to be written; the next one, a stop and the end of the run wait for it."""
     attempts: PositiveInt = 3
     """Times the job is built anew from the last checkpoint after a learner or discriminator worker was lost."""
 
@@ -230,8 +343,17 @@ class DeadlineConfig(Section):
 class CheckpointConfig(Section):
     every: PositiveInt = 50
     """Steps between checkpoints; the last step always writes one."""
+    dir: str | None = None
+    """A folder or URL (s3://bucket/folder, gs://..., any that fsspec has a driver for) that gets a folder of the run's name;
+    null keeps checkpoints in the run folder. All machines of a job must see it."""
+    asynchronous: bool = True
+    """true: training goes on while a checkpoint is written, from copies in host memory. false: training waits."""
     keep: PositiveInt = 2
-    """Complete checkpoints to keep."""
+    """The newest so many complete checkpoints stay; older ones are removed when a new one is complete."""
+    best_metric: str | None = None
+    """A metric such as matching/real_fake_gap: the checkpoint with the best mean of it over the steps since the one before stays too."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether small or large values of `best_metric` are good."""
 
 
 class TrackingConfig(Section):
@@ -254,6 +376,9 @@ class EvaluationConfig(Section):
     """DDIM steps of the teacher's row, two forwards each with guidance."""
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
     """The teacher's guidance in its row of the table."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an average of the generator's weights over its updates (preference updates too), which sample sheets, the table and
+    exports then use; rollouts do not. The n-th update keeps min(ema, n / (n + 9)) of it, so that a short run averages too. 0 is off."""
     student_steps: tuple[PositiveInt, ...] | None = None
     """Few-step rows of the table: each divides the number of denoising timesteps and uses every so many of them.
     null: 1, 2, 4 and 8 where they do."""
@@ -282,6 +407,7 @@ class Config(Section):
     preference: PreferenceConfig = PreferenceConfig()
     rewards: tuple[RewardConfig, ...] = (RewardConfig(kind="pickscore"), RewardConfig(kind="latent"))
     engine: EngineConfig = EngineConfig()
+    lora: LoraConfig = LoraConfig()
     placement: PlacementConfig = PlacementConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -300,6 +426,11 @@ class Config(Section):
                 raise ValueError(
                     f"placement.{group}.workers: {workers} ranks cannot share {key} {batch} equally; choose a multiple of the ranks"
                 )
+            if batch // workers < self.engine.accumulation:
+                raise ValueError(
+                    f"engine.accumulation: the {batch // workers} samples of {key} on each of {workers} ranks of the {group} cannot be cut "
+                    f"into {self.engine.accumulation} micro-batches; set it to at most {batch // workers}"
+                )
         labels = [reward.label for reward in self.rewards]
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: two rewards are called the same ({', '.join(labels)}); give each a name")
@@ -311,11 +442,25 @@ class Config(Section):
             getattr(self.placement, g).workers > 1 for g in ("learner", "discriminator", "rollout", "reward")
         ):
             raise ValueError("placement: more than one worker needs runtime 'ray'")
+        if self.runtime == "local" and self.data.decode == "ray":
+            raise ValueError("data.decode: 'ray' needs runtime 'ray'; use 'threads'")
         if self.adversarial.space == "latent" and self.score.ema < 1:
             raise ValueError(
                 "score.ema: with adversarial.space 'latent' the score estimator carries a GAN head that the generator lacks, "
                 "so it cannot be coupled; set score.ema to 1"
             )
+        sharded = self.engine.kind == "deepspeed" and self.engine.zero_stage == 3
+        if self.adversarial.space == "latent" and (sharded or self.engine.compile):
+            raise ValueError(
+                "adversarial.space: 'latent' stops the network's forward at its mid block, which neither engine.zero_stage 3 nor "
+                "engine.compile can follow; use zero_stage 1 or 2 and compile false"
+            )
+        if len(self.lora.networks) == 1 and self.score.ema < 1:
+            raise ValueError(
+                f"score.ema: with lora.networks [{self.lora.networks[0]}] one of generator and score estimator is an adapter and the other "
+                "a whole network, so they cannot be coupled; set score.ema to 1, or lora.networks to [generator, score]"
+            )
+        self._check_family()
         if self.preference.updates:
             self._check_preference()
         elif not self.preference.distill:
@@ -339,6 +484,18 @@ class Config(Section):
         timesteps = self.sampling.timesteps
         counts = self.evaluation.student_steps or [n for n in (1, 2, 4, 8) if len(timesteps) % n == 0]
         return {count: timesteps[:: len(timesteps) // count] for count in counts}
+
+    def _check_family(self) -> None:
+        family = self.model.family
+        if family == "sd15" and self.adversarial.space == "pixel" and self.adversarial.prompt_projection:
+            raise ValueError(
+                "adversarial.prompt_projection: model.family 'sd15' has no pooled prompt embedding; set it to false"
+            )
+        for index, reward in enumerate(self.rewards if self.preference.updates else ()):
+            if reward.kind == "latent" and family != "sdxl":
+                raise ValueError(
+                    f"rewards.{index}.kind: a latent reward reads what model.family 'sdxl' makes, not '{family}'; use 'pickscore'"
+                )
 
     def _check_preference(self) -> None:
         hops = len(self.sampling.timesteps) - 1

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashdmd_ray.config import Config, GroupConfig
+from flashdmd_ray.data.catalogue import describe_data, named
 from flashdmd_ray.model_files import ModelFiles, reward_files, sam_files, teacher_files
 from flashdmd_ray.run_directory import RunDirectory
+from flashdmd_ray.storage import check_checkpoint_root, checkpoint_root, children
 
 GIB = 2**30
 FLOAT = 4
@@ -36,16 +38,19 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
         if isinstance(placed, GroupConfig) and placed.gpus:
             raise ValueError(f"placement.{group}.gpus: this version trains on CPUs, GPU workers follow; set it to 0")
     run = RunDirectory.check(config.run.dir, config.run.name, config.model_dump(mode="json"))
+    check_checkpoint_root(config, run.path)
+    named(config.data)
     return run, parts_of(config)
 
 
 def describe(config: Config, run: RunDirectory, parts: Sequence[Part]) -> str:
     """The text of `--dry-run`: roles, parameters, placement, memory and the update schedule."""
-    state = "resumes from its newest checkpoint" if run.exists and any(run.checkpoints.iterdir()) else "new"
+    state = "resumes from its newest checkpoint" if children(checkpoint_root(config, run.path)) else "new"
     sections = [
         ("run", [f"{run.path} ({state}), runtime {config.runtime}, seed {config.seed}"]),
         ("roles", table(["role", "worker group", "parameters", "trained", "from"], [_row(part) for part in parts])),
         ("placement", _placement(config, parts)),
+        ("data", describe_data(config.data)),
         ("schedule", _schedule(config)),
     ]
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
