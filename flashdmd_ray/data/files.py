@@ -15,7 +15,7 @@ from flashdmd_ray.data.index import Index
 from flashdmd_ray.data.order import Order
 from flashdmd_ray.data.pixels import decode
 from flashdmd_ray.data.precomputed import StoredLatents
-from flashdmd_ray.data.samples import NAMES, Bad, BadSample, Tally
+from flashdmd_ray.data.samples import Bad, BadSample, Tally
 from flashdmd_ray.data.source import RealLatents, Reals
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,8 @@ class FileSource:
         self._max_bad = max_bad
         self._stored = stored
         self._met = Tally()
+        self._known: set[Bad] = set()
+        self._replaced = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -112,11 +114,15 @@ class FileSource:
 
     def _count(self, decoded: Sequence[Decoded]) -> None:
         self._met.seen += len(decoded)
-        for one in decoded:
-            for bad in one.bad:
-                known = self._met.bad.get(bad.reason)
-                if known is None or (known.count < NAMES and bad.key not in known.names):
-                    log.warning("%s: %s; the next image takes its place", bad.key, bad.reason)
-                self._met.note_bad(bad)
-        if self._met.seen >= ENOUGH:
-            self._met.check(self._max_bad, "data.source")
+        self._replaced += sum(bool(one.bad) for one in decoded)
+        for bad in (bad for one in decoded for bad in one.bad if bad not in self._known):
+            self._known.add(bad)
+            self._met.note_bad(bad)
+            if bad.key in self._met.bad[bad.reason].names:
+                log.warning("%s: %s; the next image takes its place", bad.key, bad.reason)
+        if self._met.seen >= ENOUGH and self._replaced > self._max_bad * self._met.seen:
+            raise ValueError(
+                f"data.source: {self._replaced} of {self._met.seen} images could not be decoded "
+                f"({self._replaced / self._met.seen:.1%}, allowed {self._max_bad:.1%}): {'; '.join(self._met.lines())}; "
+                "mend or remove them, or raise data.max_bad"
+            )

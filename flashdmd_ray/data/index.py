@@ -70,6 +70,7 @@ def scan_piece(format: TextFormat, piece: int) -> Scanned:
     """The good samples of one piece and the count of all. Runs anywhere: both sides are plain values."""
     good, tally = [], Tally()
     for found in format.scan(piece):
+        tally.seen += 1
         if isinstance(found, Sample) and not is_text(found.key):
             found = Bad(found.key, "name is not text")
         if isinstance(found, Bad):

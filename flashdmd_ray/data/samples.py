@@ -78,12 +78,10 @@ class Tally:
         return sum(named.count for named in self.bad.values())
 
     def note_good(self, sample: Sample) -> None:
-        self.seen += 1
         if len(sample.caption) > LONG_CAPTION:
             self.notes.setdefault(f"caption longer than {LONG_CAPTION} characters", Named()).add([sample.key])
 
     def note_bad(self, bad: Bad) -> None:
-        self.seen += 1
         self.bad.setdefault(bad.reason, Named()).add([printable(bad.key)])
 
     def merge(self, other: Tally) -> None:

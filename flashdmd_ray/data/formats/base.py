@@ -25,7 +25,9 @@ class Columns:
 class TextFormat(Protocol):
     """Captions in files. An instance holds paths only: it is pickled to other processes."""
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """What it is called."""
 
     def files(self) -> Iterable[Path]:
         """Every file that what is found depends on."""
@@ -40,8 +42,9 @@ class TextFormat(Protocol):
 class ImageFormat(TextFormat, Protocol):
     """Captioned images in files."""
 
-    mix: int | None
-    """How many blocks are best shuffled together; None where any sample can be read alone."""
+    @property
+    def mix(self) -> int | None:
+        """How many blocks are best shuffled together; None where any sample can be read alone."""
 
     def read(self, sample: Sample) -> bytes:
         """The encoded image. Raises BadSample when it cannot be had any more."""
