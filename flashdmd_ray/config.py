@@ -270,7 +270,7 @@ class EngineConfig(Section):
     def _together(self) -> Self:
         if self.optimizer == "adamw_8bit" and (self.kind == "deepspeed" or self.offload_optimizer):
             raise ValueError(
-                "optimizer 'adamw_8bit' keeps small moments on one device: set kind to 'torch' and offload_optimizer to false, or use 'adamw'"
+                "optimizer 'adamw_8bit' keeps its moments on one device: set kind to 'torch' and offload_optimizer to false, or use 'adamw'"
             )
         if self.compile and self.kind == "deepspeed" and self.zero_stage == 3:
             raise ValueError("compile cannot follow the gathering of ZeRO stage 3: set compile to false, or zero_stage to 1 or 2")

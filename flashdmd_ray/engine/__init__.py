@@ -6,10 +6,11 @@ from torch import nn
 
 from flashdmd_ray.config import EngineConfig, OptimizerConfig
 from flashdmd_ray.engine.base import Engine
+from flashdmd_ray.engine.loading import Source, skeleton
 from flashdmd_ray.engine.processes import free_port, init_process_group
 from flashdmd_ray.engine.torch_engine import TorchEngine
 
-__all__ = ["Engine", "build_engine", "free_port", "init_process_group"]
+__all__ = ["Engine", "build_engine", "free_port", "init_process_group", "skeleton"]
 
 
 def build_engine(
@@ -17,14 +18,16 @@ def build_engine(
     module: nn.Module,
     optimizer: OptimizerConfig,
     role: str,
+    source: Source | None = None,
 ) -> Engine:
-    """The engine that trains `module` (already on its device; its parameters with `requires_grad`) for a role.
+    """The engine that trains `module` (already on its device; its float32 parameters with `requires_grad`) for a role.
 
-    role: named in errors.
+    role: named in errors. source: the weights by name when `module` is a `skeleton`; only rank 0 reads it, one tensor at a time.
     With several ranks, call `init_process_group` first. DeepSpeed without a process group gets one of a single rank.
     """
     if config.kind == "torch":
-        return TorchEngine(module, optimizer, role)
-    from flashdmd_ray.engine.deepspeed_engine import DeepSpeedEngine  # DeepSpeed takes seconds to import
+        return TorchEngine(module, optimizer, config, role, source)
+    from flashdmd_ray.engine import deepspeed_engine as zero  # DeepSpeed takes seconds to import
 
-    return DeepSpeedEngine(module, optimizer, role, config.zero_stage)
+    kind = zero.DeepSpeedStage3Engine if config.zero_stage == 3 else zero.DeepSpeedEngine
+    return kind(module, optimizer, config, role, source)

@@ -2,49 +2,59 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashdmd_ray.config import OptimizerConfig
+from flashdmd_ray.config import EngineConfig, OptimizerConfig
 from flashdmd_ray.engine.flat import FlatLayout
+from flashdmd_ray.engine.loading import Source, device_of, receive
+from flashdmd_ray.engine.optimizers import as_float32
+from flashdmd_ray.engine.processes import rank, world_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Engine(ABC):
-    """Trains `module`: forward by calling the engine, then one `backward` and one `update`.
+    """Trains `module`: forward by calling the engine, then `backward` and one `update`.
 
     An *objective* is what an update optimises ("distillation", "preference"). All objectives move the same fp32 master weights, and each
     has AdamW moments, an update counter and a warm-up of its own: the small preference gradients would vanish under the second moments
     that the distillation gradients leave behind.
 
-    With several ranks every method but the forward call is collective: all ranks call it in the same order. Gradients are averaged over
-    ranks, so a loss must be a mean over the rank's own samples; see `shard_weight` for shards of different sizes.
+    With several ranks every method but the forward call is collective: all ranks call it in the same order. (ZeRO stage 3 gathers weights
+    in forwards, so there these are collective too.) Gradients are averaged over ranks, so a loss must be a mean over the rank's own
+    samples; see `shard_weight` for shards of different sizes.
     """
 
     module: nn.Module
     """The trained network. Its parameters belong to the engine: read them, never assign to them."""
 
-    def __init__(self, module: nn.Module, settings: OptimizerConfig, role: str) -> None:
-        self.module, self.settings, self.role = module, settings, role
+    def __init__(
+        self, module: nn.Module, settings: OptimizerConfig, config: EngineConfig, role: str, source: Source | None
+    ) -> None:
+        self.module, self.settings, self.config, self.role = module, settings, config, role
         self.layout = FlatLayout.of(module)
+        self.compute_dtype = COMPUTE_DTYPES[config.precision]
         self._trained = [p for p in module.parameters() if p.requires_grad]
         for name, p in zip(self.layout.names, self._trained, strict=True):
             if p.dtype != torch.float32:
                 raise ValueError(f"{role}: parameter {name!r} is {p.dtype}: load the network in float32 to train it")
-        if world_size() > 1:  # ranks may have drawn different initial weights
-            for tensor in (*self._trained, *module.buffers()):
-                dist.broadcast(tensor.detach(), src=0)
+        self.device = device_of(module)
+        receive(module, source, self._keep)
         self._moments: dict[str, dict[str, Tensor]] = {}  # by objective: AdamW's own state of the flat masters
         self._updates: dict[str, int] = {}
-        self._loss_is_finite: Tensor | None = None  # of the backward that waits for its update
+        self._loss_is_finite: Tensor | None = None  # of the backwards that wait for their update
+        self._announced: tuple[float, bool] | None = None  # share and "is the last" of the micro-batch in hand
+        self._complete = True  # no micro-batch of the coming update is missing
         self._masters: Tensor  # flat fp32 weights, or this rank's slice of them
-        self._optimizer: torch.optim.AdamW  # over [self._masters]
+        self._optimizer: torch.optim.Optimizer  # over [self._masters]
 
     # ---- what a kind of engine provides
 
@@ -53,8 +63,12 @@ class Engine(ABC):
         """Forward through the network with gradients. Without gradients, call `module`."""
 
     @abstractmethod
-    def _backward(self, loss: Tensor) -> None:
-        """Leave the gradients where `_gradient_norm` finds them."""
+    def _keep(self, parameter: nn.Parameter) -> None:
+        """While the weights arrive, one parameter at a time: what this rank keeps of each."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients to those of this update; after the last, leave them where `_gradient_norm` finds them."""
 
     @abstractmethod
     def _gradient_norm(self) -> Tensor:
@@ -73,23 +87,47 @@ class Engine(ABC):
         """Copy the masters into the module's parameters, on all ranks."""
 
     @abstractmethod
-    def _gather(self, partition: Tensor) -> Tensor:
-        """The full vector, at least (layout.numel,), of a vector partitioned like the masters."""
-
-    @abstractmethod
-    def _partition(self, full: Tensor) -> Tensor:
-        """The inverse of `_gather`: this rank's part of a full vector (layout.numel,)."""
+    def _owned(self, vector: Tensor, index: int) -> tuple[int, Tensor]:
+        """This rank's part of one parameter in a vector partitioned like the masters: where it starts in the flattened
+        parameter, and a view of it (1-D, possibly empty)."""
 
     # ---- training
 
-    def backward(self, loss: Tensor) -> None:
-        """Back-propagate a scalar loss. Once per update: sum the losses of an update first (ZeRO would silently drop all but the last)."""
+    def micro_batches(self, count: int) -> Iterator[slice]:
+        """Cut `count` samples into `engine.accumulation` micro-batches: yields the rows of each.
+
+        Inside each, one forward and one `backward` of the mean loss over those rows; then one `update`, which equals that of the whole
+        batch up to rounding. Sizes differ by at most one. All ranks must hold at least `accumulation` samples.
+        """
+        number = self.config.accumulation
+        assert count >= number, f"{self.role}: {count} samples cannot be cut into {number} micro-batches"
+        assert self._loss_is_finite is None, f"{self.role}: a backward before micro_batches waits for its update"
+        edges = [count * k // number for k in range(number + 1)]
+        for k in range(number):
+            self._announced = ((edges[k + 1] - edges[k]) / count, k == number - 1)
+            yield slice(edges[k], edges[k + 1])
+            assert self._announced is None, f"{self.role}: a micro-batch without a backward"
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """Back-propagate a scalar loss; returns what it adds to the loss of the update, detached.
+
+        Once per update, or once in each of `micro_batches`: otherwise sum the losses first (ZeRO would silently drop all but the last).
+        """
         assert loss.ndim == 0, f"{self.role}: backward needs a scalar loss, not shape {tuple(loss.shape)}"
-        assert self._loss_is_finite is None, (
-            f"{self.role}: two backward calls before one update; sum the losses and call backward once"
-        )
-        self._loss_is_finite = torch.isfinite(loss.detach())
-        self._backward(loss)
+        if self._announced is None:
+            assert self._loss_is_finite is None, (
+                f"{self.role}: two backward calls before one update; sum the losses and call backward once, or use micro_batches"
+            )
+            share, last = 1.0, True
+        else:
+            (share, last), self._announced = self._announced, None
+        if share != 1.0:
+            loss = share * loss
+        finite = torch.isfinite(loss.detach())
+        self._loss_is_finite = finite if self._loss_is_finite is None else self._loss_is_finite & finite
+        self._complete = last
+        self._backward(loss, last)
+        return loss.detach()
 
     def update(self, objective: str = "distillation", lr: float | None = None, warmup: int | None = None) -> float:
         """One AdamW update with the moments of `objective`; `lr` and `warmup` default to the engine's settings.
@@ -98,6 +136,7 @@ class Engine(ABC):
         Raises FloatingPointError, on every rank, when a loss or gradient is not finite; weights, moments and counters are then untouched.
         """
         assert self._loss_is_finite is not None, f"{self.role}: update without a backward before it"
+        assert self._complete, f"{self.role}: update before the last of micro_batches"
         number = self._updates.get(objective, 0) + 1
         norm = self._gradient_norm()
         self._refuse_non_finite(norm, f"{objective} update {number}")
@@ -135,7 +174,7 @@ class Engine(ABC):
         """
         if world_size() == 1:
             return 1.0
-        total = torch.tensor(float(count), dtype=torch.float64, device=self._masters.device)
+        total = torch.tensor(float(count), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return world_size() * count / total.item()
 
@@ -145,9 +184,11 @@ class Engine(ABC):
     def couple(self, source: Engine, decay: float) -> None:
         """EMA coupling on the fp32 masters: psi <- decay psi + (1 - decay) theta, theta the masters of `source`.
 
-        Raises ValueError when `source` is of another kind or trains other parameters. Collective.
+        A lerp of equal partitions, whatever the ZeRO stage. Raises ValueError when `source` is of another kind or trains other parameters.
+        Collective.
         """
-        if type(source) is not type(self) or source.layout != self.layout:
+        alike = type(source) is type(self) and source.layout == self.layout
+        if not alike or source._masters.shape != self._masters.shape:
             raise ValueError(
                 f"{self.role} cannot be coupled to {source.role}: they must train the same parameters with the same engine kind"
             )
@@ -156,69 +197,108 @@ class Engine(ABC):
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """The full fp32 masters and the persistent buffers by name, on the CPU: what `load_state_dict` takes. Collective."""
-        return self.layout.to_named(self._gather(self._masters.detach())) | self._buffers()
+        """On rank 0 the full fp32 masters and the persistent buffers by name, on the CPU: what `load_state_dict` takes.
+
+        Gathered one parameter at a time; empty on the other ranks, which never hold more than one full parameter. Collective.
+        """
+        return dict(self._named(self._masters.detach())) | self._saved_buffers()
+
+    def copy(self) -> nn.Module:
+        """A frozen copy of the network as it is now, complete on every rank, in evaluation mode and the compute precision. Collective."""
+        return copy.deepcopy(self.module).eval().requires_grad_(False)
+
+    def _named(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, full parameter on the CPU with memory of its own) on rank 0, nothing elsewhere. Collective."""
+        for index, name in enumerate(self.layout.names):
+            start, piece = self._owned(vector, index)
+            shape = self.layout.shapes[index]
+            if piece.numel() < shape.numel() or (self.config.kind == "deepspeed" and world_size() > 1):
+                full = torch.zeros(shape.numel(), device=self.device)
+                full[start : start + piece.numel()] = piece
+                dist.reduce(full, dst=0)  # zeros but for one rank: gathers pieces of any size
+                piece = full
+            if rank() == 0:
+                yield name, piece.view(shape).to("cpu", copy=True)
+
+    def _store(self, vector: Tensor, index: int, full: Tensor) -> None:
+        """The inverse of `_named` for one parameter: this rank's part of it into a partitioned vector."""
+        start, piece = self._owned(vector, index)
+        piece.copy_(full.reshape(-1)[start : start + piece.numel()])
 
     def _buffers(self) -> dict[str, Tensor]:
         persistent = self.module.state_dict(keep_vars=True)
-        return {name: b.detach().to("cpu", copy=True) for name, b in self.module.named_buffers() if name in persistent}
+        return {name: b for name, b in self.module.named_buffers() if name in persistent}
+
+    def _saved_buffers(self) -> dict[str, Tensor]:
+        if rank() > 0:
+            return {}
+        return {name: b.detach().to("cpu", copy=True) for name, b in self._buffers().items()}
 
     # ---- checkpoints
 
     @torch.no_grad()
+    def state_items(self) -> Iterator[tuple[str, Tensor]]:
+        """The entries of `state`, one after the other, so that a writer need not hold them all. Every rank must exhaust it: collective."""
+        for name, tensor in self._named(self._masters.detach()):
+            yield f"weights/{name}", tensor
+        for name, tensor in self._saved_buffers().items():
+            yield f"buffers/{name}", tensor
+        for objective, number in self._updates.items():
+            if rank() == 0:
+                yield f"updates/{objective}", torch.tensor(number, dtype=torch.int64)
+            for moment in MOMENTS:
+                for name, tensor in self._named(as_float32(self._moments[objective][moment])):
+                    yield f"moments/{objective}/{moment}/{name}", tensor
+
     def state(self) -> dict[str, Tensor]:
-        """Everything an exact resume needs, by parameter name, on the CPU; the same for any number of ranks and either kind of engine.
+        """Everything an exact resume needs, by parameter name, on the CPU of rank 0 (other ranks: empty); the same for any number of ranks,
+        either kind of engine and every ZeRO stage.
 
         Keys: weights/<parameter>, buffers/<buffer>, updates/<objective>, moments/<objective>/{exp_avg,exp_avg_sq}/<parameter>. Collective.
         """
-        state = {f"weights/{name}": t for name, t in self.layout.to_named(self._gather(self._masters.detach())).items()}
-        state |= {f"buffers/{name}": t for name, t in self._buffers().items()}
-        for objective, number in self._updates.items():
-            state[f"updates/{objective}"] = torch.tensor(number, dtype=torch.int64)
-            for moment in MOMENTS:
-                named = self.layout.to_named(self._gather(self._moments[objective][moment]))
-                state |= {f"moments/{objective}/{moment}/{name}": t for name, t in named.items()}
-        return state
+        return dict(self.state_items())
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what `state` returned, on any engine over the same network. Collective.
+        """Continue from what `state` returned on rank 0, on any engine over the same network. Every rank passes all of it; tensors are read
+        one at a time, so a mapping over memory-mapped files (`checkpoint.load_tensors`) costs no rank a copy.
 
         Raises ValueError, before any change, when it does not fit.
         """
-        masters = self._partition(self._from_named(state, "weights/"))
-        buffers = {name: b for name, b in self.module.named_buffers() if name in self.module.state_dict(keep_vars=True)}
-        saved_buffers = _under(state, "buffers/")
+        updates = {objective: int(number) for objective, number in under(state, "updates/").items()}
+        prefixes = ["weights/", *(f"moments/{objective}/{m}/" for objective in updates for m in MOMENTS)]
+        for prefix in prefixes:
+            try:
+                self.layout.check(under(state, prefix))
+            except ValueError as error:
+                raise ValueError(f"{self.role}: {prefix[:-1]}: {error}") from None
+        buffers, saved_buffers = self._buffers(), under(state, "buffers/")
         if set(buffers) != set(saved_buffers):
             raise ValueError(
                 f"{self.role}: saved buffers {sorted(saved_buffers)} do not fit the network's {sorted(buffers)}"
             )
-        moments: dict[str, dict[str, Tensor]] = {}
-        updates = {objective: int(number) for objective, number in _under(state, "updates/").items()}
-        for objective, number in updates.items():
-            step = torch.tensor(float(number), dtype=torch.float32, device=self._masters.device)
-            vectors = {m: self._partition(self._from_named(state, f"moments/{objective}/{m}/")) for m in MOMENTS}
-            moments[objective] = {"step": step} | vectors
-        self._masters.copy_(masters)
+        self._load_vector(self._masters.detach(), state, "weights/")
         for name, buffer in buffers.items():
             buffer.copy_(saved_buffers[name])
-        self._moments, self._updates = moments, updates
+        self._updates = updates
+        self._moments = {objective: self._load_moments(state, objective) for objective in updates}
         self._publish_masters()
 
-    def _from_named(self, state: Mapping[str, Tensor], prefix: str) -> Tensor:
-        try:
-            return self.layout.from_named(_under(state, prefix)).to(self._masters.device)
-        except ValueError as error:
-            raise ValueError(f"{self.role}: {prefix[:-1]}: {error}") from None
+    def _load_moments(self, state: Mapping[str, Tensor], objective: str) -> dict[str, Tensor]:
+        step = torch.tensor(float(self._updates[objective]), dtype=torch.float32, device=self._masters.device)
+        vectors = {m: torch.zeros_like(self._masters, requires_grad=False) for m in MOMENTS}
+        for moment, vector in vectors.items():
+            self._load_vector(vector, state, f"moments/{objective}/{moment}/")
+        return {"step": step} | vectors
+
+    def _load_vector(self, vector: Tensor, state: Mapping[str, Tensor], prefix: str) -> None:
+        for index, name in enumerate(self.layout.names):
+            self._store(vector, index, state[prefix + name])
 
 
-def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries below a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def world_size() -> int:
-    """Ranks that train together; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def norm_of_parts(parts: list[Tensor]) -> Tensor:

@@ -6,8 +6,9 @@ vector. Checkpoints speak in parameter names. This is the map between the two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -34,28 +35,27 @@ class FlatLayout:
     def numel(self) -> int:
         return sum(shape.numel() for shape in self.shapes)
 
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each parameter begins in the flat vector."""
+        starts, start = [], 0
+        for shape in self.shapes:
+            starts.append(start)
+            start += shape.numel()
+        return starts
+
     def views(self, flat: Tensor) -> list[Tensor]:
         """Views of `flat` (at least (numel,)), one per parameter, with the parameters' shapes."""
-        views, start = [], 0
-        for shape in self.shapes:
-            views.append(flat[start : start + shape.numel()].view(shape))
-            start += shape.numel()
-        return views
+        return [
+            flat[start : start + shape.numel()].view(shape)
+            for start, shape in zip(self.starts, self.shapes, strict=True)
+        ]
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One fp32 vector (numel,) from one tensor per parameter, on their device."""
-        return torch.cat([t.detach().reshape(-1).float() for t in tensors])
-
-    def to_named(self, flat: Tensor) -> dict[str, Tensor]:
-        """Copies on the CPU by parameter name; each owns its memory, so that it can be saved or sent alone."""
-        return {
-            name: view.detach().to("cpu", copy=True) for name, view in zip(self.names, self.views(flat), strict=True)
-        }
-
-    def from_named(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of `to_named`. Raises ValueError naming the first parameter that is missing, unknown or of another shape."""
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError naming the first parameter that is missing in `tensors`, unknown or of another shape."""
         missing = [name for name in self.names if name not in tensors]
-        unknown = [name for name in tensors if name not in set(self.names)]
+        known = set(self.names)
+        unknown = [name for name in tensors if name not in known]
         if missing or unknown:
             what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the network does not train"
             raise ValueError(
@@ -66,4 +66,3 @@ class FlatLayout:
                 raise ValueError(
                     f"saved {name!r} has shape {tuple(tensors[name].shape)}, the network needs {tuple(shape)}"
                 )
-        return self.join([tensors[name] for name in self.names])

@@ -41,3 +41,18 @@ def free_port(address: str = "127.0.0.1") -> int:
     """A port nobody listens on at this moment."""
     with socket.create_server((address, 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+def world_size() -> int:
+    """Ranks that train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process among them; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_device() -> torch.device:
+    """The device of this process: the GPU it sees, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

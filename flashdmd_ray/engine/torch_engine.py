@@ -8,36 +8,68 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashdmd_ray.config import OptimizerConfig
-from flashdmd_ray.engine.base import Engine, norm_of_parts, world_size
+from flashdmd_ray.config import EngineConfig, OptimizerConfig
+from flashdmd_ray.engine.base import Engine, norm_of_parts
+from flashdmd_ray.engine.loading import Source
+from flashdmd_ray.engine.optimizers import build_optimizer, padded
+from flashdmd_ray.engine.processes import world_size
 
 
 class TorchEngine(Engine):
-    """Parameters and gradients of the module are views of flat vectors: reduction, clipping, AdamW and coupling are one operation each."""
+    """Parameters and gradients of the module are views of flat vectors: reduction, clipping, AdamW and coupling are one operation each.
 
-    def __init__(self, module: nn.Module, settings: OptimizerConfig, role: str) -> None:
-        super().__init__(module, settings, role)
-        weights = self.layout.join(self._trained)
-        self._gradient = torch.zeros_like(weights)
+    In float32 the weights are the masters. In bfloat16, or with offload_optimizer, they are apart: `_weights` in the compute precision on
+    the module's device, masters and moments in float32 beside it or in host memory. Gradients are float32 sums in every case; a bfloat16
+    backward hands over each parameter's gradient as soon as it is complete.
+    """
+
+    def __init__(
+        self, module: nn.Module, settings: OptimizerConfig, config: EngineConfig, role: str, source: Source | None
+    ) -> None:
+        super().__init__(module, settings, config, role, source)
+        size = padded(self.layout.numel, config.optimizer)
+        masters = torch.zeros(size, device="cpu" if config.offload_optimizer else self.device)
+        self._weights = masters
+        if config.offload_optimizer or self.compute_dtype != torch.float32:
+            self._weights = torch.zeros(size, device=self.device, dtype=self.compute_dtype)
+        self._gradient = torch.zeros(size, device=self.device)
         self._gradient_views = self.layout.views(self._gradient)
-        for p, weight, gradient in zip(self._trained, self.layout.views(weights), self._gradient_views, strict=True):
-            p.data, p.grad = weight, gradient
-        self._masters = weights.requires_grad_()  # the same memory
-        self._masters.grad = self._gradient
-        self._optimizer = torch.optim.AdamW(
-            [self._masters], lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        self._adopt(masters)
+        self._masters = masters.requires_grad_()
+        self._optimizer = build_optimizer(config.optimizer, [self._masters], settings)
+        if config.compile:
+            module.compile()
+
+    @torch.no_grad()
+    def _adopt(self, masters: Tensor) -> None:
+        """Make parameters and gradients views of the flat vectors, one by one: each frees what it held before."""
+        places = zip(self._trained, self.layout.views(self._weights), self.layout.views(masters), strict=True)
+        for index, (p, weight, master) in enumerate(places):
+            master.copy_(p)
+            weight.copy_(p)
+            p.data = weight
+            if self.compute_dtype == torch.float32:
+                p.grad = self._gradient_views[index]
+            else:
+                p.register_post_accumulate_grad_hook(lambda p, view=self._gradient_views[index]: _hand_over(p, view))
+        for p in self.module.parameters():
+            if not p.requires_grad and p.is_floating_point() and self.compute_dtype != torch.float32:
+                p.data = p.data.to(self.compute_dtype)
+
+    def _keep(self, parameter: nn.Parameter) -> None:
+        """All of it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
     @torch.no_grad()
     def _gradient_norm(self) -> Tensor:
-        in_place = all(p.grad is view for p, view in zip(self._trained, self._gradient_views, strict=True))
-        assert in_place, f"{self.role}: a parameter's .grad was replaced (zero_grad or .to() on an engine's module)"
+        if self.compute_dtype == torch.float32:
+            in_place = all(p.grad is view for p, view in zip(self._trained, self._gradient_views, strict=True))
+            assert in_place, f"{self.role}: a parameter's .grad was replaced (zero_grad or .to() on an engine's module)"
         if world_size() > 1:
             dist.all_reduce(self._gradient)
             self._gradient.mul_(1.0 / world_size())
@@ -49,14 +81,23 @@ class TorchEngine(Engine):
     @torch.no_grad()
     def _apply(self, norm: Tensor) -> None:
         self._gradient.mul_(1.0 / ((norm + 1e-6) / self.settings.clip).clamp(min=1.0))
+        self._masters.grad = self._gradient.to(self._masters.device)
         self._optimizer.step()
+        self._masters.grad = None
         self._gradient.zero_()
+        self._publish_masters()
 
     def _publish_masters(self) -> None:
-        pass  # the parameters are views of the masters
+        if self._weights.data_ptr() != self._masters.data_ptr():  # else they are the same memory
+            self._weights.copy_(self._masters)
 
-    def _gather(self, partition: Tensor) -> Tensor:
-        return partition
+    def _owned(self, vector: Tensor, index: int) -> tuple[int, Tensor]:
+        start = self.layout.starts[index]
+        return 0, vector[start : start + self.layout.shapes[index].numel()]
 
-    def _partition(self, full: Tensor) -> Tensor:
-        return full
+
+def _hand_over(parameter: Tensor, gradient: Tensor) -> None:
+    """Add the compute-precision gradient of a parameter to its float32 sum, and free it."""
+    assert parameter.grad is not None
+    gradient.add_(parameter.grad)
+    parameter.grad = None
