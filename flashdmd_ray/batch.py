@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -71,6 +71,20 @@ def concat_values(values: Sequence[Any]) -> Any:
         return tuple(item for value in values for item in value)
     assert all(value == first for value in values), "ranks disagree about a value that is common to the batch"
     return first
+
+
+def move(value: Any, device: torch.device | str) -> Any:
+    """`value` with every tensor on `device`, in batches, mappings, lists and tuples too; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Batch):
+        columns = {f.name: move(getattr(value, f.name), device) for f in fields(value)}  # type: ignore[arg-type]
+        return type(value)(**columns)
+    if isinstance(value, Mapping):
+        return {key: move(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(move(item, device) for item in value)
+    return value
 
 
 def _bounds(length: int, parts: int) -> list[tuple[int, int]]:
@@ -157,12 +171,15 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def noise(indices: Tensor, shape: Sequence[int], seed: int, stream: str) -> Tensor:
-    """Standard normal noise, float32 (B, *shape), drawn sample by sample from (seed, stream, global index)."""
+    """Standard normal noise, float32 (B, *shape), drawn sample by sample from (seed, stream, global index).
+
+    It is drawn on the CPU, so that every device sees the same numbers, and lies on the device of `indices`.
+    """
     rows = []
     for index in indices.tolist():
         generator = torch.Generator().manual_seed(derive_seed(seed, stream, index))
         rows.append(torch.randn(tuple(shape), generator=generator))
-    return torch.stack(rows)
+    return torch.stack(rows).to(indices.device)
 
 
 @dataclass(frozen=True)

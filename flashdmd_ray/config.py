@@ -377,8 +377,8 @@ class EvaluationConfig(Section):
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
     """The teacher's guidance in its row of the table."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of an average of the generator's weights over its updates (preference updates too), which sample sheets, the table and
-    exports then use; rollouts do not. The n-th update keeps min(ema, n / (n + 9)) of it, so that a short run averages too. 0 is off."""
+    """Decay of an average of the generator's weights over the steps, which sample sheets, the table and exports then use; rollouts
+    do not. The n-th step keeps min(ema, n / (n + 9)) of it, so that a short run averages too. 0 is off."""
     student_steps: tuple[PositiveInt, ...] | None = None
     """Few-step rows of the table: each divides the number of denoising timesteps and uses every so many of them.
     null: 1, 2, 4 and 8 where they do."""

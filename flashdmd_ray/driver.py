@@ -51,6 +51,8 @@ def train(config: Config, runtime: Runtime, data: ImageSource, run: Run) -> None
             if answer.pairs is not None:
                 rated.append(runtime.generator.prefer(answer.pairs))
                 updates += 1
+        if config.evaluation.ema:
+            runtime.generator.take_average()
         run.finish(step, metrics | average(rated) | {"preference/updates": updates})
 
 

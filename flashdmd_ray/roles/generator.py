@@ -105,7 +105,6 @@ class Generator(Saved):
         self._outputs = None
         self.engine.backward((surrogate(coarse, matching) + surrogate(fine, realism)) / len(coarse))
         norm = self.engine.update("distillation")
-        self._take_average()
         with torch.no_grad():
             return {
                 "generator/grad_norm": norm,
@@ -129,7 +128,6 @@ class Generator(Saved):
         self.engine.backward(loss)
         preference = self.config.preference
         norm = self.engine.update("preference", lr=preference.lr, warmup=preference.warmup)
-        self._take_average()
         with torch.no_grad():
             # Weighted means: over all ranks together they are the means over the kept pairs, wherever those are.
             return {
@@ -149,12 +147,13 @@ class Generator(Saved):
         return self.engine.weights()
 
     def evaluation_weights(self) -> dict[str, Tensor]:
-        """As `weights`, for whoever judges the generator: their average over the updates when `evaluation.ema` asks for one."""
+        """As `weights`, for whoever judges the generator: their average over the steps when `evaluation.ema` asks for one."""
         return self.weights() if self.average is None else self.average.weights()
 
-    def _take_average(self) -> None:
-        if self.average is not None:
-            self.average.update()
+    def take_average(self) -> None:
+        """Take the weights as they are after a step into their average."""
+        assert self.average is not None, "take_average() with evaluation.ema 0"
+        self.average.update()
 
     def save(self, directory: Path | Destination) -> None:
         """Write weights, moments, the average and the reference; every rank calls, rank 0 writes."""
