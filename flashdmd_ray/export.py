@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler, LCMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
+from flashdmd_ray.diffusion.schedule import FlowSchedule, schedule_from_config
 from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import Family
 
 FACTS = "flashdmd.json"
-FORMAT = 1
+FORMAT = 2
 
 # LCMScheduler blends its output with its input, x = c_out x0 + c_skip x_t with c_skip = 0.25 / ((scaling t)^2 +
 # 0.25). At its default scaling of 10 that is 4e-8 at t = 249; at this one c_skip x_t vanishes in float32 and c_out is
@@ -53,21 +54,31 @@ def load_student(family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
         student.load_state_dict(dict(weights))
     except RuntimeError as error:
         raise ValueError(
-            f"the weights do not fit the U-Net of {family.path}: {' '.join(str(error).split())[:300]}"
+            f"the weights do not fit the denoiser of {family.path}: {' '.join(str(error).split())[:300]}"
         ) from None
     return student.requires_grad_(False).eval().to(family.device)
 
 
-def few_step_scheduler(scheduler_config: Mapping[str, Any], timesteps: Sequence[int]) -> tuple[LCMScheduler, bool]:
-    """A stock scheduler whose steps are our hops x_next = a_next x0 + s_next e, and whether a plain
-    `num_inference_steps` gives exactly `timesteps` (otherwise they must be passed to the pipeline).
+def few_step_scheduler(
+    scheduler_config: Mapping[str, Any], timesteps: Sequence[int]
+) -> tuple[SchedulerMixin, dict[str, Any]]:
+    """A stock scheduler whose steps are our hops x_next = a_next x0 + s_next e, and the arguments with which a pipeline
+    takes exactly `timesteps`: num_inference_steps where that is enough, else timesteps, or sigmas of a flow.
 
-    Raises ValueError for a flow schedule, which it cannot express.
+    Raises ValueError for a schedule that is not supported.
     """
-    if "beta_schedule" not in scheduler_config and scheduler_config.get("trained_betas") is None:
-        raise ValueError(
-            f"{scheduler_config.get('_class_name')} has no betas: only variance-preserving models are exported so far"
-        )
+    schedule = schedule_from_config(scheduler_config)
+    if isinstance(schedule, FlowSchedule):
+        total = schedule.num_timesteps
+        scheduler = FlowMatchEulerDiscreteScheduler(total, shift=schedule.shift, stochastic_sampling=True)
+        # Noise levels before the shift, which the scheduler applies. Its own spacing ends at sigma_min, ours does not.
+        return scheduler, {"sigmas": [(timestep + 1) / total for timestep in timesteps]}
+    return _lcm_scheduler(scheduler_config, timesteps)
+
+
+def _lcm_scheduler(
+    scheduler_config: Mapping[str, Any], timesteps: Sequence[int]
+) -> tuple[SchedulerMixin, dict[str, Any]]:
     # As training reads it: what the configuration does not state has DDPM's defaults, not LCM's.
     config = DDPMScheduler.from_config(dict(scheduler_config)).config
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -83,8 +94,8 @@ def few_step_scheduler(scheduler_config: Mapping[str, Any], timesteps: Sequence[
         scheduler = LCMScheduler(**settings, original_inference_steps=resolution)
         scheduler.set_timesteps(len(timesteps))
         if scheduler.timesteps.tolist() == list(timesteps):
-            return scheduler, True
-    return LCMScheduler(**settings, original_inference_steps=total), False
+            return scheduler, {"num_inference_steps": len(timesteps)}
+    return LCMScheduler(**settings, original_inference_steps=total), {"timesteps": list(timesteps)}
 
 
 def export_pipeline(
@@ -96,29 +107,60 @@ def export_pipeline(
     else or the weights do not fit.
     """
     student = load_student(family, weights)
-    scheduler, plain = few_step_scheduler(family.scheduler_config, timesteps)
-    pipeline = family.pipeline(student, scheduler)
+
+    def save(directory: Path, scheduler: SchedulerMixin) -> None:
+        family.pipeline(student, scheduler).save_pretrained(directory, safe_serialization=True)
+
+    name = family.pipeline_class.__name__
+    loading = f"""from diffusers import {name}
+
+pipeline = {name}.from_pretrained({_arguments(family.load_settings())})"""
+    return write_export(family, timesteps, out, facts, save, loading, relation="finetune")
+
+
+def write_export(
+    family: Family,
+    timesteps: Sequence[int],
+    out: Path,
+    facts: CardFacts,
+    save: Callable[[Path, SchedulerMixin], None],
+    loading: str,
+    relation: str,
+) -> Path:
+    """What every kind of export has: what `save(directory, few-step scheduler)` writes, `flashdmd.json` and a model card.
+
+    loading: the lines of Python of the card's example that make `pipeline`. relation: the hub's word for what this is to
+    its base. Replaces an earlier export at `out` in one rename; raises ValueError when something else is there.
+    """
+    scheduler, steps = few_step_scheduler(family.scheduler_config, timesteps)
 
     def write(directory: Path) -> None:
-        pipeline.save_pretrained(directory, safe_serialization=True)
+        save(directory, scheduler)
         _forget_source_paths(directory)
-        sampler = _sampler_facts(family, timesteps, plain, facts)
+        sampler = _sampler_facts(family, timesteps, steps, facts)
         (directory / FACTS).write_text(json.dumps(sampler, indent=1) + "\n", encoding="utf-8")
-        ModelCard(_card(sampler, facts)).save(directory / "README.md")
+        ModelCard(_card(sampler, facts, loading, relation)).save(directory / "README.md")
 
     return _replace_directory(out, write)
 
 
-def _sampler_facts(family: Family, timesteps: Sequence[int], plain: bool, facts: CardFacts) -> dict[str, Any]:
+def _sampler_facts(
+    family: Family, timesteps: Sequence[int], steps: Mapping[str, Any], facts: CardFacts
+) -> dict[str, Any]:
+    """What flashdmd.json says. load, call: keyword arguments of the pipeline's from_pretrained and of its call.
+
+    seed: where a seed goes: "generator", the call's argument, or "torch", `torch.manual_seed`, since
+    StableDiffusion3Pipeline does not hand its generator to the scheduler.
+    """
     return {
         "format": FORMAT,
         "base": facts.base,
         "prediction_type": family.schedule.prediction_type,
         "timesteps": list(timesteps),
-        "pass_timesteps": not plain,
-        "guidance_scale": 0,
-        "height": family.image_size[0],
-        "width": family.image_size[1],
+        "pipeline": family.pipeline_class.__name__,
+        "load": family.load_settings(),
+        "call": {**steps, "guidance_scale": 0, **family.call_settings()},
+        "seed": "torch" if "sigmas" in steps else "generator",
         "examples": [{"prompt": prompt, "seed": seed} for prompt, seed in facts.examples],
     }
 
@@ -157,14 +199,14 @@ def _replace_directory(out: Path, write: Callable[[Path], None]) -> Path:
     return out
 
 
-def _card(sampler: Mapping[str, Any], facts: CardFacts) -> str:
+def _card(sampler: Mapping[str, Any], facts: CardFacts, loading: str, relation: str) -> str:
     own = [row for row in facts.measured if str(row["name"]).startswith("student,")]
     data = ModelCardData(
         license=facts.licence,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=facts.base if facts.base.count("/") == 1 else None,
-        base_model_relation="finetune" if facts.base.count("/") == 1 else None,
+        base_model_relation=relation if facts.base.count("/") == 1 else None,
         tags=["text-to-image", "diffusion", "few-step", "distillation", "flash-dmd"],
         model_name=facts.name,
         eval_results=[result for row in own for result in _results(row)] or None,
@@ -175,7 +217,7 @@ def _card(sampler: Mapping[str, Any], facts: CardFacts) -> str:
             f"A {len(sampler['timesteps'])}-step text-to-image generator, distilled from {facts.base} with Flash-DMD"
             " (arXiv 2511.20549). It needs no guidance."
         ),
-        "## Use\n\n" + _example(sampler),
+        "## Use\n\n" + _example(sampler, loading),
         (
             f"Denoising timesteps: {', '.join(map(str, sampler['timesteps']))}; every hop renoises with fresh noise. Values other"
             " than 0 or 1 for `guidance_scale` are not what the model was trained for. `flashdmd.json` states all this for programs."
@@ -192,42 +234,35 @@ def _card(sampler: Mapping[str, Any], facts: CardFacts) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _example(sampler: Mapping[str, Any]) -> str:
+def _example(sampler: Mapping[str, Any], loading: str) -> str:
     prompt = sampler["examples"][0]["prompt"] if sampler["examples"] else "a photograph of a lighthouse"
-    steps = (
-        f"timesteps={sampler['timesteps']}"
-        if sampler["pass_timesteps"]
-        else f"num_inference_steps={len(sampler['timesteps'])}"
-    )
+    seed, generator = ("", "generator=torch.Generator().manual_seed(0)")
+    if sampler["seed"] == "torch":
+        seed, generator = ("torch.manual_seed(0)  # the scheduler's noise is not drawn from `generator`\n", "")
+    lines = [repr(prompt), *(f"{name}={value!r}" for name, value in sampler["call"].items()), generator]
+    arguments = "\n".join(f"    {line}," for line in lines if line)
     return f"""```python
 import torch
-from diffusers import StableDiffusionXLPipeline
-
-pipeline = StableDiffusionXLPipeline.from_pretrained("path/to/this/directory", use_safetensors=True)
-image = pipeline(
-    {prompt!r},
-    {steps},
-    guidance_scale=0,
-    height={sampler["height"]},
-    width={sampler["width"]},
-    generator=torch.Generator().manual_seed(0),
+{loading}
+{seed}image = pipeline(
+{arguments}
 ).images[0]
 image.save("image.png")
 ```"""
 
 
+def _arguments(settings: Mapping[str, Any]) -> str:
+    named = {**settings, "use_safetensors": True}
+    return ", ".join(['"path/to/this/directory"', *(f"{name}={value!r}" for name, value in named.items())])
+
+
 def _examples(sampler: Mapping[str, Any]) -> str:
     if not sampler["examples"]:
         return ""
-    lines = [f"| {example['prompt']} | {example['seed']} |" for example in sampler["examples"]]
-    return "\n".join(
-        [
-            "The pictures of the training run's grid, one generator per prompt:\n",
-            "| prompt | seed |",
-            "|---|---|",
-            *lines,
-        ]
-    )
+    seeding = "one generator per prompt" if sampler["seed"] == "generator" else "one prompt at a time, on the CPU"
+    rows = [f"| {example['prompt']} | {example['seed']} |" for example in sampler["examples"]]
+    head = [f"The pictures of the training run's grid, {seeding}:\n", "| prompt | seed |", "|---|---|"]
+    return "\n".join(head + rows)
 
 
 def _rewards(rewards: Sequence[str]) -> str:

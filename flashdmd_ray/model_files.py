@@ -14,26 +14,18 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from flashdmd_ray.config import Config
+from flashdmd_ray.config import Config, ModelConfig
 from flashdmd_ray.demo import weights_path
+from flashdmd_ray.models import FAMILIES, FamilyEntry, latent_size
 
 LONGEST_HEADER = 100 * 2**20
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PIPELINE = {
-    "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2"),
-}
-"""The parts of a pipeline directory that hold weights, by model family; each has a config.json beside them."""
-PIPELINE_JSON: dict[str, dict[str, Sequence[str]]] = {
-    "sdxl": {
-        "model_index.json": ("_class_name",),
-        "scheduler/scheduler_config.json": (),
-        "unet/config.json": ("sample_size", "in_channels"),
-        "vae/config.json": ("block_out_channels",),
-    },
-}
-"""Keys that a pipeline's JSON files must have, by model family."""
-PIPELINE_CLASS = {"sdxl": "StableDiffusionXLPipeline"}
+DENOISER, VAE = "denoiser", "vae"
+"""Parts of `teacher_files`; the text encoders are called as their folders."""
+ORIGINAL_DENOISER, ORIGINAL_VAE = ("model.diffusion_model.",), ("first_stage_model.", "vae.")
+"""How their weights start in a single file of the original layout."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +45,89 @@ class ModelFiles:
 
 
 def teacher_files(config: Config) -> ModelFiles:
-    """The teacher's pipeline. Raises ValueError, one line, naming the file and the remedy."""
-    family = config.model.family
-    files = _inspect("model.teacher", config.model.teacher, "teacher", PIPELINE[family], PIPELINE_JSON[family])
-    if files.root is not None:
-        found = json.loads((files.root / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-        if found != PIPELINE_CLASS[family]:
+    """The teacher: a pipeline or a single file, with another VAE where one is named. parameters: "denoiser", "vae" and the
+    text encoders that will be loaded. Raises ValueError, one line, naming the key, the file and the remedy."""
+    model, family = config.model, FAMILIES[config.model.family]
+    encoders = family.text_encoders | (family.optional if model.t5 else {})
+    if model.teacher.endswith(".safetensors"):
+        files = _single_file(model, family, encoders)
+    else:
+        files = _pipeline(model, family, encoders)
+    if model.vae is None:
+        return files
+    keys = {"config.json": ("block_out_channels", "latent_channels")}
+    vae = _inspect("model.vae", model.vae, None, ("",), keys)
+    known = files.parameters and vae.parameters
+    parameters = {**files.parameters, VAE: vae.parameters[""]} if known else {}
+    return ModelFiles(files.source, files.root, parameters)
+
+
+def _pipeline(model: ModelConfig, family: FamilyEntry, encoders: Mapping[str, str]) -> ModelFiles:
+    own_vae = [] if model.vae else [VAE]
+    files = _inspect(
+        "model.teacher", model.teacher, family.demo, (family.denoiser, *own_vae, *encoders), _pipeline_json(family)
+    )
+    if files.root is None:
+        return files
+    _check_pipeline("model.teacher", files.root, files.source, model, family)
+    index = _read(files.root / "model_index.json")
+    for folder in family.optional if model.t5 else ():
+        if not (index.get(folder) or [None])[0]:
+            raise ValueError(f"model.t5: {files.source} has no {folder}; set it to false")
+    parameters = {DENOISER if part == family.denoiser else part: n for part, n in files.parameters.items()}
+    return ModelFiles(files.source, files.root, parameters)
+
+
+def _single_file(model: ModelConfig, family: FamilyEntry, encoders: Mapping[str, str]) -> ModelFiles:
+    path = Path(model.teacher)
+    if not path.is_file():
+        raise ValueError(f"model.teacher: no such file: {path}; correct the path or download it")
+    try:
+        sizes = header_sizes(path)
+    except ValueError as error:
+        raise ValueError(f"model.teacher: {error}") from None
+    starts = {DENOISER: ORIGINAL_DENOISER, VAE: ORIGINAL_VAE} | {part: (start,) for part, start in encoders.items()}
+    if model.vae:
+        del starts[VAE]
+    parameters = {part: sum(n for name, n in sizes.items() if name.startswith(s)) for part, s in starts.items()}
+    for part, count in parameters.items():
+        if not count:
             raise ValueError(
-                f"model.teacher: {files.source} holds a {found}, but model.family '{family}' is a {PIPELINE_CLASS[family]}; "
-                "choose a teacher of that family"
+                f"model.teacher: {path} holds no {part} of family '{model.family}' (no weight starts with {starts[part][0]!r}); "
+                "choose a file that does, or a pipeline directory"
             )
-    return files
+    if model.teacher_config is not None:
+        key = "model.teacher_config"
+        configs = _inspect(key, model.teacher_config, None, (), _pipeline_json(family))
+        if configs.root is not None:
+            _check_pipeline(key, configs.root, configs.source, model, family)
+    return ModelFiles(str(path), path.parent, parameters)
+
+
+def _pipeline_json(family: FamilyEntry) -> dict[str, Sequence[str]]:
+    """JSON files of a pipeline and the keys that they must have."""
+    return {
+        "model_index.json": ("_class_name",),
+        "scheduler/scheduler_config.json": (),
+        f"{family.denoiser}/config.json": ("sample_size", "in_channels"),
+        "vae/config.json": ("block_out_channels",),
+    }
+
+
+def _check_pipeline(key: str, root: Path, name: str, model: ModelConfig, family: FamilyEntry) -> None:
+    """Raises ValueError when the pipeline is of another class, or cannot make images of `model.resolution`."""
+    found = _read(root / "model_index.json")["_class_name"]
+    if found != family.pipeline:
+        raise ValueError(
+            f"{key}: {name} holds a {found}, but model.family '{model.family}' is a {family.pipeline}; "
+            "choose a teacher of that family"
+        )
+    latent_size(model.resolution, _read(root / family.denoiser / "config.json"), _read(root / VAE / "config.json"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return tree
 
 
 def sam_files(config: Config) -> ModelFiles:
@@ -87,15 +151,16 @@ def reward_files(config: Config) -> dict[str, ModelFiles]:
 
 
 def _inspect(
-    key: str, source: str, demo_part: str, parts: Sequence[str], json_files: Mapping[str, Sequence[str]]
+    key: str, source: str, demo_part: str | None, parts: Sequence[str], json_files: Mapping[str, Sequence[str]]
 ) -> ModelFiles:
-    """Raises ValueError, naming the configuration `key`, when weights, a config.json or another JSON file is missing or damaged."""
-    if source == "demo":
+    """demo_part: None where 'demo' means nothing. Raises ValueError, naming the configuration `key`, when weights, a config.json or
+    another JSON file is missing or damaged."""
+    if source == "demo" and demo_part is not None:
         root, name = weights_path(demo_part), "demo weights"
     elif Path(source).is_dir():
         root, name = Path(source), source
     else:
-        snapshot = _snapshot(key, source)
+        snapshot = _snapshot(key, source, "" if demo_part is None else ", or use 'demo'")
         if snapshot is None:
             return ModelFiles(source)
         root, name = snapshot, source
@@ -109,10 +174,10 @@ def _inspect(
         raise ValueError(f"{key}: {error}") from None
 
 
-def _snapshot(key: str, source: str) -> Path | None:
+def _snapshot(key: str, source: str, instead: str) -> Path | None:
     """The local copy of a hub repository; None when there is none but the hub knows it. Raises ValueError otherwise."""
     if not HUB_ID.fullmatch(source) or source.startswith("."):
-        raise ValueError(f"{key}: no such directory: {source!r}; correct the path, or use 'demo'")
+        raise ValueError(f"{key}: no such directory: {source!r}; correct the path{instead}")
     from huggingface_hub import HfApi, constants
 
     snapshots = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "snapshots"
@@ -156,16 +221,24 @@ def count_parameters(folder: Path) -> int:
 
 
 def read_header(path: Path) -> int:
-    """The number of parameters in a safetensors file. Raises ValueError when the header is unreadable or the file's size contradicts it."""
+    """The number of parameters in a safetensors file. Raises ValueError as `header_sizes` does."""
+    return sum(header_sizes(path).values())
+
+
+def header_sizes(path: Path) -> dict[str, int]:
+    """The number of parameters of each tensor in a safetensors file, from its header.
+
+    Raises ValueError when the header is unreadable or the file's size contradicts it.
+    """
     damaged = ValueError(f"{path} is damaged (not a complete safetensors file); download or make it again")
     try:
         with path.open("rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else LONGEST_HEADER + 1
             header = json.loads(file.read(length)) if length <= LONGEST_HEADER else {}
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = max(entry["data_offsets"][1] for entry in tensors)
-        parameters = sum(math.prod(entry["shape"]) for entry in tensors)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max(entry["data_offsets"][1] for entry in tensors.values())
+        sizes = {name: math.prod(entry["shape"]) for name, entry in tensors.items()}
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}); correct its permissions or make it again"
@@ -174,4 +247,4 @@ def read_header(path: Path) -> int:
         raise damaged from None
     if path.stat().st_size != 8 + length + end:
         raise damaged
-    return parameters
+    return sizes

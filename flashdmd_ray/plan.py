@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flashdmd_ray.config import Config, GroupConfig
 from flashdmd_ray.data.catalogue import describe_data, named
-from flashdmd_ray.model_files import ModelFiles, reward_files, sam_files, teacher_files
+from flashdmd_ray.model_files import DENOISER, VAE, ModelFiles, reward_files, sam_files, teacher_files
 from flashdmd_ray.run_directory import RunDirectory
 from flashdmd_ray.storage import check_checkpoint_root, checkpoint_root, children
 
@@ -61,28 +61,29 @@ def parts_of(config: Config) -> list[Part]:
     teacher, rewards = teacher_files(config), reward_files(config)
     latent_adversary = config.adversarial.space == "latent"
     preference = bool(config.preference.updates)
-    unet, vae = teacher.parameters.get("unet"), teacher.parameters.get("vae")
+    denoiser, vae = teacher.parameters.get(DENOISER), teacher.parameters.get(VAE)
+    frozen = FLOAT // 2 if config.model.dtype == "bfloat16" else FLOAT
     encoders = [count for part, count in teacher.parameters.items() if part.startswith("text_encoder")]
     texts = sum(encoders) if encoders else None
 
     def family(group: str) -> list[Part]:
         return [
-            Part("text encoders", group, texts, "no", FLOAT, teacher.source),
-            Part("VAE", group, vae, "no", FLOAT, teacher.source),
+            Part("text encoders", group, texts, "no", frozen, teacher.source),
+            Part("VAE", group, vae, "no", frozen, teacher.source),
         ]
 
     ranks = config.placement.learner.workers
     parts = [
-        Part("teacher", "learner", unet, "no", FLOAT, teacher.source),
-        Part("generator", "learner", unet, "yes", _training_bytes(config, 1 + preference, ranks), "the teacher"),
-        Part("score estimator", "learner", unet, "yes", _training_bytes(config, 1, ranks), "the teacher"),
+        Part("teacher", "learner", denoiser, "no", frozen, teacher.source),
+        Part("generator", "learner", denoiser, "yes", _training_bytes(config, 1 + preference, ranks), "the teacher"),
+        Part("score estimator", "learner", denoiser, "yes", _training_bytes(config, 1, ranks), "the teacher"),
     ]
     if preference:
         parts.append(
             Part(
                 "reference policy",
                 "learner",
-                unet,
+                denoiser,
                 "no",
                 FLOAT,
                 f"the generator at step {config.preference.start_step}",
@@ -97,7 +98,10 @@ def parts_of(config: Config) -> list[Part]:
         parts.append(Part("discriminator: heads", "discriminator", 0, "yes", 0, "scratch"))
         parts += family("discriminator")
     if preference:
-        parts += [Part("rollout", "rollout", unet, "no", FLOAT, "the generator, before each step"), *family("rollout")]
+        parts += [
+            Part("rollout", "rollout", denoiser, "no", FLOAT, "the generator, before each step"),
+            *family("rollout"),
+        ]
         parts += [_reward(label, files) for label, files in rewards.items()]
         parts += family("reward")
     return parts

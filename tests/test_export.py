@@ -2,17 +2,21 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from huggingface_hub import ModelCard
 
 from flashdmd_ray.diffusion.sampling import few_step_sample
+from flashdmd_ray.diffusion.schedule import schedule_from_config
 from flashdmd_ray.evaluation import SampleNoise, seed_of
 from flashdmd_ray.export import CardFacts, export_pipeline, few_step_scheduler, load_student
+from flashdmd_ray.models.sd3 import SD3
+from flashdmd_ray.models.sd15 import SD15
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.roles.networks import bind
-from tests.tiny import save_sdxl
+from tests.tiny import save_sd3, save_sd15, save_sdxl
 
 TEXTS = ["a red 4", "two 7s", ""]
 ROW = {"nfe": 4, "frechet": 41.25, "accuracy": 0.9, "reward": 6.5, "diversity": 13.0, "samples": 500}
@@ -61,17 +65,13 @@ def test_plain_diffusers_draws_the_images_of_our_sampler(family, timesteps, tmp_
     pipeline.set_progress_bar_config(disable=True)
     facts = json.loads((out / "flashdmd.json").read_text())
     assert facts["timesteps"] == list(timesteps)
-    assert facts["pass_timesteps"] == (timesteps == (999, 600, 100))
-    call = {"timesteps": facts["timesteps"]} if facts["pass_timesteps"] else {"num_inference_steps": len(timesteps)}
+    assert ("timesteps" in facts["call"]) == (timesteps == (999, 600, 100))
     generators = [torch.Generator().manual_seed(seed_of(5, i)) for i in range(3)]
     theirs = pipeline(
         TEXTS,
-        guidance_scale=facts["guidance_scale"],
         generator=generators,
         output_type="latent",
-        height=16,
-        width=16,
-        **call,
+        **facts["call"],
     ).images
 
     student = load_student(family, weights)
@@ -100,16 +100,67 @@ def test_boundary_scaling_vanishes():
 
 
 def test_fewer_steps_are_possible_with_the_same_export():
-    scheduler, plain = few_step_scheduler({"beta_schedule": "scaled_linear"}, (999, 749, 499, 249))
-    assert plain
+    scheduler, call = few_step_scheduler({"beta_schedule": "scaled_linear"}, (999, 749, 499, 249))
+    assert call == {"num_inference_steps": 4}
     for steps, expected in {4: [999, 749, 499, 249], 2: [999, 499], 1: [999]}.items():
         scheduler.set_timesteps(steps)
         assert scheduler.timesteps.tolist() == expected
 
 
-def test_flow_models_are_refused():
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no betas"):
-        few_step_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, (999, 499))
+def test_a_schedule_of_neither_kind_is_refused():
+    with pytest.raises(ValueError, match="EDMEulerScheduler has neither a beta_schedule nor a flow shift"):
+        few_step_scheduler({"_class_name": "EDMEulerScheduler", "sigma_max": 80.0}, (999, 499))
+
+
+@pytest.mark.parametrize("timesteps", [(999, 749, 499, 249), (999,), (999, 600, 100)])
+def test_a_flow_schedulers_noise_levels_are_those_of_training(timesteps):
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    scheduler, call = few_step_scheduler(config, timesteps)
+    scheduler.set_timesteps(**call)
+    _, sigmas = schedule_from_config(config).coefficients(torch.tensor(timesteps))
+    torch.testing.assert_close(scheduler.sigmas, torch.cat([sigmas, torch.zeros(1)]), rtol=1e-6, atol=0)
+
+
+def sd15(path):
+    return SD15.from_pretrained(str(save_sd15(path, prediction_type="v_prediction")))
+
+
+def sd3(path):
+    return SD3.from_pretrained(str(save_sd3(path)))
+
+
+def sd3_with_t5(path):
+    return SD3.from_pretrained(str(save_sd3(path, t5=True)), t5=True)
+
+
+def sdxl_with_micro_conditioning(path):
+    return SDXL.from_pretrained(str(save_sdxl(path)), resolution=[24, 16], original_size=[40, 30], crop=[8, 0])
+
+
+@pytest.mark.parametrize("make", [sd15, sd3, sd3_with_t5, sdxl_with_micro_conditioning])
+def test_every_familys_export_draws_the_trainers_images(make, tmp_path):
+    """Decoded images, from nothing but what flashdmd.json says."""
+    family = make(tmp_path / "base")
+    weights, timesteps = trained(family), (999, 749, 499, 249)
+    out = export_pipeline(family, weights, timesteps, tmp_path / "export", FACTS)
+    facts = json.loads((out / "flashdmd.json").read_text())
+    pipeline = getattr(diffusers, facts["pipeline"]).from_pretrained(out, use_safetensors=True, **facts["load"])
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = []
+    for index, text in enumerate(TEXTS):
+        torch.manual_seed(seed_of(5, index))
+        generator = torch.Generator().manual_seed(seed_of(5, index)) if facts["seed"] == "generator" else None
+        theirs.append(pipeline(text, generator=generator, output_type="pt", **facts["call"]).images)
+
+    predict_x0 = bind(load_student(family, weights), family.schedule, family.encode(TEXTS))
+    with torch.no_grad():
+        draw_noise = SampleNoise(range(3), family.latent_shape, 5, torch.device("cpu"))
+        ours = family.decode(few_step_sample(predict_x0, family.schedule, timesteps, draw_noise))
+    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), torch.cat(theirs), rtol=0, atol=2e-5)
+    card = ModelCard.load(out / "README.md").text
+    assert facts["pipeline"] in card
+    compile(card.split("```python")[1].split("```")[0], "example", "exec")
+    assert all(f"{name}={value!r}" in card for name, value in {**facts["load"], **facts["call"]}.items())
 
 
 def test_card_and_files(family, tmp_path):
@@ -142,7 +193,7 @@ def test_an_export_is_replaced_whole_and_nothing_else_is_touched(family, tmp_pat
     out = tmp_path / "runs" / "export"
     out.mkdir(parents=True)  # an empty folder may be there already
     export_pipeline(family, trained(family), (999,), out, FACTS)
-    with pytest.raises(ValueError, match="do not fit the U-Net"):
+    with pytest.raises(ValueError, match="do not fit the denoiser"):
         export_pipeline(family, {"unet.conv_in.weight": torch.zeros(1)}, (999, 499), out, FACTS)
     assert json.loads((out / "flashdmd.json").read_text())["timesteps"] == [999]
     export_pipeline(family, trained(family), (999, 499), out, FACTS)

@@ -6,8 +6,25 @@ import string
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 LENGTH = 12
 
@@ -63,36 +80,120 @@ def sdxl_pipeline(prediction_type: str = "epsilon", zeros: bool = True, seed: in
         transformer_layers_per_block=1,
         use_linear_projection=True,
     )
-    vae = AutoencoderKL(
+    return StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(text_config(8, len(words))),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(16, len(words))),
+        tokenizer=words,
+        tokenizer_2=words,
+        unet=unet,
+        scheduler=vp_scheduler(prediction_type),
+        force_zeros_for_empty_prompt=zeros,
+    )
+
+
+def tiny_vae(channels: int = 4, **changes: object) -> AutoencoderKL:
+    """16x16 images, latents (channels, 8, 8) with scaling factor 0.5."""
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         sample_size=16,
-        scaling_factor=0.5,
-        force_upcast=False,
+        **{"scaling_factor": 0.5, "force_upcast": False} | changes,
     )
-    scheduler = DDPMScheduler(
+
+
+def vp_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
+    return DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type=prediction_type,
         clip_sample=False,
     )
-    return StableDiffusionXLPipeline(
-        vae=vae,
+
+
+def sd15_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
+    """A random StableDiffusionPipeline: 16x16 images, latents (4, 8, 8)."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+    return StableDiffusionPipeline(
+        vae=tiny_vae(),
         text_encoder=CLIPTextModel(text_config(8, len(words))),
+        tokenizer=words,
+        unet=unet,
+        scheduler=vp_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """A unigram tokenizer over letters."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase, *string.digits]
+    return T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
+def sd3_pipeline(t5: bool = False, shift: float = 3.0, seed: int = 0, **changes: object) -> StableDiffusion3Pipeline:
+    """A random StableDiffusion3Pipeline: 16x16 images, latents (4, 8, 8) with a shift factor, three blocks."""
+    torch.manual_seed(seed)
+    words, pieces = tokenizer(), t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        **{
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 3,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "joint_attention_dim": 32,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 24,
+            "pos_embed_max_size": 6,
+        }
+        | changes
+    )
+    t5_config = T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return StableDiffusion3Pipeline(
+        vae=tiny_vae(shift_factor=0.25),
+        text_encoder=CLIPTextModelWithProjection(text_config(8, len(words))),
         text_encoder_2=CLIPTextModelWithProjection(text_config(16, len(words))),
+        text_encoder_3=T5EncoderModel(t5_config).eval() if t5 else None,
         tokenizer=words,
         tokenizer_2=words,
-        unet=unet,
-        scheduler=scheduler,
-        force_zeros_for_empty_prompt=zeros,
+        tokenizer_3=pieces if t5 else None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )
 
 
 def save_sdxl(path: Path, **arguments: object) -> Path:
     sdxl_pipeline(**arguments).save_pretrained(path)  # type: ignore[arg-type]
+    return path
+
+
+def save_sd15(path: Path, **arguments: object) -> Path:
+    sd15_pipeline(**arguments).save_pretrained(path)  # type: ignore[arg-type]
+    return path
+
+
+def save_sd3(path: Path, **arguments: object) -> Path:
+    sd3_pipeline(**arguments).save_pretrained(path)  # type: ignore[arg-type]
     return path

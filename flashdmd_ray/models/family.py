@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.diffusion.schedule import NoiseSchedule, schedule_from_config
+from flashdmd_ray.models import FAMILIES, latent_size
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
-from flashdmd_ray.models.loading import Source, open_source
+from flashdmd_ray.models.loading import Source, load_config, load_module, open_source
 
 PARTS = ("denoiser", "vae", "text")
 
@@ -37,6 +38,8 @@ class TextTowers(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._cache: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
+        self.stored: Callable[[Sequence[str]], Mapping[str, tuple[Tensor, ...]]] | None = None
+        """Rows computed before the run (data.embeddings), looked up before a text is encoded."""
 
     @abstractmethod
     def encode_group(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -59,11 +62,25 @@ class TextTowers(nn.Module, ABC):
         return tuple(torch.stack(column).float() for column in zip(*rows, strict=True))
 
     def _fill(self, texts: Sequence[str]) -> None:
+        if self.stored is not None:
+            device = next(self.parameters()).device
+            for text, found in self.stored(texts).items():
+                self._cache[text] = tuple(tensor.to(device) for tensor in found)
+            texts = [text for text in texts if text not in self._cache]
         for start in range(0, len(texts), self.GROUP):
             group = list(texts[start : start + self.GROUP])
             columns = self.encode_group(group + [""] * (self.GROUP - len(group)))
             for row, text in enumerate(group):
                 self._cache[text] = tuple(column[row].clone() for column in columns)
+
+
+def clip_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Token ids int64 (B, L) of a CLIP text encoder, cut and filled up to its length."""
+    length = tokenizer.model_max_length
+    ids: Tensor = tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
 
 
 class Family(ABC):
@@ -77,28 +94,29 @@ class Family(ABC):
     """The family's name in the configuration."""
     pipeline_class: ClassVar[Any]
     """The stock pipeline whose directories the family reads and writes."""
-    denoiser_folder: ClassVar[str]
-    """The sub-folder of a pipeline directory that holds the denoiser: "unet" or "transformer"."""
 
     def __init__(self, model: ModelConfig, source: Source, parts: Collection[str]) -> None:
         assert set(parts) <= set(PARTS), f"unknown parts {set(parts) - set(PARTS)}"
         self.path = source.path
-        self.index = source.index
         self.scheduler_config: Mapping[str, Any] = source.config("scheduler")
         self.schedule: NoiseSchedule = schedule_from_config(self.scheduler_config)
         self.device = torch.device("cpu")
         self.checkpoint_decoder = False  # recompute the decoder in the backward pass: less memory at 1024 pixels
-        network, vae = source.config(self.denoiser_folder), source.config("vae")
-        reduction = 2 ** (len(vae["block_out_channels"]) - 1)
-        height, width = int(network["sample_size"]), int(network["sample_size"])
+        network = source.config(FAMILIES[self.name].denoiser)
+        vae = source.config("vae") if model.vae is None else _config_of_vae(model.vae, int(network["in_channels"]))
+        height, width, pixels = latent_size(model.resolution, network, vae)
         self.latent_shape = (int(network["in_channels"]), height, width)
-        self.image_size = (height * reduction, width * reduction)
-        dtype: torch.dtype = torch.float32
+        self.image_size = (height * pixels, width * pixels)
+        dtype: torch.dtype = getattr(torch, model.dtype)
         modules: dict[str, nn.Module] = {}
         if "denoiser" in parts:
             modules["denoiser"] = self._load_denoiser(source, dtype)
         if "vae" in parts:
-            modules["vae"] = source.module(AutoencoderKL, "vae", dtype)
+            modules["vae"] = (
+                source.module(AutoencoderKL, "vae", dtype)
+                if model.vae is None
+                else load_module(AutoencoderKL, model.vae, "", dtype)
+            )
         if "text" in parts:
             modules["text"] = self._load_text(source, dtype)
         self._modules = {part: module.requires_grad_(False).eval() for part, module in modules.items()}
@@ -110,7 +128,7 @@ class Family(ABC):
         Raises ValueError, one line that names the path and the remedy, when anything is missing, damaged or of another
         kind.
         """
-        return cls(model, open_source(cls.pipeline_class, model.teacher), parts)
+        return cls(model, open_source(cls.pipeline_class, model.teacher, model.teacher_config), parts)
 
     @classmethod
     def from_pretrained(cls, path: str, parts: Collection[str] = PARTS, **settings: Any) -> Self:
@@ -129,12 +147,25 @@ class Family(ABC):
 
     @property
     @abstractmethod
+    def text(self) -> TextTowers:
+        """The frozen text encoders."""
+
+    @property
+    @abstractmethod
     def pooled_width(self) -> int:
         """Size of a pooled prompt embedding. Raises ValueError for a family without one."""
 
     @abstractmethod
     def pipeline(self, denoiser: Denoiser, scheduler: SchedulerMixin) -> DiffusionPipeline:
         """A stock pipeline of `denoiser`, `scheduler` and this family's other modules, which must all be loaded."""
+
+    def load_settings(self) -> dict[str, Any]:
+        """Arguments that the stock pipeline's from_pretrained needs for a directory of these modules, as JSON values."""
+        return {}
+
+    def call_settings(self) -> dict[str, Any]:
+        """Arguments that the stock pipeline must be called with to do what was trained, as JSON values."""
+        return {"height": self.image_size[0], "width": self.image_size[1]}
 
     def _part(self, part: str) -> Any:
         if part not in self._modules:
@@ -200,3 +231,14 @@ class Family(ABC):
         if noise is not None:
             latents = latents + posterior.std.float() * noise.to(latents.device)
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+
+def _config_of_vae(path: str, channels: int) -> Mapping[str, Any]:
+    """Configuration of the VAE at `path`. Raises ValueError when its latents have not that many channels."""
+    config = load_config(AutoencoderKL, path, part="the VAE")
+    found = config.get("latent_channels")
+    if found != channels:
+        raise ValueError(
+            f"model.vae: {path} has {found} latent channels, the teacher {channels}; choose a VAE of its family"
+        )
+    return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -11,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser, UNetDenoiser
-from flashdmd_ray.models.family import PARTS, Family, TextTowers
+from flashdmd_ray.models.family import PARTS, Family, TextTowers, clip_ids
 from flashdmd_ray.models.loading import Source
 
 
@@ -34,14 +35,7 @@ class SDXLText(TextTowers):
         """Token embeddings (GROUP, L, D), the penultimate states of both encoders, and pooled embeddings (GROUP, P)."""
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, (self.encoder, self.encoder_2), strict=True):
-            ids = tokenizer(
-                list(texts),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            output = encoder(ids.to(encoder.device), output_hidden_states=True)
+            output = encoder(clip_ids(tokenizer, texts).to(encoder.device), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])  # the penultimate layer, as SDXL was trained
         return torch.cat(hidden, dim=-1), output.text_embeds
 
@@ -51,11 +45,12 @@ class SDXL(Family):
 
     name = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
-    denoiser_folder = "unet"
 
     def __init__(self, model: ModelConfig, source: Source, parts: Collection[str] = PARTS) -> None:
         super().__init__(model, source, parts)
-        self.zero_unconditional = bool(self.index.get("force_zeros_for_empty_prompt", True))
+        self.zero_unconditional = bool(source.index.get("force_zeros_for_empty_prompt", True))
+        self.original_size = model.original_size or self.image_size
+        self.crop = model.crop or (0, 0)
 
     def _load_denoiser(self, source: Source, dtype: torch.dtype) -> Denoiser:
         return UNetDenoiser(source.module(UNet2DConditionModel, "unet", dtype))
@@ -63,7 +58,10 @@ class SDXL(Family):
     def _load_text(self, source: Source, dtype: torch.dtype) -> SDXLText:
         encoder = source.module(CLIPTextModel, "text_encoder", dtype)
         encoder_2 = source.module(CLIPTextModelWithProjection, "text_encoder_2", dtype)
-        tokenizers = [source.clip_tokenizer("tokenizer", encoder), source.clip_tokenizer("tokenizer_2", encoder_2)]
+        tokenizers = [
+            source.tokenizer(CLIPTokenizer, "tokenizer", encoder),
+            source.tokenizer(CLIPTokenizer, "tokenizer_2", encoder_2),
+        ]
         return SDXLText(tokenizers, encoder, encoder_2)
 
     @property
@@ -75,8 +73,8 @@ class SDXL(Family):
         return self.text.pooled_width
 
     def _time_ids(self, count: int) -> Tensor:
-        height, width = self.image_size
-        row = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
+        values = [*self.original_size, *self.crop, *self.image_size]
+        row = torch.tensor(values, dtype=torch.float32, device=self.device)
         return row.repeat(count, 1)
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -104,3 +102,11 @@ class SDXL(Family):
             scheduler=scheduler,
             force_zeros_for_empty_prompt=self.zero_unconditional,
         )
+
+    def call_settings(self) -> dict[str, Any]:
+        settings = super().call_settings()
+        if self.original_size != self.image_size:
+            settings["original_size"] = list(self.original_size)
+        if self.crop != (0, 0):
+            settings["crops_coords_top_left"] = list(self.crop)
+        return settings
