@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from flashdmd_ray.config import EngineConfig, OptimizerConfig
 from flashdmd_ray.engine.flat import FlatLayout
 from flashdmd_ray.engine.loading import Source, device_of, receive
-from flashdmd_ray.engine.optimizers import as_float32
+from flashdmd_ray.engine.optimizers import MOMENTS, read_moment, restored_state
 from flashdmd_ray.engine.processes import rank, world_size
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,7 +47,7 @@ class Engine(ABC):
                 raise ValueError(f"{role}: parameter {name!r} is {p.dtype}: load the network in float32 to train it")
         self.device = device_of(module)
         receive(module, source, self._keep)
-        self._moments: dict[str, dict[str, Tensor]] = {}  # by objective: AdamW's own state of the flat masters
+        self._moments: dict[str, dict[str, Any]] = {}  # by objective: AdamW's own state of the flat masters
         self._updates: dict[str, int] = {}
         self._loss_is_finite: Tensor | None = None  # of the backwards that wait for their update
         self._announced: tuple[float, bool] | None = None  # share and "is the last" of the micro-batch in hand
@@ -247,7 +246,7 @@ class Engine(ABC):
             if rank() == 0:
                 yield f"updates/{objective}", torch.tensor(number, dtype=torch.int64)
             for moment in MOMENTS:
-                for name, tensor in self._named(as_float32(self._moments[objective][moment])):
+                for name, tensor in self._named(read_moment(self._moments[objective], moment)):
                     yield f"moments/{objective}/{moment}/{name}", tensor
 
     def state(self) -> dict[str, Tensor]:
@@ -284,12 +283,11 @@ class Engine(ABC):
         self._moments = {objective: self._load_moments(state, objective) for objective in updates}
         self._publish_masters()
 
-    def _load_moments(self, state: Mapping[str, Tensor], objective: str) -> dict[str, Tensor]:
-        step = torch.tensor(float(self._updates[objective]), dtype=torch.float32, device=self._masters.device)
+    def _load_moments(self, state: Mapping[str, Tensor], objective: str) -> dict[str, Any]:
         vectors = {m: torch.zeros_like(self._masters, requires_grad=False) for m in MOMENTS}
         for moment, vector in vectors.items():
             self._load_vector(vector, state, f"moments/{objective}/{moment}/")
-        return {"step": step} | vectors
+        return restored_state(self._optimizer, self._masters, self._updates[objective], vectors)
 
     def _load_vector(self, vector: Tensor, state: Mapping[str, Tensor], prefix: str) -> None:
         for index, name in enumerate(self.layout.names):

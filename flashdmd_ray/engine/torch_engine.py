@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flashdmd_ray.config import EngineConfig, OptimizerConfig
 from flashdmd_ray.engine.base import Engine, norm_of_parts
 from flashdmd_ray.engine.loading import Source
-from flashdmd_ray.engine.optimizers import build_optimizer, padded
+from flashdmd_ray.engine.optimizers import build_optimizer
 from flashdmd_ray.engine.processes import world_size
 
 
@@ -27,7 +27,7 @@ class TorchEngine(Engine):
         self, module: nn.Module, settings: OptimizerConfig, config: EngineConfig, role: str, source: Source | None
     ) -> None:
         super().__init__(module, settings, config, role, source)
-        size = padded(self.layout.numel, config.optimizer)
+        size = self.layout.numel
         masters = torch.zeros(size, device="cpu" if config.offload_optimizer else self.device)
         self._weights = masters
         if config.offload_optimizer or self.compute_dtype != torch.float32:
