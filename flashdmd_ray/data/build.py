@@ -5,14 +5,15 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from flashdmd_ray.config import DataConfig
-from flashdmd_ray.data.ahead import ThreadDecoder
+from flashdmd_ray.config import Config, DataConfig
+from flashdmd_ray.data.ahead import Size, ThreadDecoder
 from flashdmd_ray.data.catalogue import image_format, judged_index, named
+from flashdmd_ray.data.images import BatchDecoding, FileImages
 from flashdmd_ray.data.index import Index
 from flashdmd_ray.data.source import ImageSource
 
 if TYPE_CHECKING:
-    from flashdmd_ray.data.files import FileImages
+    from flashdmd_ray.models.family import Family
 
 
 @lru_cache(maxsize=1)
@@ -24,23 +25,43 @@ def build_images(config: DataConfig, seed: int) -> ImageSource:
     if config.source == "demo":
         from flashdmd_ray.data.demo import DemoScenes
 
-        return DemoScenes(config.scenes, seed, _prompts(config))
+        return DemoScenes(config.scenes, seed, open_prompt_index(config))
     from flashdmd_ray.data.files import FileSource
 
     images = open_file_images(config, seed)
-    prompts = images.index if config.prompts is None else _prompts(config)
+    prompts = images.index if config.prompts is None else open_prompt_index(config)
     assert prompts is not None
     return FileSource(images, prompts, ThreadDecoder(images, config.workers, config.ahead), config.max_bad)
 
 
+def open_reals(config: Config, family: Family) -> ImageSource:
+    """`build_images` for a role that reads real images, with the stored latents of the configuration.
+
+    Raises ValueError when they were made for another model, resolution or data set.
+    """
+    source = build_images(config.data, config.seed)
+    if config.data.latents is None:
+        return source
+    from flashdmd_ray.data.files import FileSource
+    from flashdmd_ray.data.precompute import open_latents
+
+    assert isinstance(source, FileSource), "the configuration refuses latents of the demo source"
+    source.stored = open_latents(config.data.latents, family, config.model, source.images.index.content)
+    return source
+
+
 def open_file_images(config: DataConfig, seed: int) -> FileImages:
     """The real images alone, decoded when asked for. Raises ValueError like `build_images`."""
-    from flashdmd_ray.data.files import FileImages
-
     format = image_format(config)
     return FileImages(format, judged_index(config, "source", format), seed, config.mix or format.mix)
 
 
-def _prompts(config: DataConfig) -> Index | None:
+def open_prompt_index(config: DataConfig) -> Index | None:
+    """The prompts of their own, None where the captions of the real images serve. Raises ValueError like `build_images`."""
     format = named(config).get("prompts")
     return None if format is None else judged_index(config, "prompts", format)
+
+
+def batch_decoding(config: DataConfig, seed: int, size: Size) -> BatchDecoding:
+    """What a worker process needs to decode batches of positions."""
+    return BatchDecoding(open_file_images(config, seed), size)

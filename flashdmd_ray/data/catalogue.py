@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.config import DataConfig
 from flashdmd_ray.data.formats import Columns, ImageFormat, TextFormat, open_images, open_prompts
-from flashdmd_ray.data.index import Index, default_cache, is_indexed, open_index
+from flashdmd_ray.data.index import Index, Scanned, default_cache, is_indexed, open_index, scan_piece
+from flashdmd_ray.data.work import Spread, in_threads
 
 
 def named(config: DataConfig) -> dict[str, TextFormat]:
@@ -30,9 +33,22 @@ def columns(config: DataConfig) -> Columns:
     return Columns(config.caption, config.image)
 
 
+def open_indexed(config: DataConfig, format: TextFormat, spread: Spread = in_threads) -> Index:
+    """The index of a data set, bad or not; made where `spread` does its work when it is not in the cache."""
+    return open_index(format, cache_folder(config), partial(_scan, spread=spread, workers=config.workers))
+
+
+def _scan(format: TextFormat, spread: Spread, workers: int) -> Iterator[Scanned]:
+    return spread(partial(_scanner, format), range(format.pieces()), workers)
+
+
+def _scanner(format: TextFormat) -> Callable[[int], Scanned]:
+    return partial(scan_piece, format)
+
+
 def judged_index(config: DataConfig, key: str, format: TextFormat) -> Index:
     """The index of the data set called `key`. Raises ValueError when more than `max_bad` of its samples are bad."""
-    index = open_index(format, cache_folder(config))
+    index = open_indexed(config, format)
     index.tally.check(config.max_bad, f"data.{key} {getattr(config, key)}")
     return index
 
@@ -43,7 +59,7 @@ def describe_data(config: DataConfig) -> list[str]:
     for key, format in named(config).items():
         cache = cache_folder(config)
         if is_indexed(format, cache):
-            index = open_index(format, cache)
+            index = open_indexed(config, format)
             state = f"{len(index):,} samples, {index.tally.bad_count:,} bad"
         else:
             state = "not indexed yet; jobs/prepare_data.py --check judges it"
@@ -55,7 +71,7 @@ def data_report(config: DataConfig) -> dict[str, dict[str, Any]]:
     """What indexing found, by key: path, kind, a digest of the content, samples seen, and bad ones by reason."""
     found = {}
     for key, format in named(config).items():
-        index = open_index(format, cache_folder(config))
+        index = open_indexed(config, format)
         facts = {"path": getattr(config, key), "kind": format.kind, "content": index.content}
         found[key] = facts | index.tally.as_json()
     return found

@@ -1,0 +1,134 @@
+"""A verdict on a data set before a run: every image decoded, every caption measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from flashdmd_ray.config import DataConfig
+from flashdmd_ray.data.catalogue import image_format, open_indexed
+from flashdmd_ray.data.formats import ImageFormat, TextFormat
+from flashdmd_ray.data.index import Index
+from flashdmd_ray.data.order import Integers
+from flashdmd_ray.data.pixels import decode
+from flashdmd_ray.data.samples import CUT_ARCHIVE, Bad, BadSample, Tally
+from flashdmd_ray.data.work import Spread, ranges
+
+DECODED = (64, 64)
+"""Every byte of an image is read at any size; a small one costs least."""
+AT_ONCE = 64
+
+SHAPES = (
+    ("tall, below 1:2", 0.5),
+    ("1:2 to 3:4", 0.75),
+    ("3:4 to 4:3", 4 / 3),
+    ("4:3 to 2:1", 2.0),
+    ("wide, above 2:1", np.inf),
+)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found. tally: of the index and of decoding together."""
+
+    kind: str
+    index: Index
+    tally: Tally
+
+
+def check_images(config: DataConfig, spread: Spread) -> Checked:
+    """Index the real images and decode every one. Raises ValueError when there is no usable sample."""
+    format = image_format(config)
+    index = open_indexed(config, format, spread)
+    tally = Tally()
+    tally.merge(index.tally)
+    make = partial(Decoding, format, config)
+    for damaged in spread(make, ranges(len(index), AT_ONCE), config.workers):
+        for bad in damaged:
+            tally.note_bad(bad)
+    return Checked(format.kind, index, tally)
+
+
+def check_prompts(config: DataConfig, format: TextFormat, spread: Spread) -> Checked:
+    """Index prompts. Raises ValueError when there is none."""
+    index = open_indexed(config, format, spread)
+    return Checked(format.kind, index, index.tally)
+
+
+class Decoding:
+    """Decodes a range of samples and gives back the bad ones."""
+
+    def __init__(self, format: ImageFormat, config: DataConfig) -> None:
+        self.format = format
+        self.index = open_indexed(config, format)
+
+    def __call__(self, bounds: tuple[int, int]) -> list[Bad]:
+        damaged = []
+        for number in range(*bounds):
+            sample = self.index.sample(number)
+            try:
+                decode(self.format.read(sample), DECODED)
+            except BadSample as error:
+                damaged.append(Bad(sample.key, error.reason))
+        return damaged
+
+
+def table(checked: Checked, size: tuple[int, int] | None, max_bad: float) -> list[str]:
+    """What `--check` prints. size: (H, W) of the run, None where it is not known; then nothing is said about enlarging."""
+    tally, index = checked.tally, checked.index
+    lines = [f"format      {checked.kind}", f"samples     {tally.seen:,}, of which {tally.bad_count:,} bad"]
+    sizes = index.sizes()
+    if sizes.any():
+        lines += _pictures(sizes, size)
+    lengths = index.caption_lengths()
+    long = sum(named.count for named in tally.notes.values())
+    lines.append(
+        f"captions    {_spread(lengths)} characters" + (f"; {long:,} long ones, which tokenizers cut" if long else "")
+    )
+    lines += [f"bad         {line}" for line in tally.lines()]
+    lines.append(f"verdict     {verdict(checked, max_bad)}")
+    return lines
+
+
+def accepted(checked: Checked, max_bad: float) -> bool:
+    """Whether a run would take it. A cut archive is refused here, because nobody knows how much it lost."""
+    return checked.tally.bad_count <= max_bad * checked.tally.seen and CUT_ARCHIVE not in checked.tally.bad
+
+
+def verdict(checked: Checked, max_bad: float) -> str:
+    """One line."""
+    bad, seen = checked.tally.bad_count, checked.tally.seen
+    if CUT_ARCHIVE in checked.tally.bad:
+        return "refused: an archive is cut short and nobody knows how much it lost; fetch it again"
+    if not accepted(checked, max_bad):
+        return f"refused: {bad / seen:.1%} bad, allowed {max_bad:.1%}; mend or remove them, or raise data.max_bad"
+    return "usable" + (f": {bad:,} bad samples will be left out or replaced" if bad else "")
+
+
+def _pictures(sizes: Integers, size: tuple[int, int] | None) -> list[str]:
+    width, height = sizes[:, 0], sizes[:, 1]
+    lines = [f"width       {_spread(width)} pixels", f"height      {_spread(height)} pixels"]
+    ratio = width / height
+    counts, below = [], 0
+    for name, limit in SHAPES:
+        upto = int((ratio <= limit).sum())
+        counts.append((name, upto - below))
+        below = upto
+    lines.append("shapes      " + ", ".join(f"{name}: {count:,}" for name, count in counts if count))
+    if size is not None:
+        wanted = size[1] / size[0]
+        kept = np.minimum(ratio / wanted, wanted / ratio)
+        small = int(((width < size[1]) | (height < size[0])).sum())
+        lines.append(
+            f"at {size[1]} x {size[0]}".ljust(12)
+            + f"{kept.mean():.0%} of an image is left by the crop; {small:,} must be enlarged"
+        )
+    return lines
+
+
+def _spread(values: Integers | Sequence[int]) -> str:
+    low, middle, high = np.percentile(np.asarray(values), [0, 50, 100])
+    return f"{low:,.0f} to {high:,.0f}, median {middle:,.0f}"

@@ -1,0 +1,67 @@
+"""Real images from files, decoded when asked for. No torch: worker processes that only decode start quickly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flashdmd_ray.data.ahead import Decoded, Size
+from flashdmd_ray.data.formats import ImageFormat
+from flashdmd_ray.data.index import Index
+from flashdmd_ray.data.order import Order
+from flashdmd_ray.data.pixels import decode
+from flashdmd_ray.data.samples import Bad, BadSample
+
+REALS = "reals"
+LONGEST_SEARCH = 100
+"""Bad samples in a row after which there is no point in looking on."""
+
+
+class FileImages:
+    """Real images of a data set. What an index cannot know, that a body is damaged, is found when it is decoded.
+
+    Such a sample is replaced by the next one of the index that can be decoded, wherever and whenever that is done, so
+    batches keep their size and do not depend on who decodes.
+    """
+
+    def __init__(self, format: ImageFormat, index: Index, seed: int, mix: int | None) -> None:
+        self.format = format
+        self.index = index
+        self.order = Order(index.block_sizes.tolist(), seed, mix)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def numbers(self, positions: Sequence[int]) -> list[int]:
+        """The samples at these positions of the stream of real images."""
+        found: list[int] = self.order.samples(REALS, np.array(positions, dtype=np.int64)).tolist()
+        return found
+
+    def find(self, number: int, size: Size) -> Decoded:
+        """The image of sample `number`, or of the next one that can be decoded. Raises ValueError when there is none near."""
+        bad: list[Bad] = []
+        for step in range(min(LONGEST_SEARCH, len(self.index))):
+            current = (number + step) % len(self.index)
+            sample = self.index.sample(current)
+            try:
+                pixels = decode(self.format.read(sample), size)
+            except BadSample as error:
+                bad.append(Bad(sample.key, error.reason))
+                continue
+            return Decoded(pixels, current, tuple(bad))
+        raise ValueError(
+            f"data.source: {len(bad)} samples in a row cannot be decoded, from {bad[0].key} ({bad[0].reason}) "
+            f"to {bad[-1].key}; run jobs/prepare_data.py --check"
+        )
+
+
+class BatchDecoding:
+    """Decodes the images at positions, in a worker process."""
+
+    def __init__(self, images: FileImages, size: Size) -> None:
+        self._images = images
+        self._size = size
+
+    def __call__(self, positions: Sequence[int]) -> list[Decoded]:
+        return [self._images.find(number, self._size) for number in self._images.numbers(positions)]

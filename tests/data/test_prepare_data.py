@@ -1,0 +1,93 @@
+"""The command: a table, a verdict and an exit code."""
+
+import pytest
+from scenes_on_disk import samples, tar_members, write_folder, write_tar
+
+from flashdmd_ray.prepare_data import prepare_data_command
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    def run(*arguments):
+        code = prepare_data_command([*map(str, arguments), "--set", f"data.cache={tmp_path / 'cache'}"])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_a_good_data_set(command, tmp_path):
+    code, out, err = command(write_folder(tmp_path / "f", samples(30)), "--set", "model.resolution=[24,48]")
+    assert (code, err) == (0, "")
+    assert "samples     30, of which 0 bad" in out
+    assert "width       24 to 24, median 24 pixels" in out
+    assert "shapes      3:4 to 4:3: 30" in out
+    assert "at 48 x 24  50% of an image is left by the crop; 30 must be enlarged" in out
+    assert "verdict     usable" in out
+
+
+def test_damaged_bodies_are_found_and_refused(command, tmp_path):
+    data = samples(30)
+    data[3] = (data[3][0], data[3][1][:100])
+    root = write_folder(tmp_path / "f", data, [{"file_name": "gone.png", "text": "x"}])
+    code, out, _ = command(root, "--check")
+    assert code == 1
+    assert "samples     31, of which 2 bad" in out
+    assert "truncated or damaged image: 1 (003.png)" in out
+    assert "missing image: 1 (gone.png)" in out
+    assert "refused: 6.5% bad, allowed 1.0%" in out
+    code, out, _ = command(root, "--check", "--set", "data.max_bad=0.1")
+    assert code == 0
+    assert "usable: 2 bad samples will be left out or replaced" in out
+
+
+def test_a_cut_archive_is_refused_whatever_its_share(command, tmp_path):
+    path = write_tar(tmp_path / "a.tar", tar_members(samples(5)))
+    path.write_bytes(path.read_bytes()[:-11000])
+    code, out, _ = command(path, "--check", "--set", "data.max_bad=0.5")
+    assert code == 1
+    assert "refused: an archive is cut short" in out
+
+
+def test_prompts_are_judged_too(command, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a red 4\n" * 200 + "long " * 100 + "\n")
+    code, out, _ = command(path)
+    assert code == 0
+    assert "samples     201, of which 0 bad" in out
+    assert "captions    7 to 499, median 7 characters; 1 long ones, which tokenizers cut" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "does not exist"),
+        (("nowhere", "--latents"), "--out: name the folder"),
+        (("nowhere", "--workers", "0"), "data.workers"),
+        (("nowhere", "--set", "data.colour=red"), "data.colour"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(command, arguments, message):
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_precomputing_without_usable_data_is_refused(command, tmp_path):
+    data = [(caption, image[:60]) for caption, image in samples(4)]
+    code, _, err = command(write_folder(tmp_path / "f", data), "--latents", "--out", tmp_path / "out")
+    assert code == 2
+    assert "in a row cannot be decoded" in err
+    assert not (tmp_path / "out" / "latents" / "manifest.json").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_check_on_ray_says_the_same(command, tmp_path):
+    data = samples(30)
+    data[3] = (data[3][0], data[3][1][:100])
+    root = write_folder(tmp_path / "f", data)
+    here = command(root, "--check")
+    there = command(root, "--check", "--runtime", "ray", "--set", f"data.cache={tmp_path / 'cache2'}")
+    assert here[:2] == there[:2]
+    assert here[0] == 1
