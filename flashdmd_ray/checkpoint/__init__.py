@@ -7,7 +7,7 @@ the largest step: a run continued from an earlier step writes newer checkpoints 
 """
 
 from flashdmd_ray.checkpoint.manifest import Part, manifests, read_manifest, read_state, verify_checkpoint
-from flashdmd_ray.checkpoint.parts import Destination, Saved, save_part
+from flashdmd_ray.checkpoint.parts import Destination, PartFile, Saved, save_part
 from flashdmd_ray.checkpoint.selection import Best, damage_explained, latest_checkpoint, latest_step, select_checkpoint
 from flashdmd_ray.checkpoint.store import CheckpointStore, open_store
 from flashdmd_ray.checkpoint.tensors import load_tensors, save_tensors
@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointStore",
     "Destination",
     "Part",
+    "PartFile",
     "Saved",
     "damage_explained",
     "latest_checkpoint",

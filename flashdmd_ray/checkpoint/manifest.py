@@ -52,14 +52,14 @@ class Manifest:
 
 
 def read_manifest(folder: Location) -> Manifest:
-    """Raises DamagedCheckpoint, a ValueError, when the manifest is missing or damaged."""
+    """Raises DamagedCheckpoint when the manifest is missing or damaged, and what the store raises when it cannot be reached."""
     try:
         tree = json.loads((folder / MANIFEST).read_text())
         known = tree["format"] == FORMAT
         files = {name: Part(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in tree["files"].items()}
         metrics = {str(name): float(value) for name, value in tree.get("metrics", {}).items()}
         manifest = Manifest(folder, int(tree["step"]), int(tree["serial"]), str(tree.get("run", "")), metrics, files)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpoint(f"checkpoint {folder}: cannot read {MANIFEST} ({error})") from None
     if not known:
         raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} has a format that this version does not know")
@@ -103,9 +103,9 @@ def manifests(root: Location) -> list[Manifest]:
     for folder in newest_first(root):
         try:
             found.append(read_manifest(folder))
-        except ValueError:
+        except DamagedCheckpoint:
             continue
-    return found
+    return sorted(found, key=lambda manifest: manifest.serial, reverse=True)
 
 
 def verify_checkpoint(folder: Location) -> Location:
@@ -155,5 +155,5 @@ def _look_at(file: Location, expected: Part) -> Part:
 def _serial(folder: Location) -> int | None:
     try:
         return read_manifest(folder).serial
-    except ValueError:
+    except DamagedCheckpoint:
         return None

@@ -7,7 +7,7 @@ import queue
 import tempfile
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -20,13 +20,22 @@ from flashdmd_ray.storage import Location, RemotePath
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a role saves to, as `directory / name` like a path. background: write in another thread, after `save` has returned."""
+    """The folder that roles save to, as `directory / name` like a path. background: write in another thread, after `save` has returned."""
 
     path: Location
     background: bool
 
-    def __truediv__(self, name: str) -> Destination:
-        return replace(self, path=self.path / name)
+    def __truediv__(self, name: str) -> PartFile:
+        assert "/" not in name, "a checkpoint is one folder"
+        return PartFile(self, name)
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """A file of a checkpoint that is to be written."""
+
+    directory: Destination
+    name: str
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ class Saved:
         return tuple(report.to_text() for report in _writer.reports(directory))
 
 
-def save_part(file: Destination, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, in the background if `file` says so; `Saved.saved` tells how it went.
+def save_part(file: PartFile, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, in the background if the destination says so; `Saved.saved` tells how it went.
 
     Tensors on a device are copied to the host before this returns. Those on the host already must be copies or never change again:
     to copy what is a copy would double the memory.
@@ -64,44 +73,43 @@ def save_part(file: Destination, tensors: Mapping[str, Tensor]) -> None:
 
 
 class PartWriter:
-    """Writes the parts of a process, one after the other. Remembers how the parts of the latest checkpoint went."""
+    """Writes the parts of a process, one after the other. Remembers how those of the latest destination went."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._reports: dict[Location, PartReport] = {}
-        self._waiting: queue.SimpleQueue[tuple[Location, dict[str, Tensor]]] = queue.SimpleQueue()
+        self._reports: dict[PartFile, PartReport] = {}
+        self._waiting: queue.SimpleQueue[tuple[PartFile, dict[str, Tensor]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def write(self, file: Destination, tensors: dict[str, Tensor]) -> None:
-        folder = file.path.parent
+    def write(self, file: PartFile, tensors: dict[str, Tensor]) -> None:
         with self._lock:
-            self._reports = {path: report for path, report in self._reports.items() if path.parent == folder}
-            self._reports[file.path] = PartReport(file.path.name)
-        if not file.background:
-            self._finish(file.path, tensors)
+            self._reports = {f: report for f, report in self._reports.items() if f.directory == file.directory}
+            self._reports[file] = PartReport(file.name)
+        if not file.directory.background:
+            self._finish(file, tensors)
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, daemon=True, name="checkpoint-parts")
             self._thread.start()
-        self._waiting.put((file.path, tensors))
+        self._waiting.put((file, tensors))
 
     def reports(self, directory: Destination) -> list[PartReport]:
         with self._lock:
-            return [report for path, report in self._reports.items() if path.parent == directory.path]
+            return [report for file, report in self._reports.items() if file.directory == directory]
 
     def _work(self) -> None:
         while True:
             self._finish(*self._waiting.get())
 
-    def _finish(self, path: Location, tensors: dict[str, Tensor]) -> None:
+    def _finish(self, file: PartFile, tensors: dict[str, Tensor]) -> None:
         try:
-            report = PartReport(path.name, part=write_part(path, tensors))
+            report = PartReport(file.name, part=write_part(file.directory.path / file.name, tensors))
         except Exception as error:  # whatever it is, the driver must hear of it
-            report = PartReport(path.name, error=" ".join(f"{type(error).__name__}: {error}".split()))
+            report = PartReport(file.name, error=" ".join(f"{type(error).__name__}: {error}".split()))
         tensors.clear()  # free the copies before the next part is waited for
         with self._lock:
-            if path in self._reports:
-                self._reports[path] = report
+            if file in self._reports:
+                self._reports[file] = report
 
 
 _writer = PartWriter()

@@ -72,9 +72,9 @@ class CheckpointSaver:
             return
         (step, future), self._under_way = self._under_way, None
         try:
-            future.result(self.deadline_s)
+            future.result(self.deadline_s + 2 * LONGEST_LOOK_S)  # late parts are reported by the thread itself, by name
         except TimeoutError:
-            raise _failed(step, f"not written within {self.deadline_s:g} s: see deadlines.checkpoint_s") from None
+            raise _failed(step, f"no answer within {self.deadline_s:g} s: see deadlines.checkpoint_s") from None
 
     def _finish(
         self, destination: Destination, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]

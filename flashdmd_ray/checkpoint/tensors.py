@@ -43,7 +43,7 @@ def _fetch_tensors(path: RemotePath) -> dict[str, Tensor]:
     with tempfile.NamedTemporaryFile(prefix="flashdmd-", suffix=".safetensors") as file:
         try:
             path.download(file)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise DamagedCheckpoint(f"cannot read the tensors in {path}: {error}") from None
         file.flush()
         check_same(manifest.files[path.name], describe(path.name, Path(file.name)), folder)
