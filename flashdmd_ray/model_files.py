@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashdmd_ray import published
 from flashdmd_ray.config import Config, ModelConfig
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.models import FAMILIES, FamilyEntry, latent_size
@@ -48,7 +49,7 @@ def teacher_files(config: Config) -> ModelFiles:
     """The teacher: a pipeline or a single file, with another VAE where one is named. parameters: "denoiser", "vae" and the
     text encoders that will be loaded. Raises ValueError, one line, naming the key, the file and the remedy."""
     model, family = config.model, FAMILIES[config.model.family]
-    encoders = family.text_encoders | (family.optional if model.t5 else {})
+    encoders = {**family.text_encoders, **(family.optional if model.t5 else {})}
     if model.teacher.endswith(".safetensors"):
         files = _single_file(model, family, encoders)
     else:
@@ -175,7 +176,7 @@ def _inspect(
 
 
 def _snapshot(key: str, source: str, instead: str) -> Path | None:
-    """The local copy of a hub repository; None when there is none but the hub knows it. Raises ValueError otherwise."""
+    """The local copy of a hub repository; None when there is none but the hub, or `published`, knows it. Raises ValueError otherwise."""
     if not HUB_ID.fullmatch(source) or source.startswith("."):
         raise ValueError(f"{key}: no such directory: {source!r}; correct the path{instead}")
     from huggingface_hub import HfApi, constants
@@ -183,6 +184,8 @@ def _snapshot(key: str, source: str, instead: str) -> Path | None:
     snapshots = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "snapshots"
     if snapshots.is_dir() and (known := sorted(snapshots.iterdir(), key=os.path.getmtime)):
         return known[-1]
+    if source in published.IDS:
+        return None
     try:
         HfApi().model_info(source, timeout=10)
     except Exception as error:  # offline, unknown, gated, no network: all mean that it cannot be had

@@ -96,7 +96,6 @@ class Family(ABC):
     """The stock pipeline whose directories the family reads and writes."""
 
     def __init__(self, model: ModelConfig, source: Source, parts: Collection[str]) -> None:
-        assert set(parts) <= set(PARTS), f"unknown parts {set(parts) - set(PARTS)}"
         self.path = source.path
         self.scheduler_config: Mapping[str, Any] = source.config("scheduler")
         self.schedule: NoiseSchedule = schedule_from_config(self.scheduler_config)
@@ -108,18 +107,13 @@ class Family(ABC):
         self.latent_shape = (int(network["in_channels"]), height, width)
         self.image_size = (height * pixels, width * pixels)
         dtype: torch.dtype = getattr(torch, model.dtype)
-        modules: dict[str, nn.Module] = {}
-        if "denoiser" in parts:
-            modules["denoiser"] = self._load_denoiser(source, dtype)
-        if "vae" in parts:
-            modules["vae"] = (
-                source.module(AutoencoderKL, "vae", dtype)
-                if model.vae is None
-                else load_module(AutoencoderKL, model.vae, "", dtype)
-            )
-        if "text" in parts:
-            modules["text"] = self._load_text(source, dtype)
-        self._modules = {part: module.requires_grad_(False).eval() for part, module in modules.items()}
+        self._loaders: dict[str, Callable[[], nn.Module]] = {
+            "denoiser": lambda: self._load_denoiser(source, dtype),
+            "vae": lambda: _load_vae(source, model.vae, dtype),
+            "text": lambda: self._load_text(source, dtype),
+        }
+        self._modules: dict[str, nn.Module] = {}
+        self.load(parts)
 
     @classmethod
     def from_config(cls, model: ModelConfig, parts: Collection[str] = PARTS) -> Self:
@@ -134,6 +128,15 @@ class Family(ABC):
     def from_pretrained(cls, path: str, parts: Collection[str] = PARTS, **settings: Any) -> Self:
         """As `from_config` with `teacher` = path and other fields of the configuration section by name."""
         return cls.from_config(ModelConfig.model_validate({"family": cls.name, "teacher": path, **settings}), parts)
+
+    def load(self, parts: Collection[str]) -> Self:
+        """Load those of `parts` that are not there yet, to where the others are; returns self. Raises ValueError as
+        `from_config` does."""
+        assert set(parts) <= set(PARTS), f"unknown parts {set(parts) - set(PARTS)}"
+        for part in PARTS:
+            if part in parts and part not in self._modules:
+                self._modules[part] = self._loaders[part]().requires_grad_(False).eval().to(self.device)
+        return self
 
     @abstractmethod
     def _load_denoiser(self, source: Source, dtype: torch.dtype) -> Denoiser: ...
@@ -231,6 +234,13 @@ class Family(ABC):
         if noise is not None:
             latents = latents + posterior.std.float() * noise.to(latents.device)
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+
+def _load_vae(source: Source, other: str | None, dtype: torch.dtype) -> nn.Module:
+    module: nn.Module = (
+        source.module(AutoencoderKL, "vae", dtype) if other is None else load_module(AutoencoderKL, other, "", dtype)
+    )
+    return module
 
 
 def _config_of_vae(path: str, channels: int) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -142,6 +143,7 @@ class SingleFile(Source):
         absent = {name: None for name, value in self.index.items() if isinstance(value, list) and name != folder}
 
         def load() -> nn.Module:
+            diffusers_logging.disable_progress_bar()
             pipeline = self.pipeline_class.from_single_file(
                 self.path,
                 config=self.configs,

@@ -77,7 +77,8 @@ class SD3Text(TextTowers):
         super().__init__()
         self.tokenizers = tuple(tokenizers)
         self.encoder, self.encoder_2 = encoders
-        self.tokenizer_3, self.encoder_3 = t5 or (None, None)
+        self.tokenizer_3: Any = t5[0] if t5 else None
+        self.encoder_3: Any = t5[1] if t5 else None
         self.width = width
         self.pooled_width = sum(int(encoder.config.projection_dim) for encoder in encoders)
         # Without T5 the denoiser reads zeros in its place, as many as CLIP has tokens: so SD3's own code does it.
