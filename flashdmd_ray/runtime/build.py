@@ -88,10 +88,6 @@ def build_runtime(config: Config, roles: Roles | None = None, say: Callable[[str
 def _build_local(config: Config, groups: Sequence[WorkerGroup], say: Callable[[str], None]) -> LocalRuntime:
     say(f"loading {', '.join(role for group in groups for role in group.roles)} in this process")
     limit_threads(config.placement.threads)
-    if config.engine.kind == "deepspeed":
-        from flashdmd_ray.engine import init_process_group
-
-        init_process_group(rank=0, world_size=1, timeout_s=config.deadlines.call_s)
     built: dict[str, Any] = {}
     for group in groups:
         built |= create_roles(group.roles, config, rank=0, world_size=1)
