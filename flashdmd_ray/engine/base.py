@@ -92,19 +92,19 @@ class Engine(ABC):
 
     # ---- training
 
-    def micro_batches(self, count: int) -> Iterator[slice]:
-        """Cut `count` samples into `engine.accumulation` micro-batches: yields the rows of each.
-
-        Inside each, one forward and one `backward` of the mean loss over those rows; then one `update`, which equals that of the whole
-        batch up to rounding. Sizes differ by at most one. All ranks must hold at least `accumulation` samples.
-        """
+    def cut(self, count: int) -> list[slice]:
+        """The rows of each of `engine.accumulation` micro-batches of `count` samples. Sizes differ by at most one."""
         number = self.config.accumulation
         assert count >= number, f"{self.role}: {count} samples cannot be cut into {number} micro-batches"
+        return [slice(count * k // number, count * (k + 1) // number) for k in range(number)]
+
+    def micro_batches(self, count: int) -> Iterator[slice]:
+        """`cut`, for an update: inside each micro-batch one forward and one `backward` of the mean loss over its rows; then one `update`,
+        which equals that of the whole batch up to rounding. All ranks must make equally many."""
         assert self._loss_is_finite is None, f"{self.role}: a backward before micro_batches waits for its update"
-        edges = [count * k // number for k in range(number + 1)]
-        for k in range(number):
-            self._announced = ((edges[k + 1] - edges[k]) / count, k == number - 1)
-            yield slice(edges[k], edges[k + 1])
+        for rows in self.cut(count):
+            self._announced = ((rows.stop - rows.start) / count, rows.stop == count)
+            yield rows
             assert self._announced is None, f"{self.role}: a micro-batch without a backward"
 
     def backward(self, loss: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from flashdmd_ray.engine import free_port, init_process_group
 
-DEADLINE_S = 500
+DEADLINE_S = 1500
 Check = Callable[[str, Path], None]
 Checks = dict[int, list[tuple[Check, Iterable[str]]]]
 """Number of ranks -> checks in their order, each with the kinds of engine it is for."""
@@ -74,7 +74,7 @@ def run_rank(module: str, ranks: int, port: int, directory: Path, rank: int) -> 
     """Run the checks in this process; write {"check[kind]": traceback or ""}."""
     torch.set_num_threads(1)
     if ranks > 1:  # a single DeepSpeed rank makes a group of its own
-        init_process_group(rank, ranks, port=port, timeout_s=120)
+        init_process_group(rank, ranks, port=port, timeout_s=900)
     results: dict[str, str] = {}
     for check, kinds in importlib.import_module(module).CHECKS[ranks]:
         for kind in kinds:
