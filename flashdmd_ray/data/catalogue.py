@@ -23,6 +23,11 @@ def named(config: DataConfig) -> dict[str, TextFormat]:
     return found
 
 
+def evaluation_prompts(path: str) -> TextFormat:
+    """What `evaluation.prompts` names. Reads no prompt. Raises ValueError when it is not there."""
+    return open_prompts(path, Columns(), "evaluation.prompts")
+
+
 def image_format(config: DataConfig) -> ImageFormat:
     """The format of the real images. Raises ValueError when they are not there."""
     return open_images(config.source, columns(config))

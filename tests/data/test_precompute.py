@@ -117,7 +117,7 @@ def test_an_unfinished_folder_is_refused_and_goes_on(computed):
     folder = computed / "out" / "latents"
     (folder / "manifest.json").unlink()
     config = settings(computed, f"data.latents={folder}")
-    with pytest.raises(ValueError, match="has no manifest.json; precompute"):
+    with pytest.raises(ValueError, match=r"has no manifest.json; precompute"):
         _open(config, "latents")
     (shard,) = folder.glob("*.safetensors")
     before = shard.stat().st_mtime_ns

@@ -59,17 +59,20 @@ def _refuse_compressed(names: list[str], source: str) -> None:
         )
 
 
-def open_prompts(source: str, columns: Columns) -> TextFormat:
-    """The format of prompts at `source`: a .txt, .jsonl or .parquet file, or a folder of .parquet. Raises ValueError."""
+def open_prompts(source: str, columns: Columns, key: str = "data.prompts") -> TextFormat:
+    """The format of prompts at `source`: a .txt, .jsonl or .parquet file, or a folder of .parquet.
+
+    Raises ValueError, naming the `key` of the configuration.
+    """
     path = Path(source).expanduser()
     if path.is_dir() and (tables := tuple(sorted(path.rglob("*.parquet")))):
         return ParquetPrompts(tables, columns)
     if not path.is_file():
-        raise ValueError(f"data.prompts: no such file: {source}; give a .txt, .jsonl or .parquet file")
+        raise ValueError(f"{key}: no such file: {source}; give a .txt, .jsonl or .parquet file")
     if path.suffix == ".txt":
         return TextPrompts(path)
     if path.suffix in (".jsonl", ".ndjson"):
         return JsonPrompts(path, columns)
     if path.suffix == ".parquet":
         return ParquetPrompts((path,), columns)
-    raise ValueError(f"data.prompts: {source} is no .txt, .jsonl or .parquet file")
+    raise ValueError(f"{key}: {source} is no .txt, .jsonl or .parquet file")
