@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Latents
 from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
-from flashdmd_ray.config import Config
+from flashdmd_ray.config import Config, EngineConfig
 from flashdmd_ray.data import ImageSource, build_images
 from flashdmd_ray.engine import Engine, build_engine
 from flashdmd_ray.models.discriminator import PixelDiscriminator
@@ -18,6 +19,12 @@ from flashdmd_ray.models.sam import load_sam_encoder
 from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
 from flashdmd_ray.roles.networks import Metrics, load_family, resolve, save_engine
 from flashdmd_ray.storage import Location
+
+
+def halves(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of the real and of the generated images of one forward."""
+    real, fake = logits.chunk(2)
+    return real, fake
 
 
 class Discriminator(Saved):
@@ -36,8 +43,13 @@ class Discriminator(Saved):
         prompt_width = family.pooled_width if config.adversarial.prompt_projection else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = PixelDiscriminator(encoder, hidden=config.adversarial.hidden, prompt_width=prompt_width)
-        engine = build_engine(config.engine, network, config.adversarial.optimizer, role="discriminator")
+            network = PixelDiscriminator(
+                encoder, config.adversarial.hidden, prompt_width, config.engine.gradient_checkpointing
+            )
+        family.checkpoint_decoder = config.engine.gradient_checkpointing
+        # The heads are small: nothing to shard, to round or to send away.
+        plain = EngineConfig(accumulation=config.engine.accumulation)
+        engine = build_engine(plain, network, config.adversarial.optimizer, role="discriminator")
         return cls(config, family, engine, build_images(config.data, config.seed))
 
     def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
@@ -45,24 +57,32 @@ class Discriminator(Saved):
 
         `timesteps` and `seed` serve the DMD2 form, which judges re-noised latents.
         """
-        latents = fine.values.detach().requires_grad_()
-        logits = self.engine.module(self.family.decode(latents), self._prompts(fine))
-        loss = generator_loss(logits, self.config.adversarial.loss)
-        (gradient,) = torch.autograd.grad(len(latents) * loss, latents)
-        return gradient, {"adversarial/generator_loss": loss.item()}
+        prompts, losses = self._prompts(fine), []
+        gradients: list[Tensor] = []
+        for rows in self._in_turn(self.engine.cut(len(fine.values))):
+            latents = fine.values[rows].detach().requires_grad_()
+            logits = self.engine.module(self.family.decode(latents), None if prompts is None else prompts[rows])
+            loss = len(latents) * generator_loss(logits, self.config.adversarial.loss)
+            gradients += torch.autograd.grad(loss, latents)
+            losses.append(loss.item())
+        return torch.cat(gradients), {"adversarial/generator_loss": sum(losses) / len(fine.values)}
 
     def update(self, fakes: Latents, real_positions: Tensor) -> Metrics:
         """One update of the heads: decoded fakes against the real images at `real_positions`, int64 (B,) (ALGORITHM 3.5)."""
         with torch.no_grad():
-            fake_images = self.family.decode(fakes.values)
             real_images, captions, replaced = self._reals(real_positions)
         prompts = self._prompts(fakes)
         real_prompts = None if prompts is None else self.family.encode(captions).pooled
-        both = None if prompts is None or real_prompts is None else torch.cat([real_prompts, prompts])
-        real_logits, fake_logits = self.engine(torch.cat([real_images, fake_images]), both).chunk(2)
-        loss = discriminator_loss(real_logits, fake_logits, self.config.adversarial.loss)
-        self.engine.backward(loss)
+        loss, judged = torch.zeros(()), []
+        for rows in self._in_turn(self.engine.micro_batches(len(real_images))):
+            with torch.no_grad():
+                images = torch.cat([real_images[rows], self.family.decode(fakes.values[rows])])
+            both = None if prompts is None or real_prompts is None else torch.cat([real_prompts[rows], prompts[rows]])
+            logits = self.engine(images, both)
+            loss += self.engine.backward(discriminator_loss(*halves(logits), self.config.adversarial.loss)).cpu()
+            judged.append(torch.stack(halves(logits)).detach())
         norm = self.engine.update("distillation")
+        real_logits, fake_logits = torch.cat(judged, dim=1)
         return {
             "discriminator/loss": loss.item(),
             "discriminator/grad_norm": norm,
@@ -70,6 +90,13 @@ class Discriminator(Saved):
             "discriminator/accuracy_fake": (fake_logits < 0).float().mean().item(),
             "data/replaced": replaced / len(real_images),
         }
+
+    def _in_turn(self, parts: Iterable[slice]) -> Iterator[slice]:
+        """The spectral norms take their step of power iteration in the first part alone: one for a batch, however it is cut."""
+        for rows in parts:
+            self.engine.module.train(rows.start == 0)
+            yield rows
+        self.engine.module.train()
 
     def data_report(self) -> tuple[str, ...]:
         """The bad samples that this rank met and replaced, as "reason<tab>name"."""
