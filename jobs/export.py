@@ -1,4 +1,4 @@
-"""Export a run's newest student as a diffusers pipeline: `python jobs/export.py RUN [--out DIRECTORY]`."""
+"""Export a run's student: `python jobs/export.py RUN [--format pipeline|lora|kohya] [--checkpoint STEP] [--out DIRECTORY]`."""
 
 import sys
 

@@ -62,6 +62,13 @@ def test_the_dump_is_the_same_configuration():
         ("matching.timestep_range=[500, 20]", "matching.timestep_range", "below the second"),
         ("evaluation.student_steps=[3]", "evaluation.student_steps", "choose divisors"),
         ("adversarial.space=latent", "score.ema", "set score.ema to 1"),
+        ("lora.networks=[generator]", "score.ema", "set score.ema to 1, or lora.networks to [generator, score]"),
+        ("lora.networks=[score]", "score.ema", "an adapter and the other a whole network"),
+        ("lora.networks=[score, score]", "lora.networks", "names a network twice"),
+        ("lora.networks=[discriminator]", "lora.networks.0", "'generator' or 'score'"),
+        ("lora.targets=[]", "lora.targets", "null adapts the attention projections"),
+        ("lora.alpha=0", "lora.alpha", "greater than 0"),
+        ("evaluation.ema=1", "evaluation.ema", "less than 1"),
         ("seed.x=1", "seed", "integer"),
         ("steps", "steps", "key=value"),
         ("preference={updates: 0, distill: false}", "preference.distill", "nothing to train"),
@@ -74,6 +81,13 @@ def test_mistakes_are_one_line_with_key_and_remedy(override, key, remedy):
     assert key in message
     assert remedy in message
     assert "\n" not in message
+
+
+def test_adapters_compute_in_the_type_of_their_base():
+    half = ["lora.networks=[generator, score]", "engine.precision=bfloat16"]
+    with pytest.raises(ValueError, match=r"model.dtype: with lora.networks .* set both alike"):
+        load_config(None, half)
+    assert load_config(None, [*half, "model.dtype=bfloat16"]).lora.networks == ("generator", "score")
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

@@ -31,8 +31,8 @@ class Recorded:
         self.metrics.append(metrics)
 
 
-def run(runtime_name: str) -> tuple[list[Metrics], dict[str, Tensor]]:
-    config = load_config(None, [f"runtime={runtime_name}", *SMALL])
+def run(runtime_name: str, lora: str) -> tuple[list[Metrics], dict[str, Tensor]]:
+    config = load_config(None, [f"runtime={runtime_name}", *SMALL, f"lora={lora}"])
     runtime = build_runtime(config)
     try:
         recorded = Recorded()
@@ -43,10 +43,11 @@ def run(runtime_name: str) -> tuple[list[Metrics], dict[str, Tensor]]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_demo_is_bit_identical_on_ray() -> None:
+@pytest.mark.parametrize("lora", ["{}", "{networks: [generator, score], rank: 4}"], ids=["whole", "lora"])
+def test_the_demo_is_bit_identical_on_ray(lora: str) -> None:
     threads = torch.get_num_threads()
     try:
-        (here, mine), (there, theirs) = run("local"), run("ray")
+        (here, mine), (there, theirs) = run("local", lora), run("ray", lora)
     finally:
         torch.set_num_threads(threads)
     assert len(here) == STEPS
@@ -54,3 +55,4 @@ def test_the_demo_is_bit_identical_on_ray() -> None:
     assert here == there
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert all(".lora_" in name for name in mine) == ("networks" in lora)

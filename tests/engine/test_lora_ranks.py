@@ -1,0 +1,93 @@
+"""Adapters on several ranks: every engine trains them as plain torch does in one process, and the shared base stays whole on each rank."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flashdmd_ray.config import LoraConfig
+from flashdmd_ray.models.adapters import AdaptedDenoiser
+from flashdmd_ray.models.denoiser import Conditioning, UNetDenoiser
+from tests.engine.common import BETAS, DECAY, KINDS, LR, assert_same, engine, shard
+from tests.engine.ranks import DEADLINE_S, Checks, Launches, parameters
+from tests.tiny import sdxl_pipeline
+
+SMALL = LoraConfig(networks=("generator", "score"), rank=4)
+LARGE = SMALL.model_copy(update={"rank": 7000, "targets": ("attn1.to_q",)})
+"""Matrices of 7000 x 16: above the 100,000 numbers below which ZeRO stage 3 leaves a parameter whole."""
+COUNT = 4
+
+
+def base() -> UNetDenoiser:
+    return UNetDenoiser(sdxl_pipeline().unet).requires_grad_(False).eval()
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def loss(network: nn.Module, step: int, cut: bool) -> Tensor:
+    """Mean over this rank's samples, or over all of them."""
+    noisy, target = (drawn(COUNT, 4, 8, 8, seed=10 * step + k) for k in (0, 1))
+    conditioning = [drawn(COUNT, *shape, seed=step) for shape in ((12, 24), (16,), (6,))]
+    timesteps = torch.tensor([5, 300, 700, 999])
+    tensors = [noisy, target, timesteps, *conditioning]
+    noisy, target, timesteps, *conditioning = [shard(tensor) for tensor in tensors] if cut else tensors
+    return (network(noisy, timesteps, Conditioning(*conditioning)) - target).square().mean()
+
+
+def plain_steps(network: AdaptedDenoiser, steps: range) -> None:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY)
+    for step in steps:
+        loss(network, step, cut=False).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_adapters_train_couple_and_are_copied(kind: str, directory: Path) -> None:
+    for lora in (SMALL, LARGE):
+        frozen = base()
+        before = copy.deepcopy(frozen.state_dict())
+        generator = engine(kind, module=AdaptedDenoiser(frozen, lora, seed=0))
+        score = engine(kind, module=AdaptedDenoiser(frozen, lora, seed=0), role="score estimator")
+        expected = AdaptedDenoiser(frozen, lora, seed=0)
+        start = copy.deepcopy(expected.state_dict())
+        for step in range(2):
+            generator.backward(loss(generator, step, cut=True))
+            generator.update()
+        reference = generator.copy()
+        plain_steps(expected, range(2))
+        score.couple(generator, 0.75)
+        weights, coupled = generator.weights(), score.weights()
+        for name, value in expected.state_dict().items():
+            assert torch.allclose(reference.state_dict()[name], value, atol=1e-4), name
+            if dist.get_rank() == 0:
+                assert torch.allclose(weights[name], value, atol=1e-4), name
+                assert torch.allclose(coupled[name], 0.75 * start[name] + 0.25 * weights[name], atol=1e-6), name
+        with torch.no_grad():
+            ours, theirs, teacher, of_copy = (
+                loss(network, 7, cut=False) for network in (generator.module, expected, frozen, reference)
+            )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(of_copy, ours, rtol=1e-6, atol=0)
+        assert (theirs - teacher).abs() > 1e-4
+        assert_same(frozen.state_dict(), before)
+
+
+CHECKS: Checks = {2: [(check_adapters_train_couple_and_are_copied, KINDS)]}
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    return Launches(f"tests.engine.{Path(__file__).stem}", CHECKS, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.timeout(2 * DEADLINE_S + 30)
+@pytest.mark.parametrize(("ranks", "check"), parameters(CHECKS))
+def test_on_several_ranks(launches: Launches, ranks: int, check: str) -> None:
+    launches.expect_success(ranks, check)
