@@ -11,13 +11,13 @@ from torch import Tensor
 from flashdmd_ray.batch import Latents
 from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config, EngineConfig
-from flashdmd_ray.data import ImageSource, build_images
+from flashdmd_ray.data import ImageSource, open_reals
 from flashdmd_ray.engine import Engine, build_engine
 from flashdmd_ray.models.discriminator import PixelDiscriminator
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.sam import load_sam_encoder
 from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
-from flashdmd_ray.roles.networks import Metrics, load_family, resolve, save_engine
+from flashdmd_ray.roles.networks import Metrics, group_family, resolve, save_engine
 from flashdmd_ray.storage import Location
 
 
@@ -38,7 +38,7 @@ class Discriminator(Saved):
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Discriminator:
-        family = load_family(config.model)
+        family = group_family(config, "discriminator", ("vae", "text"))
         encoder = load_sam_encoder(resolve(config.model.sam, "sam"), max(family.image_size))
         prompt_width = family.pooled_width if config.adversarial.prompt_projection else None
         with torch.random.fork_rng(devices=[]):
@@ -49,8 +49,13 @@ class Discriminator(Saved):
         family.checkpoint_decoder = config.engine.gradient_checkpointing
         # The heads are small: nothing to shard, to round or to send away.
         plain = EngineConfig(accumulation=config.engine.accumulation)
-        engine = build_engine(plain, network, config.adversarial.optimizer, role="discriminator")
-        return cls(config, family, engine, build_images(config.data, config.seed))
+        engine = build_engine(plain, network.to(family.device), config.adversarial.optimizer, role="discriminator")
+        return cls(config, family, engine, open_reals(config, family))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks compute."""
+        return self.family.device
 
     def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
         """Per-sample dL_adv/dlatents, float32 (B, C, h, w), through decoder and SAM (ALGORITHM 3.2). The heads do not move.
@@ -107,9 +112,9 @@ class Discriminator(Saved):
         size = self.family.image_size
         if not self.config.adversarial.real_through_vae:
             reals = self.images.reals(positions, size)
-            return reals.images, reals.captions, reals.replaced
+            return reals.images.to(self.device), reals.captions, reals.replaced
         encoded = self.images.latents(positions, size, self.family.encode_images)
-        return self.family.decode(encoded.values), encoded.captions, encoded.replaced
+        return self.family.decode(encoded.values.to(self.device)), encoded.captions, encoded.replaced
 
     def _prompts(self, latents: Latents) -> Tensor | None:
         return self.family.encode(latents.prompts.texts).pooled if self.config.adversarial.prompt_projection else None

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from flashdmd_ray.batch import Latents, noise
 from flashdmd_ray.checkpoint import Destination, Saved
 from flashdmd_ray.config import Config
-from flashdmd_ray.data import ImageSource, build_images
+from flashdmd_ray.data import ImageSource, open_reals
 from flashdmd_ray.engine import build_engine
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
-from flashdmd_ray.roles.networks import Metrics, load_family, trained_network
+from flashdmd_ray.roles.networks import Metrics, group_family, trained_network
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
 from flashdmd_ray.storage import Location
 
@@ -62,13 +62,13 @@ class AdversarialScoreEstimator(ScoreEstimator):
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> AdversarialScoreEstimator:
-        family = load_family(config.model)
+        family = group_family(config, "learner")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             denoiser = trained_network(config, family, "score")
-            network = DenoiserWithHead(denoiser, family.mid_width, config.adversarial.hidden)
+            network = DenoiserWithHead(denoiser, family.mid_width, config.adversarial.hidden).to(family.device)
         estimator = cls(config, family, build_engine(config.engine, network, config.score, role="score estimator"))
-        estimator.images = build_images(config.data, config.seed)
+        estimator.images = open_reals(config, family)
         return estimator
 
     def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_positions: Tensor) -> Metrics:
@@ -77,7 +77,7 @@ class AdversarialScoreEstimator(ScoreEstimator):
         conditioning = self.family.encode(fakes.prompts.texts)
         reals = self.images.latents(real_positions, self.family.image_size, self.family.encode_images)
         noisy_reals = self.schedule.add_noise(
-            reals.values, noise(fakes.prompts.indices, self.family.latent_shape, seed, "real"), timesteps
+            reals.values.to(self.device), noise(fakes.prompts.indices, self.family.latent_shape, seed, "real"), timesteps
         )
         network_timesteps = self.schedule.network_timestep(timesteps)
         judged = (
@@ -111,6 +111,11 @@ class LatentDiscriminator(Saved):
     def from_neighbours(cls, roles: Mapping[str, Any]) -> LatentDiscriminator:
         """Built after the roles of its process, from the estimator among them."""
         return cls(roles["score"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks compute."""
+        return self.estimator.device
 
     def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
         """Per-sample dL_adv/dlatents, float32 (B, C, h, w), from latents re-noised to `timesteps`, int64 (B,)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Prompts, noise
-from flashdmd_ray.checkpoint import Destination, save_part, save_tensors
+from flashdmd_ray.checkpoint import PartFile, save_part, save_tensors
 from flashdmd_ray.config import Config, ModelConfig
+from flashdmd_ray.data.precompute import use_embeddings
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.diffusion.sampling import PredictX0
 from flashdmd_ray.diffusion.schedule import NoiseSchedule
 from flashdmd_ray.engine import Engine
-from flashdmd_ray.models import family_class
+from flashdmd_ray.models import FAMILIES, family_class
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
-from flashdmd_ray.models.family import Family
+from flashdmd_ray.models.family import PARTS, Family
 
 TrainedRole = Literal["generator", "score"]
 
@@ -30,11 +31,48 @@ def resolve(path: str, part: str) -> str:
     return str(weights_path(part)) if path == "demo" else path
 
 
-@lru_cache(maxsize=1)
-def load_family(model: ModelConfig) -> Family:
-    """The frozen teacher family, loaded once per process and shared by the roles in it."""
-    located = model.model_copy(update={"teacher": resolve(model.teacher, "teacher")})
-    return family_class(model.family).from_config(located)
+def device_of(config: Config, group: str) -> torch.device:
+    """Where the networks of a worker group compute: this process's first GPU, or the CPU when `placement.<group>.gpus` is 0.
+
+    Raises ValueError when torch sees no GPU.
+    """
+    gpus = getattr(config.placement, group).gpus
+    if not gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"placement.{group}.gpus: {gpus:g} asked for, but torch sees no GPU in this process; "
+            "set it to 0, or check the driver and CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", 0)
+
+
+def load_family(model: ModelConfig, parts: Collection[str] = PARTS, device: torch.device | str = "cpu") -> Family:
+    """The frozen teacher family, one object per process and device that its roles share: a part is loaded when the first role needs it."""
+    return _shared_family(model, torch.device(device)).load(parts)
+
+
+@lru_cache(maxsize=2)
+def _shared_family(model: ModelConfig, device: torch.device) -> Family:
+    return load_parts(model, ()).to(device)
+
+
+def group_family(config: Config, group: str, parts: Collection[str] = PARTS) -> Family:
+    """The family of a worker group's roles, on the group's device; it looks prompts up in `data.embeddings` before it encodes them.
+
+    Raises ValueError when those embeddings were made for something else.
+    """
+    family = load_family(config.model, parts, device_of(config, group))
+    if "text" in parts:
+        use_embeddings(family, config.data, config.model)
+    return family
+
+
+def load_parts(model: ModelConfig, parts: Collection[str]) -> Family:
+    """Some parts of the teacher family, for work before a run."""
+    part = FAMILIES[model.family].demo
+    located = model if part is None else model.model_copy(update={"teacher": resolve(model.teacher, part)})
+    return family_class(model.family).from_config(located, parts)
 
 
 def trained_network(config: Config, family: Family, role: TrainedRole) -> Denoiser:
@@ -47,7 +85,7 @@ def trained_network(config: Config, family: Family, role: TrainedRole) -> Denois
     return family.denoiser(gradient_checkpointing=config.engine.gradient_checkpointing)
 
 
-def student(config: Config, family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
+def student_network(config: Config, family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
     """The generator with `weights` (`Generator.weights`), frozen. Raises ValueError when they are of another network."""
     network = trained_network(config, family, "generator").requires_grad_(False).eval()
     try:
@@ -63,7 +101,7 @@ def whole_weights(config: Config, family: Family, weights: Mapping[str, Tensor])
     """`weights` of the generator as those of a network without adapters: float32, merged into the teacher's where they are LoRA."""
     if "generator" not in config.lora.networks:
         return weights
-    adapted = student(config, family, weights)
+    adapted = student_network(config, family, weights)
     assert isinstance(adapted, AdaptedDenoiser)
     return adapted.merge_into(family.denoiser()).state_dict()
 
@@ -93,18 +131,13 @@ def noise_stream(prompts: Prompts, shape: tuple[int, ...], seed: int, stream: st
     return lambda hop: noise(prompts.indices, shape, seed, f"{stream}/{hop}")
 
 
-def full(timestep: int, like: Tensor) -> Tensor:
-    """`timestep` for every sample of `like`, int64 (B,)."""
-    return torch.full((len(like),), timestep, dtype=torch.int64, device=like.device)
-
-
-def save_shared(path: Path | Destination, tensors: Mapping[str, Tensor]) -> None:
+def save_shared(path: Path | PartFile, tensors: Mapping[str, Tensor]) -> None:
     """Write what all ranks of a group hold alike: rank 0 does. The values are taken now, whenever they are written."""
     if is_first_rank():
         _save(path, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()})
 
 
-def save_engine(path: Path | Destination, engine: Engine) -> None:
+def save_engine(path: Path | PartFile, engine: Engine) -> None:
     """Write the state of an engine: every rank calls, rank 0 writes. What `Engine.state` returns is not copied again."""
     state = engine.state()
     if is_first_rank():
@@ -115,8 +148,8 @@ def is_first_rank() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def _save(path: Path | Destination, tensors: Mapping[str, Tensor]) -> None:
-    if isinstance(path, Destination):
+def _save(path: Path | PartFile, tensors: Mapping[str, Tensor]) -> None:
+    if isinstance(path, PartFile):
         save_part(path, tensors)
     else:
         save_tensors(path, tensors)

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Candidates
 from flashdmd_ray.config import Config, RewardConfig
+from flashdmd_ray.diffusion.sampling import full
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel
 from flashdmd_ray.models.rewards import PixelReward, build_reward
-from flashdmd_ray.roles.networks import full, load_family, resolve
+from flashdmd_ray.roles.networks import group_family, resolve
 
 
 class Reward:
@@ -23,7 +24,13 @@ class Reward:
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Reward:
-        return cls(config, load_family(config.model), {reward.label: load_reward(reward) for reward in config.rewards})
+        family = group_family(config, "reward", ("vae", "text"))
+        return cls(config, family, {reward.label: load_reward(reward).to(family.device) for reward in config.rewards})
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks compute."""
+        return self.family.device
 
     @torch.no_grad()
     def score(self, candidates: Candidates) -> dict[str, Tensor]:

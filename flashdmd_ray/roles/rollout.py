@@ -7,10 +7,10 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Candidates, Prompts, PublishedWeights, noise
 from flashdmd_ray.config import Config
-from flashdmd_ray.diffusion.sampling import backward_simulation, complete, transition
+from flashdmd_ray.diffusion.sampling import backward_simulation, complete, full, transition
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.roles.networks import bind, full, load_family, noise_stream, trained_network
+from flashdmd_ray.roles.networks import bind, group_family, noise_stream, trained_network
 from flashdmd_ray.weights import checksum
 
 
@@ -27,8 +27,13 @@ class Rollout:
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Rollout:
-        family = load_family(config.model)
+        family = group_family(config, "rollout")
         return cls(config, family, trained_network(config, family, "generator"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks compute."""
+        return self.family.device
 
     def load_weights(self, weights: PublishedWeights) -> None:
         """Take over published weights; raises ValueError when what arrived is not what was published."""

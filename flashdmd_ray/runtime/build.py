@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flashdmd_ray.config import Config
+from flashdmd_ray.runtime.border import at_border
 from flashdmd_ray.runtime.environment import limit_threads, use_loopback
 from flashdmd_ray.runtime.local import LocalRuntime
 from flashdmd_ray.runtime.placement import WorkerGroup, create_roles
@@ -91,4 +92,4 @@ def _build_local(config: Config, groups: Sequence[WorkerGroup], say: Callable[[s
     built: dict[str, Any] = {}
     for group in groups:
         built |= create_roles(group.roles, config, rank=0, world_size=1)
-    return LocalRuntime(built)
+    return LocalRuntime({name: at_border(role) for name, role in built.items()})

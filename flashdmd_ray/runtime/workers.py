@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from flashdmd_ray.config import Config
+from flashdmd_ray.runtime.border import call_role
 from flashdmd_ray.runtime.environment import limit_threads, worker_environment
 from flashdmd_ray.runtime.errors import Call, WorkerError
 from flashdmd_ray.runtime.failures import most_telling, reraise, translate
@@ -66,14 +67,17 @@ class Worker:
 
             init_process_group(rank, world_size, address, port, self._config.deadlines.call_s)
         self._roles = create_roles(self._group.roles, self._config, rank, world_size)
+        if self._config.data.decode == "ray":
+            from flashdmd_ray.runtime.data_stream import decode_on_ray
+
+            decode_on_ray(list(self._roles.values()), self._config.data)
 
     def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one method of one role."""
         args, kwargs = with_fetched_weights(args, kwargs, self._config.deadlines.call_s)
         args = tuple(self._resolve(value) for value in args)
-        result = getattr(self._roles[role], method)(
-            *args, **{name: self._resolve(value) for name, value in kwargs.items()}
-        )
+        kwargs = {name: self._resolve(value) for name, value in kwargs.items()}
+        result = call_role(self._roles[role], method, args, kwargs)
         return {} if self._rank and self._group.stateful and is_replicated(result) else result
 
     def _resolve(self, value: Any) -> Any:
