@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 # A damaged or foreign file can raise any of these from safetensors, json, diffusers and transformers; none of them
 # names the remedy.
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError)
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 _LOADING_PACKAGES = ("safetensors", "safetensors_rust", "huggingface_hub", "diffusers")
 
 
