@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ def network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.SiLU(), nn.Linear(5, 2))
 
 
-def engine(module: nn.Module | None = None, clip: float = 1e6, warmup: int = 0) -> Engine:
+def engine(module: nn.Module | None = None, clip: float = 1e6, warmup: int = 0, **settings: object) -> Engine:
     optimizer = OptimizerConfig(lr=LR, betas=BETAS, weight_decay=DECAY, clip=clip, warmup=warmup)
-    return build_engine(EngineConfig(), module or network(), optimizer, role="generator")
+    return build_engine(EngineConfig.model_validate(settings), module or network(), optimizer, role="generator")
 
 
 def inputs(step: int) -> torch.Tensor:
@@ -179,6 +180,53 @@ def test_coupling_needs_the_same_parameters():
         ValueError, match="generator cannot be coupled to generator: they must train the same parameters"
     ):
         engine().couple(engine(nn.Linear(3, 5)), 0.9)
+
+
+def test_offload_changes_no_bit():
+    """Masters apart from the weights, here both on the CPU: the path that a GPU takes."""
+    kept, offloaded = engine(clip=0.1), engine(clip=0.1, offload_optimizer=True)
+    for e in (kept, offloaded):
+        one_update(e, 0)
+        e.couple(e, 0.5)
+        one_update(e, 1, "preference")
+    assert same(kept.state(), offloaded.state())
+    assert same(dict(kept.copy().state_dict()), dict(offloaded.copy().state_dict()))
+
+
+def wide() -> nn.Module:
+    """bitsandbytes leaves vectors of fewer than 4096 elements in 32 bits."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 80), nn.SiLU(), nn.Linear(80, 60), nn.SiLU(), nn.Linear(60, 2))
+
+
+def test_8_bit_moments_without_their_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        ValueError, match=r"engine.optimizer: 'adamw_8bit' needs bitsandbytes .*flashdmd-ray\[low-memory\]"
+    ):
+        engine(optimizer="adamw_8bit")
+
+
+@pytest.mark.parametrize("module", [network, wide])
+def test_8_bit_moments_follow_adamw(module):
+    """To the precision of 8 bits; each objective has its own; a state written in float32 is taken up again."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra low-memory")
+    exact, small = engine(module()), engine(module(), optimizer="adamw_8bit")
+    for e in (exact, small):
+        for step in range(4):
+            one_update(e, step)
+            one_update(e, 50 + step, "preference", lr=1e-3)
+    for name, weights in exact.weights().items():
+        assert (weights - small.weights()[name]).square().mean().sqrt() < 0.1 * LR
+    codes = small._moments["preference"]["state1"]
+    assert codes.dtype == (torch.uint8 if module is wide else torch.float32)
+    resumed = engine(module(), optimizer="adamw_8bit")
+    resumed.load_state(small.state())
+    assert (resumed.updates(), resumed.updates("preference")) == (4, 4)
+    for e in (small, resumed):
+        one_update(e, 9)
+    for name, weights in small.weights().items():
+        assert (weights - resumed.weights()[name]).square().mean().sqrt() < 0.02 * LR
 
 
 def test_weights_are_what_load_state_dict_takes():
