@@ -170,6 +170,19 @@ def test_every_kind_in_a_table(tmp_path, cache):
     assert bad["empty caption"][1] == ["a.parquet group 1 row 0"]
 
 
+def test_a_damaged_row_group_is_lost_alone(tmp_path, cache):
+    """Bytes in the middle of a table overwritten: its other row groups are read."""
+    root = write_parquet(tmp_path / "t", samples(24), group=4)
+    path = root / "a.parquet"
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle - 300 : middle + 300] = b"\xff" * 600
+    path.write_bytes(content)
+    index, bad = judged(root, cache)
+    assert bad["damaged row group"][0] + bad.get("not an image", (0,))[0] == 24 - len(index)
+    assert len(index) >= 16
+
+
 def test_bad_prompts_are_counted(tmp_path, cache):
     path = tmp_path / "p.jsonl"
     path.write_text('{"text": "a red 4"}\n{"text": ""}\nbroken\n{"other": 1}\n')

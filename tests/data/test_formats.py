@@ -48,6 +48,28 @@ def test_a_hugging_face_dataset(captioned, cache, tmp_path):
     assert pickle.loads(pickle.dumps(images.format)).read(images.index.sample(5)) == captioned[5][1]
 
 
+def test_a_hugging_face_dataset_cannot_point_elsewhere(captioned, cache, tmp_path):
+    """A table may hold a path instead of an image. One to a file of this machine is not followed."""
+    datasets = pytest.importorskip("datasets", reason="the extra 'hub' is not installed")
+    from scenes_on_disk import write_folder
+
+    outside = write_folder(tmp_path / "private", captioned[:1]) / "000.png"
+    columns = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    rows = [
+        {"bytes": captioned[0][1], "path": None},
+        {"bytes": None, "path": str(outside)},
+        {"bytes": None, "path": None},
+    ]
+    features = datasets.Features({"image": columns, "text": datasets.Value("string")})
+    datasets.Dataset.from_dict({"image": rows, "text": ["a", "b", "c"]}, features).save_to_disk(tmp_path / "saved")
+    index = open_index(open_images(str(tmp_path / "saved"), Columns()), cache)
+    assert index.captions(range(len(index))) == ("a",)
+    assert {reason: named.names for reason, named in index.tally.bad.items()} == {
+        "leaves the data folder": ["row 1"],
+        "missing image": ["row 2"],
+    }
+
+
 def test_without_the_library_a_hub_source_names_the_extra(monkeypatch, cache):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"needs the library 'datasets'.*flashdmd-ray\[hub\]"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashdmd_ray.data.formats.base import CAPTIONS, IMAGES, Columns, choose
 from flashdmd_ray.data.pixels import image_size
-from flashdmd_ray.data.samples import MISSING_IMAGE, Bad, BadSample, Sample, check_caption
+from flashdmd_ray.data.samples import LEAVES_FOLDER, MISSING_IMAGE, Bad, BadSample, Sample, check_caption
 
 PREFIX = "hf:"
 PIECE = 1024
@@ -105,7 +105,18 @@ def _bytes(value: Any) -> bytes:
     path = value.get("path") if isinstance(value, dict) else None
     if not path:
         raise BadSample(MISSING_IMAGE)
+    real = Path(path).resolve()
+    if not any(real.is_relative_to(folder) for folder in _downloads()):
+        raise BadSample(LEAVES_FOLDER)
     try:
-        return Path(path).read_bytes()  # a path that the library itself resolved
+        return real.read_bytes()
     except OSError:
         raise BadSample(MISSING_IMAGE) from None
+
+
+def _downloads() -> list[Path]:
+    """Where the library puts what it downloads; images that are not in the table itself must lie there."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    return [Path(folder).resolve() for folder in (config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)]

@@ -21,6 +21,7 @@ from flashdmd_ray.data.samples import MISSING_IMAGE, Bad, BadSample, Sample, che
 
 GROUPS_MIXED = 8
 ROWS = 64
+DAMAGED_GROUP = "damaged row group"
 
 
 class _Groups:
@@ -64,13 +65,20 @@ class ParquetImages:
         table = open_table(path)
         caption, image = self._names(path)
         row = 0
-        for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=[caption, image]):
-            for value, encoded in zip(batch.column(caption), batch.column(image), strict=True):
-                yield _sample(f"{path.name} group {group} row {row}", value.as_py(), encoded.as_py(), piece, row)
-                row += 1
+        try:
+            for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=[caption, image]):
+                for value, encoded in zip(batch.column(caption), batch.column(image), strict=True):
+                    yield _sample(f"{path.name} group {group} row {row}", value.as_py(), encoded.as_py(), piece, row)
+                    row += 1
+        except (ValueError, OSError):  # a page that cannot be unpacked; Arrow's errors are ValueErrors
+            for lost in range(row, table.metadata.row_group(group).num_rows):
+                yield Bad(f"{path.name} group {group} row {lost}", DAMAGED_GROUP)
 
     def read(self, sample: Sample) -> bytes:
-        value = self._groups.column(sample.block, self._load)[sample.offset].as_py()
+        try:
+            value = self._groups.column(sample.block, self._load)[sample.offset].as_py()
+        except (ValueError, OSError):
+            raise BadSample(DAMAGED_GROUP) from None
         return _bytes(value)
 
     def _load(self, block: int) -> Any:
@@ -91,12 +99,11 @@ class ParquetImages:
 
 def open_table(path: Path) -> Any:
     """A pyarrow ParquetFile. Raises ValueError when it is none."""
-    import pyarrow.lib
     import pyarrow.parquet
 
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.lib.ArrowException, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file ({str(error)[:100]}); make or fetch it again") from None
 
 
