@@ -31,7 +31,7 @@ def writer():
 
     yield ask
     process.stdin.close()
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
 
 
 def check(root, reported):
