@@ -87,30 +87,32 @@ def measure(arm: str, seed: int, options: argparse.Namespace) -> list[dict[str, 
 def measure_here(arm: str, seed: str, samples: str, path: str, out: str, *settings: str) -> None:
     from flashdmd_ray.checkpoint import latest_checkpoint
     from flashdmd_ray.config import load_config
-    from flashdmd_ray.demo.checker import PromptChecker
-    from flashdmd_ray.evaluation import as_records, demo_held_out, evaluate, student_sampler, teacher_sampler
-    from flashdmd_ray.models.rewards import PixelReward, build_reward
-    from flashdmd_ray.report import load_student, student_weights
-    from flashdmd_ray.roles.networks import load_family, resolve
+    from flashdmd_ray.evaluation import as_record, evaluate
+    from flashdmd_ray.evaluation_data import build_reference
+    from flashdmd_ray.export import load_student
+    from flashdmd_ray.report import build_yardstick, student_weights
+    from flashdmd_ray.roles.drawing import student_sampler, teacher_sampler
+    from flashdmd_ray.roles.networks import load_family
 
     config = load_config(None, [*settings, f"evaluation.samples={samples}", "evaluation.teacher_steps=25"])
     family = load_family(config.model)
     if arm == "teacher":
         chosen = [
-            teacher_sampler(family, 25, config.evaluation.guidance_scale),
-            teacher_sampler(family, 2, config.evaluation.guidance_scale),
+            teacher_sampler(family, 25, config.teacher_guidance),
+            teacher_sampler(family, 2, config.teacher_guidance),
         ]
         chosen += [student_sampler("before", family, family.teacher, few) for few in config.student_timesteps.values()]
     else:
         checkpoint = latest_checkpoint(Path(out) / f"{arm}-{seed}" / "checkpoints")
         assert checkpoint is not None, f"{arm}-{seed} has no checkpoint"
-        network = load_student(family, student_weights(checkpoint))
+        network = load_student(family, student_weights(config, family, checkpoint))
         chosen = [student_sampler("student", family, network, few) for few in config.student_timesteps.values()]
-    reward = build_reward("pickscore", resolve("demo", "reward"))
-    assert isinstance(reward, PixelReward)
-    held_out = demo_held_out(int(samples), int(seed))
-    rows = evaluate(family, chosen, held_out, PromptChecker.load(), reward, int(seed), 100)
-    records = [{"arm": arm, "seed": int(seed), **record} for record in as_records(rows)]
+    reference, yardstick = build_reference(config, family.image_size, int(seed)), build_yardstick(config, family)
+    assert yardstick is not None
+    measured = evaluate(family, chosen, reference, yardstick, int(seed), 100)
+    records = [
+        {"arm": arm, "seed": int(seed), "reward": row.rewards["pickscore"], **as_record(row)} for row in measured.rows
+    ]
     Path(path).write_text(json.dumps(records, indent=1) + "\n")
 
 

@@ -311,7 +311,10 @@ class GroupConfig(Section):
     cpus: PositiveFloat = 0.5
     """Ray CPUs each worker reserves; a reservation, not a limit."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs, or a share of one, for each worker. Not yet: this version trains on CPUs and refuses anything but 0."""
+    """GPUs, or a share of one, for each worker; its networks are on the first of them. 0: on the CPU."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Memory of one of these GPUs in GiB: a plan that needs more is refused before anything is loaded. A worker with a share of a GPU has
+    that share of the memory. null: that of the GPUs of this machine, if it has any."""
 
 
 class PlacementConfig(Section):
@@ -369,19 +372,32 @@ class TrackingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    samples: Annotated[int, Field(strict=True, ge=2)] = 500
-    """Held-out prompts per row of the final table."""
-    batch: PositiveInt = 100
+    prompts: str | None = None
+    """Prompts of sample sheets, grid and table: a .txt, .jsonl or .parquet file, from its first line on. null: held-out digit scenes for
+    the demo source; for other data its own prompts in the order of a stream of its own, which are prompts of training."""
+    samples: Count = 500
+    """Samples per row of the final table, and real images they are compared with; from 2, or 0 for no table. Prompts are used again, with
+    other noise, when there are fewer."""
+    batch: PositiveInt = 8
+    """Images drawn, decoded and judged at a time, on each learner rank and in the final report."""
     teacher_steps: PositiveInt = 25
     """DDIM steps of the teacher's row, two forwards each with guidance."""
-    guidance_scale: Annotated[float, Field(ge=1)] = 3.0
-    """The teacher's guidance in its row of the table."""
+    guidance_scale: Annotated[float, Field(ge=1)] | None = None
+    """Classifier-free guidance of the teacher's row, on the scale of `matching.guidance_scale` (1 is none); null takes that value. A
+    teacher's best pictures may need another one than its best lesson."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of an average of the generator's weights over the steps, which sample sheets, the table and exports then use; rollouts
     do not. The n-th step keeps min(ema, n / (n + 9)) of it, so that a short run averages too. 0 is off."""
     student_steps: tuple[PositiveInt, ...] | None = None
     """Few-step rows of the table: each divides the number of denoising timesteps and uses every so many of them.
     null: 1, 2, 4 and 8 where they do."""
+
+    @field_validator("samples")
+    @classmethod
+    def _none_or_enough(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("a distance between distributions needs at least 2 samples; 0 leaves the table out")
+        return value
 
 
 class Config(Section):
@@ -444,6 +460,13 @@ class Config(Section):
             raise ValueError("placement: more than one worker needs runtime 'ray'")
         if self.runtime == "local" and self.data.decode == "ray":
             raise ValueError("data.decode: 'ray' needs runtime 'ray'; use 'threads'")
+        if self.data.latents is not None and not (
+            self.adversarial.space == "latent" or self.adversarial.real_through_vae
+        ):
+            raise ValueError(
+                "data.latents: no real image passes through the VAE's encoder unless adversarial.space is 'latent' or "
+                "adversarial.real_through_vae is true; set it to null"
+            )
         if self.adversarial.space == "latent" and self.score.ema < 1:
             raise ValueError(
                 "score.ema: with adversarial.space 'latent' the score estimator carries a GAN head that the generator lacks, "
@@ -454,6 +477,11 @@ class Config(Section):
             raise ValueError(
                 "adversarial.space: 'latent' stops the network's forward at its mid block, which neither engine.zero_stage 3 nor "
                 "engine.compile can follow; use zero_stage 1 or 2 and compile false"
+            )
+        if self.lora.networks and self.engine.precision == "bfloat16" and self.model.dtype == "float32":
+            raise ValueError(
+                "model.dtype: with lora.networks the trained networks compute in the type of their frozen base, so engine.precision "
+                "'bfloat16' needs model.dtype 'bfloat16'; set both alike"
             )
         if len(self.lora.networks) == 1 and self.score.ema < 1:
             raise ValueError(
@@ -484,6 +512,12 @@ class Config(Section):
         timesteps = self.sampling.timesteps
         counts = self.evaluation.student_steps or [n for n in (1, 2, 4, 8) if len(timesteps) % n == 0]
         return {count: timesteps[:: len(timesteps) // count] for count in counts}
+
+    @property
+    def teacher_guidance(self) -> float:
+        """Classifier-free guidance of the teacher where its pictures are shown or measured."""
+        chosen = self.evaluation.guidance_scale
+        return self.matching.guidance_scale if chosen is None else chosen
 
     def _check_family(self) -> None:
         family = self.model.family

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 
 from flashdmd_ray.diffusion.schedule import FlowSchedule, schedule_from_config
+from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
 from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import Family
 
@@ -41,8 +42,8 @@ class CardFacts:
     """What training took, e.g. {"generator updates": 200, "batch": 32}."""
     optimised_rewards: Sequence[str]
     """Rewards that preference learning optimised: no evidence of quality on their own."""
-    measured: Sequence[Mapping[str, Any]] = ()
-    """Rows of the evaluation table (`evaluation.as_records`); those named "student ..." are this model's."""
+    measured: Mapping[str, Any] | None = None
+    """The evaluation table (`evaluation.as_json`), of which rows named "student, ..." are this model's; None or no rows: not measured."""
     examples: Sequence[tuple[str, int]] = ()
     """(prompt, seed) of pictures that can be drawn again."""
 
@@ -109,12 +110,13 @@ def export_pipeline(
     student = load_student(family, weights)
 
     def save(directory: Path, scheduler: SchedulerMixin) -> None:
+        import_deepspeed(family.device)  # before accelerate does so aloud, to ask whether a part is a DeepSpeed engine
         family.pipeline(student, scheduler).save_pretrained(directory, safe_serialization=True)
 
     name = family.pipeline_class.__name__
     loading = f"""from diffusers import {name}
 
-pipeline = {name}.from_pretrained({_arguments(family.load_settings())})"""
+pipeline = {name}.from_pretrained({loading_arguments("path/to/this/directory", family.load_settings())})"""
     return write_export(family, timesteps, out, facts, save, loading, relation="finetune")
 
 
@@ -200,7 +202,8 @@ def _replace_directory(out: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _card(sampler: Mapping[str, Any], facts: CardFacts, loading: str, relation: str) -> str:
-    own = [row for row in facts.measured if str(row["name"]).startswith("student,")]
+    table: Mapping[str, Any] = facts.measured or {"rows": []}
+    own = [row for row in table["rows"] if str(row["name"]).startswith("student,")]
     data = ModelCardData(
         license=facts.licence,
         library_name="diffusers",
@@ -209,7 +212,7 @@ def _card(sampler: Mapping[str, Any], facts: CardFacts, loading: str, relation: 
         base_model_relation=relation if facts.base.count("/") == 1 else None,
         tags=["text-to-image", "diffusion", "few-step", "distillation", "flash-dmd"],
         model_name=facts.name,
-        eval_results=[result for row in own for result in _results(row)] or None,
+        eval_results=[result for row in own for result in _results(row, table["prompts"])] or None,
     )
     sections = [
         f"# {facts.name}",
@@ -225,7 +228,7 @@ def _card(sampler: Mapping[str, Any], facts: CardFacts, loading: str, relation: 
         _examples(sampler),
         "## Training\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.cost.items()),
         _rewards(facts.optimised_rewards),
-        _measurements(facts.measured),
+        _measurements(table) if table["rows"] else "",
         (
             f"## Licence\n\n`{facts.licence}`. The weights derive from {facts.base}; its terms go on to apply. No prompt or image"
             " filter is included."
@@ -251,9 +254,10 @@ image.save("image.png")
 ```"""
 
 
-def _arguments(settings: Mapping[str, Any]) -> str:
+def loading_arguments(path: str, settings: Mapping[str, Any]) -> str:
+    """Of a pipeline's from_pretrained, as Python. settings: `Family.load_settings`."""
     named = {**settings, "use_safetensors": True}
-    return ", ".join(['"path/to/this/directory"', *(f"{name}={value!r}" for name, value in named.items())])
+    return ", ".join([json.dumps(path), *(f"{name}={value!r}" for name, value in named.items())])
 
 
 def _examples(sampler: Mapping[str, Any]) -> str:
@@ -274,30 +278,39 @@ def _rewards(rewards: Sequence[str]) -> str:
     )
 
 
-def _measurements(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return ""
-    names = [name for name in rows[0] if name != "samples"]
+def _measurements(table: Mapping[str, Any]) -> str:
+    figures = [_figures(row) for row in table["rows"]]
+    names = ["name", "nfe", *figures[0]]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for row in rows:
-        values = (f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in names)
+    for row, found in zip(table["rows"], figures, strict=True):
+        values = [row["name"], str(row["nfe"]), *(f"{value:.4g}" for value in found.values())]
         lines.append("| " + " | ".join(values) + " |")
-    return (
-        f"## Measured\n\n{rows[0]['samples']} held-out prompts. `nfe`: network forwards per sample. `frechet`: squared Frechet distance to"
-        " real images in the features of a local network, comparable only within this table. `accuracy`: share of images that"
-        " show what the prompt says. `diversity`: distance between samples of one prompt.\n\n" + "\n".join(lines)
-    )
+    explained = {
+        "frechet": f"squared Frechet distance to real images between {table['space']}, comparable only within this table",
+        "accuracy": "share of images that show what the prompt says",
+        "diversity": "mean distance between samples of one prompt",
+    }
+    notes = [f"`{name}`: {text}." for name, text in explained.items() if name in names]
+    first = f"{table['rows'][0]['samples']} {table['prompts']}. `nfe`: network forwards per sample."
+    return "\n".join(["## Measured\n", " ".join([first, *notes]), "", *lines])
 
 
-def _results(row: Mapping[str, Any]) -> list[EvalResult]:
+def _figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """What was measured of a sampler, by name."""
+    figures = {name: row[name] for name in ("frechet", "accuracy") if name in row}
+    figures |= {f"reward {label}": value for label, value in row["rewards"].items()}
+    return figures | ({"diversity": row["diversity"]} if "diversity" in row else {})
+
+
+def _results(row: Mapping[str, Any], prompts: str) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-to-image",
-            dataset_type="held-out-prompts",
-            dataset_name=f"held-out prompts, {row['samples']} samples, {row['nfe']} forwards each",
+            dataset_type="prompts",
+            dataset_name=f"{row['samples']} {prompts}, {row['nfe']} forwards each",
             metric_type=metric,
-            metric_value=row[metric],
+            metric_value=value,
             metric_name=metric,
         )
-        for metric in ("frechet", "accuracy", "reward", "diversity")
+        for metric, value in _figures(row).items()
     ]

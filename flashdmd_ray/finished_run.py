@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flashdmd_ray.cli import FAILED, brief, prepare_process, refuse, say
 from flashdmd_ray.config import Config, load_config
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from flashdmd_ray.models.family import Family
 
 EVALUATION = "evaluation.json"
+Format = Literal["pipeline", "lora", "kohya"]
+FOLDERS: Mapping[Format, str] = {"pipeline": "export", "lora": "lora", "kohya": "kohya"}
+"""Forms of an export, and where in the run folder each lies."""
 
 
 def evaluate_command(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +41,9 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def export_command(arguments: Sequence[str] | None = None) -> int:
-    """`export.py RUN [--checkpoint best|latest|STEP] [--out DIRECTORY]`: a checkpoint's student as a diffusers pipeline."""
+    """`export.py RUN [--format FORMAT] [--checkpoint best|latest|STEP] [--out DIRECTORY]`: a checkpoint's student for others."""
     parser = argparse.ArgumentParser(
-        prog="export.py", description="Write the student of a run's checkpoint as a diffusers pipeline directory."
+        prog="export.py", description="Write the student of a run's checkpoint as a diffusers pipeline or a LoRA file."
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a training run, for example runs/demo")
     parser.add_argument(
@@ -48,9 +52,17 @@ def export_command(arguments: Sequence[str] | None = None) -> int:
         metavar="best|latest|STEP",
         help="best: by the run's checkpoint.best_metric (default: %(default)s)",
     )
-    parser.add_argument("--out", metavar="DIRECTORY", type=Path, help="where to (default: RUN/export)")
+    parser.add_argument(
+        "--format",
+        default="pipeline",
+        choices=FOLDERS,
+        help="pipeline: the whole model. lora, kohya: the adapter of a LoRA run, for diffusers or for ComfyUI (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", metavar="DIRECTORY", type=Path, help="where to (default: RUN/export, RUN/lora or RUN/kohya)"
+    )
     options = parser.parse_args(arguments)
-    return _execute(lambda: export_run(options.run, options.checkpoint, options.out))
+    return _execute(lambda: export_run(options.run, options.checkpoint, options.out, options.format))
 
 
 def _execute(command: Callable[[], object]) -> int:
@@ -67,8 +79,8 @@ def _execute(command: Callable[[], object]) -> int:
     return 0
 
 
-def evaluate_run(run: Path, samples: int, seed: int | None) -> list[dict[str, object]]:
-    """Print the table and write it as JSON; returns its rows. Raises ValueError when `run` holds no student."""
+def evaluate_run(run: Path, samples: int, seed: int | None) -> Mapping[str, object]:
+    """Print the table and write it as JSON; returns it. Raises ValueError when `run` holds no student, or nothing can judge it."""
     config = read_run_config(run)
     if samples < 2:
         raise ValueError(f"--samples {samples}: a Frechet distance needs at least 2")
@@ -82,43 +94,52 @@ def evaluate_run(run: Path, samples: int, seed: int | None) -> list[dict[str, ob
 
     import torch
 
-    from flashdmd_ray.evaluation import as_records, print_table
+    from flashdmd_ray.evaluation import as_json, print_table
     from flashdmd_ray.export import load_student
-    from flashdmd_ray.report import measure
-    from flashdmd_ray.roles.networks import load_family
+    from flashdmd_ray.report import compare, judging_family
 
     torch.set_num_threads(config.placement.threads)
     print(f"evaluating {source}", flush=True)
-    family = load_family(config.model)
+    family = judging_family(config)
     student = load_student(family, read_student(source, config, family))
-    rows = measure(config, family, student, lambda text: print(text, flush=True))
-    print_table(rows)
-    records = as_records(rows)
+    compared = compare(config, family, student, lambda text: print(text, flush=True))
+    if compared is None:
+        raise ValueError(f"{run}: nothing judges its images; configure a pixel reward in {run / 'config.yaml'}")
+    print_table(compared)
+    table = as_json(compared)
     name = source.relative_to(run) if isinstance(source, Path) and source.is_relative_to(run) else source
-    facts = {"student": str(name), "samples": samples, "seed": seed, "rows": records}
+    facts = {"student": str(name), "samples": samples, "seed": seed} | table
     write_atomically(run / EVALUATION, json.dumps(facts, indent=1) + "\n")
     print(f"written to {run / EVALUATION}")
-    return records
+    return table
 
 
-def export_run(run: Path, which: str, out: Path | None) -> Path:
+def export_run(run: Path, which: str, out: Path | None, form: Format = "pipeline") -> Path:
     """Export the checkpoint `which` ('best', 'latest' or a step); returns the directory.
 
-    Raises ValueError when there is no such checkpoint, when it is damaged, or when `out` is taken.
+    Raises ValueError when there is no such checkpoint, when it is damaged, when `out` is taken, or for a LoRA format of another run.
     """
     config = read_run_config(run)
+    if form != "pipeline" and "generator" not in config.lora.networks:
+        raise ValueError(
+            f"--format {form}: the generator of {run} was trained whole, it has no adapter; use --format pipeline"
+        )
 
     from flashdmd_ray.checkpoint import Best, read_state, select_checkpoint
     from flashdmd_ray.export import export_pipeline
-    from flashdmd_ray.report import card_facts, student_weights
+    from flashdmd_ray.lora_export import export_lora
+    from flashdmd_ray.report import card_facts, saved_weights, student_weights
     from flashdmd_ray.roles.networks import load_family
 
     checkpoint = select_checkpoint(checkpoint_root(config, run), which, Best.wanted(config.checkpoint))
     training = read_state(checkpoint)
-    facts = card_facts(config, training, _rows_of(run, training))
+    facts = card_facts(config, training, *_reported(run, config, training))
     family = load_family(config.model)
-    weights = student_weights(config, family, checkpoint)
-    written = export_pipeline(family, weights, config.sampling.timesteps, out or run / "export", facts)
+    out, timesteps = out or run / FOLDERS[form], config.sampling.timesteps
+    if form == "pipeline":
+        written = export_pipeline(family, student_weights(config, family, checkpoint), timesteps, out, facts)
+    else:
+        written = export_lora(family, config.lora, saved_weights(checkpoint), timesteps, out, facts, form)
     print(f"{checkpoint.name} written to {written}")
     return written
 
@@ -152,14 +173,18 @@ def read_student(source: Location, config: Config, family: Family) -> Mapping[st
     return student_weights(config, family, source)
 
 
-def _rows_of(run: Path, training: dict[str, Any]) -> list[Any]:
-    """The rows measured at the end of training, when they belong to this very checkpoint."""
-    from flashdmd_ray.evaluation import Row
+def _reported(run: Path, config: Config, training: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[str]]:
+    """The table measured at the end of training, without rows unless they are of this very checkpoint, and the grid's prompts."""
+    from flashdmd_ray.evaluation_data import choose_prompts, has_exact_judge
+    from flashdmd_ray.report import grid_seed
+    from flashdmd_ray.sheet import COLUMNS
 
-    try:
+    report: dict[str, Any] = {}
+    with suppress(OSError, json.JSONDecodeError):
         report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return []
-    if report.get("training", {}).get("step") != training["step"]:
-        return []
-    return [Row(**row) for row in report["rows"]]
+    if "grid" not in report:
+        # Digit scenes are composed anew; the prompts of other data may not be on this machine.
+        return {"rows": []}, choose_prompts(config, COLUMNS, grid_seed(config)) if has_exact_judge(config) else ()
+    if report["training"]["step"] != training["step"]:
+        return {"rows": []}, report["grid"]
+    return {name: report[name] for name in ("rows", "prompts", "space", "optimised") if name in report}, report["grid"]

@@ -17,12 +17,13 @@ from flashdmd_ray.data.report import note_replaced, start_report
 from flashdmd_ray.driver import train
 from flashdmd_ray.interruption import Interruption
 from flashdmd_ray.progress import Progress
-from flashdmd_ray.report import SampleSheet, report
-from flashdmd_ray.roles.networks import Metrics, load_family
+from flashdmd_ray.report import report
+from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.run_directory import RESUME_MAY_CHANGE, RunDirectory, changed_settings, fixed_settings
 from flashdmd_ray.runtime.build import build_runtime
 from flashdmd_ray.runtime.protocol import Runtime
 from flashdmd_ray.runtime.supervisor import run_supervised
+from flashdmd_ray.sheet import SampleSheet
 from flashdmd_ray.storage import checkpoint_root
 from flashdmd_ray.tracking import Tracker
 
@@ -108,7 +109,7 @@ class TrainingRun:
             config.checkpoint.asynchronous,
             config.deadlines.checkpoint_s,
         )
-        self._sheet = SampleSheet(config, load_family(config.model))
+        self._sheet = SampleSheet(config, runtime)
 
     def restore(self) -> None:
         """Load every role from the newest complete checkpoint, if there is one. Raises ValueError when it is of another run."""
@@ -145,9 +146,7 @@ class TrainingRun:
             self.tracker.metrics(self.done, metrics | counted | self.found)
         self.progress.step(self.done, {label: metrics[name] for name, label in SHOWN.items() if name in metrics})
         if last or self.done % self.config.tracking.samples_every == 0:
-            path = self._sheet.write(
-                self.runtime.generator.evaluation_weights(), self.directory.samples / f"step-{self.done:06d}.png"
-            )
+            path = self._sheet.write(self.directory.samples / f"step-{self.done:06d}.png")
             self.tracker.image("samples", path, self.done)
         if last or self.stop.requested or self.done % self.config.checkpoint.every == 0:
             self._checkpoint()

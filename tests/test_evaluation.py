@@ -9,29 +9,34 @@ import scipy.linalg
 import torch
 from rich.console import Console
 
-from flashdmd_ray.checkpoint import save_tensors, write_checkpoint
 from flashdmd_ray.config import dump_config, parse_config
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.demo.checker import PromptChecker
 from flashdmd_ray.evaluation import (
+    Comparison,
     Row,
-    SampleNoise,
-    Sampler,
-    demo_held_out,
+    Yardstick,
+    as_json,
     evaluate,
-    every_kth,
     frechet_distance,
     mean_pairwise_distance,
     print_table,
+)
+from flashdmd_ray.evaluation_data import Reference, demo_held_out
+from flashdmd_ray.finished_run import evaluate_command, export_command
+from flashdmd_ray.grid import draw_grid, write_grid
+from flashdmd_ray.models.rewards import build_reward
+from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.roles.drawing import (
+    SampleNoise,
+    Sampler,
+    draw_samples,
     sample_images,
     seed_of,
     student_sampler,
     teacher_sampler,
 )
-from flashdmd_ray.finished_run import evaluate_command, export_command
-from flashdmd_ray.grid import draw_grid, write_grid
-from flashdmd_ray.models.rewards import build_reward
-from flashdmd_ray.models.sdxl import SDXL
+from tests.checkpoint.writing import write
 from tests.tiny import save_sdxl
 
 
@@ -90,10 +95,15 @@ def test_mean_pairwise_distance():
 
 
 def test_fewer_steps_start_at_the_first_timestep():
-    timesteps = (999, 749, 499, 249)
-    assert [every_kth(timesteps, k) for k in (1, 2, 4)] == [(999,), (999, 499), timesteps]
-    with pytest.raises(ValueError, match="3 steps are not evenly spaced"):
-        every_kth(timesteps, 3)
+    """Evenly spaced among the generator's own timesteps."""
+    few = parse_config({"evaluation": {"student_steps": [1, 2, 4]}}).student_timesteps
+    assert few == {1: (999,), 2: (999, 499), 4: (999, 749, 499, 249)}
+
+
+@pytest.mark.parametrize(("scale", "shown"), [(None, 1.25), (3.0, 3.0)])
+def test_the_teacher_is_shown_as_it_is_matched_unless_told_otherwise(scale, shown):
+    config = parse_config({"matching": {"guidance_scale": 1.25}, "evaluation": {"guidance_scale": scale}})
+    assert config.teacher_guidance == shown
 
 
 def test_noise_is_that_of_one_generator_per_sample():
@@ -113,7 +123,7 @@ def test_samples_depend_on_seed_and_position_and_not_on_the_batch(tmp_path):
     texts = ["a", "b", "a", "d", "e"]
 
     def sample(seed: int, batch: int) -> torch.Tensor:
-        return torch.cat(list(sample_images(family, sampler, texts, range(5), seed, batch)))
+        return draw_samples(family, sampler, texts, range(5), seed, batch)
 
     whole = sample(0, 5)
     torch.testing.assert_close(sample(0, 2), whole, rtol=0, atol=1e-5)
@@ -135,15 +145,17 @@ def test_the_table_tells_a_perfect_sampler_from_a_useless_one():
     samplers = [Sampler("perfect", 0, remember), Sampler("useless", 1, lambda _c, draw_noise: draw_noise(0))]
     said: list[str] = []
     judge, reward = PromptChecker.load(), build_reward("pickscore", str(weights_path("reward")))
-    rows = evaluate(family, samplers, held_out, judge, reward, seed=0, batch=20, say=said.append)
-    real, perfect, useless = rows
+    reference = Reference(held_out.texts, "held-out prompts", held_out.images.split(20), held_out.twins)
+    yardstick = Yardstick("features", judge.features, judge.correct, {"pickscore": reward}, ["pickscore"])
+    table = evaluate(family, samplers, reference, yardstick, seed=0, batch=20, say=said.append)
+    real, perfect, useless = table.rows
     assert (real.name, real.nfe, real.samples) == ("real images", 0, count)
     assert real.accuracy >= 0.9
     assert perfect.accuracy >= 0.9
     assert useless.accuracy <= 0.1
     assert perfect.frechet == pytest.approx(real.frechet, rel=0.5)
     assert useless.frechet > 2 * real.frechet, "32 samples alone put real images far from each other"
-    assert perfect.reward > useless.reward
+    assert perfect.rewards["pickscore"] > useless.rewards["pickscore"]
     assert perfect.diversity == pytest.approx(0, abs=1e-6), "the same image again and again"
     assert real.diversity > 0
     assert [line.split(":")[0] for line in said] == ["perfect", "useless"]
@@ -184,20 +196,45 @@ def test_grid_enlarges_pixels_without_blurring(tmp_path):
     assert (picture[:, :150] < 100).any(), "and labels to the left"
 
 
-def test_table_lists_every_sampler():
+@pytest.mark.parametrize(
+    ("height", "width", "shown"), [(16, 24, (80, 120)), (64, 160, (64, 160)), (1024, 512, (256, 128))]
+)
+def test_grid_keeps_the_shape_of_images(height, width, shown):
+    """A white image on white paper, but for two black corners."""
+    image = torch.ones(1, 3, height, width)
+    image[:, :, : height // 8, : width // 8] = image[:, :, -height // 8 :, -width // 8 :] = -1
+    picture = np.asarray(draw_grid([("", image)], [""])).astype(int)
+    rows, columns = np.nonzero(picture.max(axis=2) < 60)
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == shown
+
+
+def printed(table: Comparison) -> tuple[str, list[list[str]]]:
+    """Title and cells, heading first."""
     out = io.StringIO()
-    rows = [Row("real images", 0, 9.5, 0.99, 6.7, 13.0, 500), Row("student, 4 steps", 4, 41.254, 0.913, 6.1, 12.5, 500)]
-    print_table(rows, Console(file=out, width=110))
-    assert "500 held-out prompts" in out.getvalue()
-    (line,) = [line for line in out.getvalue().splitlines() if "student, 4 steps" in line]
-    assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        "student, 4 steps",
-        "4",
-        "41.25",
-        "0.913",
-        "6.100",
-        "12.500",
+    print_table(table, Console(file=out, width=140))
+    title, *lines = [line.strip() for line in out.getvalue().splitlines() if line.strip()]
+    return title, [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+def test_the_table_has_a_column_for_what_was_measured():
+    rows = [
+        Row("real images", 0, 500, 9.5, 0.99, {"pickscore": 6.7}, 13.0),
+        Row("student, 4 steps", 4, 500, 41.254, 0.913, {"pickscore": 6.1}, 12.5),
     ]
+    title, (heading, _, student) = printed(Comparison(rows, "held-out prompts", "a judge's features", ["pickscore"]))
+    assert title == "500 held-out prompts; distances between a judge's features; * optimised in training"
+    assert heading == ["sampler", "NFE", "Frechet distance", "prompt accuracy", "pickscore*", "diversity"]
+    assert student == ["student, 4 steps", "4", "41.25", "0.913", "6.100", "12.500"]
+
+    bare = Comparison(
+        [Row("student, 4 steps", 4, 9, None, None, {"a": 1.0, "b": 2.0}, None)], "prompts of x.txt", "", ()
+    )
+    assert printed(bare) == (
+        "9 prompts of x.txt",
+        [["sampler", "NFE", "a", "b"], ["student, 4 steps", "4", "1.000", "2.000"]],
+    )
+    (row,) = as_json(bare)["rows"]
+    assert row.keys() == {"name", "nfe", "samples", "rewards"}, "what was not measured is not there"
 
 
 @pytest.fixture(scope="module")
@@ -205,16 +242,12 @@ def run(tmp_path_factory):
     """A run folder as training leaves it: configuration and one checkpoint; its student is the teacher, slightly moved."""
     path = tmp_path_factory.mktemp("runs") / "demo"
     path.mkdir()
-    evaluation = {"teacher_steps": 2, "student_steps": [1, 4], "guidance_scale": 2.0}
+    evaluation = {"teacher_steps": 2, "student_steps": [1, 4], "guidance_scale": 2.0, "batch": 100}
     (path / "config.yaml").write_text(dump_config(parse_config({"evaluation": evaluation, "runtime": "local"})))
     student = SDXL.from_pretrained(str(weights_path("teacher")), parts=["denoiser"]).denoiser()
     weights = {f"weights/{name}": value * 1.01 for name, value in student.state_dict().items()}
-
-    def save(directory):
-        save_tensors(directory / "generator.safetensors", weights | {"updates/distillation": torch.tensor(3)})
-
     state = {"step": 3, "counters": {"generator_updates": 3}, "seconds": 12.3}
-    write_checkpoint(path / "checkpoints", 3, save, state=state, keep=1)
+    write(path / "checkpoints", 3, values=weights | {"updates/distillation": torch.tensor(3)}, state=state)
     return path
 
 

@@ -10,23 +10,27 @@ from huggingface_hub import ModelCard
 
 from flashdmd_ray.diffusion.sampling import few_step_sample
 from flashdmd_ray.diffusion.schedule import schedule_from_config
-from flashdmd_ray.evaluation import SampleNoise, seed_of
 from flashdmd_ray.export import CardFacts, export_pipeline, few_step_scheduler, load_student
 from flashdmd_ray.models.sd3 import SD3
 from flashdmd_ray.models.sd15 import SD15
 from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.roles.drawing import SampleNoise, seed_of
 from flashdmd_ray.roles.networks import bind
 from tests.tiny import save_sd3, save_sd15, save_sdxl
 
 TEXTS = ["a red 4", "two 7s", ""]
-ROW = {"nfe": 4, "frechet": 41.25, "accuracy": 0.9, "reward": 6.5, "diversity": 13.0, "samples": 500}
+ROW = {"nfe": 4, "samples": 500, "frechet": 41.25, "accuracy": 0.9, "rewards": {"pickscore": 6.5}, "diversity": 13.0}
 FACTS = CardFacts(
     name="tiny-4-step",
     base="someone/sdxl",
     licence="openrail++",
     cost={"generator updates": 200, "batch": 32},
     optimised_rewards=["pickscore"],
-    measured=[{"name": "teacher, 25 steps", **ROW}, {"name": "student, 4 steps", **ROW, "accuracy": 0.875}],
+    measured={
+        "prompts": "held-out prompts",
+        "space": "features of a judge",
+        "rows": [{"name": "teacher, 25 steps", **ROW}, {"name": "student, 4 steps", **ROW, "accuracy": 0.875}],
+    },
     examples=[("a red 4", 17)],
 )
 
@@ -169,7 +173,7 @@ def test_card_and_files(family, tmp_path):
     assert card.data.license == "openrail++"
     assert card.data.base_model == "someone/sdxl"
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert measured["accuracy"] == 0.875, "of the student, not of the teacher"
+    assert measured == {"accuracy": 0.875, "frechet": 41.25, "reward pickscore": 6.5, "diversity": 13.0}, "of the student"
     for needed in (
         "num_inference_steps=4",
         "999, 749, 499, 249",

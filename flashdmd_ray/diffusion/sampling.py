@@ -20,6 +20,11 @@ PredictX0 = Callable[[Tensor, Tensor], Tensor]
 DrawNoise = Callable[[int], Tensor]
 
 
+def full(timestep: int, like: Tensor) -> Tensor:
+    """`timestep` for every sample of `like`, int64 (B,), on its device."""
+    return torch.full((len(like),), timestep, dtype=torch.int64, device=like.device)
+
+
 def guided(predict_cond: PredictX0, predict_uncond: PredictX0, scale: float) -> PredictX0:
     """Classifier-free guidance x0 = x0_uncond + scale (x0_cond - x0_uncond).
 
@@ -37,7 +42,7 @@ def guided(predict_cond: PredictX0, predict_uncond: PredictX0, scale: float) -> 
 
 def hop(schedule: NoiseSchedule, x0: Tensor, t_next: int, noise: Tensor) -> Tensor:
     """One stochastic hop x_next = a_next x0 + s_next e with fresh noise e; all arguments (B, C, h, w). No skip or output scalings."""
-    return schedule.add_noise(x0, noise, _filled(x0, t_next))
+    return schedule.add_noise(x0, noise, full(t_next, x0))
 
 
 def transition(schedule: NoiseSchedule, x0: Tensor, next_timestep: int) -> tuple[Tensor, float]:
@@ -58,7 +63,7 @@ def backward_simulation(
     assert 0 <= step_index < len(timesteps), f"step {step_index} of {len(timesteps)} timesteps"
     noisy = draw_noise(0)
     for k in range(step_index):
-        x0 = predict_x0(noisy, _filled(noisy, timesteps[k]))
+        x0 = predict_x0(noisy, full(timesteps[k], noisy))
         noisy = hop(schedule, x0, timesteps[k + 1], draw_noise(k + 1))
     return noisy
 
@@ -80,7 +85,7 @@ def complete(
     x0 = widen(x0.detach())
     for k in range(step_index + 1, len(timesteps)):
         noisy = hop(schedule, x0, timesteps[k], draw_noise(k))
-        x0 = predict_x0(noisy, _filled(noisy, timesteps[k]))
+        x0 = predict_x0(noisy, full(timesteps[k], noisy))
     return x0
 
 
@@ -90,7 +95,7 @@ def few_step_sample(
 ) -> Tensor:
     """The generator's samples, one forward per timestep: x0 float32 (B, C, h, w), the last forward's."""
     noise = draw_noise(0)
-    return complete(predict_x0, schedule, timesteps, 0, predict_x0(noise, _filled(noise, timesteps[0])), draw_noise)
+    return complete(predict_x0, schedule, timesteps, 0, predict_x0(noise, full(timesteps[0], noise)), draw_noise)
 
 
 def trailing_timesteps(steps: int, num_timesteps: int = 1000) -> tuple[int, ...]:
@@ -118,10 +123,6 @@ def ddim_sample(predict_x0: PredictX0, schedule: NoiseSchedule, steps: int, star
     ]
     noisy = widen(start_noise)
     for t, (a, s), (a_next, s_next) in zip(timesteps, pairs, [*pairs[1:], schedule.final_coefficients], strict=True):
-        x0 = widen(predict_x0(noisy, _filled(noisy, t)))
+        x0 = widen(predict_x0(noisy, full(t, noisy)))
         noisy = a_next * x0 + s_next * ((noisy - a * x0) / s)
     return noisy
-
-
-def _filled(x: Tensor, timestep: int) -> Tensor:
-    return torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)

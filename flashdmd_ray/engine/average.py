@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from flashdmd_ray.engine.base import Engine, under
 
+PIECE = 2**24
+"""Numbers that change places at a time."""
+
 
 class WeightAverage:
     """Exponential moving average of an engine's float32 masters, cut over the ranks as they are.
 
-    diffusers' EMAModel: the n-th update keeps min(decay, n / (n + 9)) of the average (the first nothing). Before any update
+    diffusers' EMAModel: the n-th call of `update` keeps min(decay, n / (n + 9)) of the average (the first nothing). Before any update
     it is the weights themselves.
     """
 
@@ -36,10 +40,27 @@ class WeightAverage:
         """Take in the masters as they are after one more update."""
         self._average.step([self._masters()])
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Meanwhile the network computes with the average; afterwards with its own weights again, bit for bit. Collective.
+
+        Not while a graph of the network waits for its backward.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
     @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        """As `Engine.weights`: on rank 0 the full average and the buffers by name, on the CPU. Collective."""
-        return dict(self._engine._named(self._vector)) | self._engine._saved_buffers()
+    def _exchange(self) -> None:
+        """Average and masters change places, a piece at a time: another copy of all weights may not fit."""
+        pieces = zip(self._engine._masters.detach().split(PIECE), self._vector.split(PIECE), strict=True)
+        for master, mean in pieces:
+            kept = master.clone()
+            master.copy_(mean)
+            mean.copy_(kept)
+        self._engine._publish_masters()
 
     @torch.no_grad()
     def state_items(self) -> Iterator[tuple[str, Tensor]]:

@@ -39,7 +39,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         if not dist.is_initialized():
             init_process_group(rank=0, world_size=1)
-        self._deepspeed = _import_deepspeed(device_of(module))
+        self._deepspeed = import_deepspeed(device_of(module))
         self._settings = _deepspeed_settings(settings, config)
         # The float32 weights, to be held until the masters exist; a skeleton's are read from the source again.
         rounded = config.precision != "float32"
@@ -205,7 +205,7 @@ def _deepspeed_settings(settings: OptimizerConfig, config: EngineConfig) -> dict
     return options
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """Import on first use, without its log lines and, on the CPU, without compiling its shared-memory all-reduce (26-95 s, needs g++)."""
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on a launcher's variable
     if device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,18 +11,19 @@ from torch import Tensor
 from flashdmd_ray.batch import Latents, Prediction, PreferencePairs, Prompts, noise
 from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config
-from flashdmd_ray.diffusion.sampling import PredictX0, backward_simulation, complete, transition
+from flashdmd_ray.diffusion.sampling import PredictX0, backward_simulation, complete, full, transition
 from flashdmd_ray.engine import Engine, build_engine
 from flashdmd_ray.engine.average import WeightAverage
+from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.objectives.matching import surrogate
 from flashdmd_ray.objectives.preference import log_ratio_difference, preference_loss
+from flashdmd_ray.roles.drawing import draw_samples, student_sampler
 from flashdmd_ray.roles.networks import (
     Metrics,
     bind,
     frozen,
-    full,
-    load_family,
+    group_family,
     noise_stream,
     save_engine,
     save_shared,
@@ -30,7 +32,11 @@ from flashdmd_ray.roles.networks import (
 from flashdmd_ray.storage import Location
 
 AVERAGE = "generator_average.safetensors"
-"""The part of a checkpoint that `Generator.evaluation_weights` are read from, if it is there."""
+"""The part of a checkpoint with the average of the weights over the steps, if `evaluation.ema` asks for one."""
+
+
+Inputs = tuple[tuple[Tensor, Tensor], ...]
+"""(noisy latents, timesteps) of each forward with a gradient: one, or two."""
 
 
 class Generator(Saved):
@@ -45,12 +51,19 @@ class Generator(Saved):
         self.average = WeightAverage(engine, config.evaluation.ema) if config.evaluation.ema else None
         self.reference: torch.nn.Module | None = None
         self._outputs: tuple[Tensor, Tensor] | None = None
+        self._inputs: Inputs = ()
+        self._conditioning: Conditioning
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Generator:
-        family = load_family(config.model)
+        family = group_family(config, "learner")
         network = trained_network(config, family, "generator")
         return cls(config, family, build_engine(config.engine, network, config.generator, role="generator"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks compute."""
+        return self.family.device
 
     def predict(self, prompts: Prompts, high: int, low: int | None, seed: int) -> Prediction:
         """The two forwards of one update, kept for `update` (ALGORITHM 3.1, 3.2).
@@ -58,9 +71,14 @@ class Generator(Saved):
         coarse = G(B(t_high), t_high), from backward simulation to step index `high`. fine = G(x^, low), where x^ is the coarse output
         carried on to a clean latent, detached and noised to timestep `low`: no gradient of one reaches the other's forward. With `low`
         None both objectives act on the coarse forward (DMD2). Values are returned detached.
+
+        With micro-batches no graph is kept: `update` makes the two forwards again, one micro-batch at a time.
         """
-        predict_x0 = bind(self.engine, self.schedule, self.family.encode(prompts.texts))
-        coarse, fine = self._two_forwards(predict_x0, prompts, high, low, seed)
+        whole = self.config.engine.accumulation == 1
+        self._conditioning = self.family.encode(prompts.texts)
+        predict_x0 = bind(self.engine if whole else self.engine.module, self.schedule, self._conditioning)
+        with torch.set_grad_enabled(whole):
+            coarse, fine, self._inputs = self._two_forwards(predict_x0, prompts, high, low, seed)
         self._outputs = (coarse, fine)
         return Prediction(Latents(coarse.detach(), prompts), Latents(fine.detach(), prompts))
 
@@ -68,20 +86,22 @@ class Generator(Saved):
     def sample(self, prompts: Prompts, high: int, low: int | None, seed: int) -> Prediction:
         """As `predict`, outside autograd: fresh fakes for the further updates of a TTUR above 1."""
         predict_x0 = bind(self.engine.module, self.schedule, self.family.encode(prompts.texts))
-        coarse, fine = self._two_forwards(predict_x0, prompts, high, low, seed)
+        coarse, fine, _ = self._two_forwards(predict_x0, prompts, high, low, seed)
         return Prediction(Latents(coarse, prompts), Latents(fine, prompts))
 
     def _two_forwards(
         self, predict_x0: PredictX0, prompts: Prompts, high: int, low: int | None, seed: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Inputs]:
+        """Coarse and fine output, and what the network was given for each."""
         shape = self.family.latent_shape
         simulate = frozen(predict_x0)
         noisy = backward_simulation(
             simulate, self.schedule, self.timesteps, high, noise_stream(prompts, shape, seed, "simulate")
         )
-        coarse = predict_x0(noisy, full(self.timesteps[high], noisy))
+        at_high = full(self.timesteps[high], noisy)
+        coarse = predict_x0(noisy, at_high)
         if low is None:
-            return coarse, coarse
+            return coarse, coarse, ((noisy, at_high),)
         clean = complete(
             simulate,
             self.schedule,
@@ -91,8 +111,14 @@ class Generator(Saved):
             noise_stream(prompts, shape, seed, "complete"),
         )
         at_low = full(low, clean)
-        noisy = self.schedule.add_noise(clean, noise(prompts.indices, shape, seed, "low"), at_low)
-        return coarse, predict_x0(noisy, at_low)
+        noisy_low = self.schedule.add_noise(clean, noise(prompts.indices, shape, seed, "low"), at_low)
+        return coarse, predict_x0(noisy_low, at_low), ((noisy, at_high), (noisy_low, at_low))
+
+    def _again(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The two outputs of `predict` for some rows, with a graph."""
+        predict_x0 = bind(self.engine, self.schedule, self._conditioning[rows])
+        outputs = [predict_x0(noisy[rows], timesteps[rows]) for noisy, timesteps in self._inputs]
+        return outputs[0], outputs[-1]
 
     def update(self, matching: Tensor, realism: Tensor) -> Metrics:
         """One backward and one optimizer step from the critics' per-sample gradients dLoss_b/dx_b, each float32 (B, C, h, w).
@@ -103,7 +129,9 @@ class Generator(Saved):
         assert self._outputs is not None, "update() without predict()"
         coarse, fine = self._outputs
         self._outputs = None
-        self.engine.backward((surrogate(coarse, matching) + surrogate(fine, realism)) / len(coarse))
+        for rows in self.engine.micro_batches(len(coarse)):
+            x, y = (coarse, fine) if coarse.requires_grad else self._again(rows)
+            self.engine.backward((surrogate(x, matching[rows]) + surrogate(y, realism[rows])) / len(x))
         norm = self.engine.update("distillation")
         with torch.no_grad():
             return {
@@ -118,24 +146,29 @@ class Generator(Saved):
         assert self.reference is not None, "prefer() before freeze_reference()"
         conditioning = self.family.encode(pairs.prompts.texts)
         at = full(pairs.timestep, pairs.noisy)
-        x0 = bind(self.engine, self.schedule, conditioning)(pairs.noisy, at)
-        with torch.no_grad():
-            reference_x0 = bind(self.reference, self.schedule, conditioning)(pairs.noisy, at)
-        mean, std = transition(self.schedule, x0, pairs.next_timestep)
-        reference_mean, _ = transition(self.schedule, reference_x0, pairs.next_timestep)
-        ratio = log_ratio_difference(mean, reference_mean, pairs.winners, pairs.losers, std)
-        loss = preference_loss(ratio, self.config.preference.beta, pairs.weights)
-        self.engine.backward(loss)
         preference = self.config.preference
+        loss = torch.zeros((), device=self.engine.device)
+        ratios, drifts = [], []
+        for rows in self.engine.micro_batches(len(pairs.noisy)):
+            x0 = bind(self.engine, self.schedule, conditioning[rows])(pairs.noisy[rows], at[rows])
+            with torch.no_grad():
+                reference_x0 = bind(self.reference, self.schedule, conditioning[rows])(pairs.noisy[rows], at[rows])
+            mean, std = transition(self.schedule, x0, pairs.next_timestep)
+            reference_mean, _ = transition(self.schedule, reference_x0, pairs.next_timestep)
+            part = log_ratio_difference(mean, reference_mean, pairs.winners[rows], pairs.losers[rows], std)
+            loss += self.engine.backward(preference_loss(part, preference.beta, pairs.weights[rows]))
+            ratios.append(part.detach())
+            drifts.append((mean - reference_mean).detach())
         norm = self.engine.update("preference", lr=preference.lr, warmup=preference.warmup)
         with torch.no_grad():
+            ratio = torch.cat(ratios)
             # Weighted means: over all ranks together they are the means over the kept pairs, wherever those are.
             return {
                 "preference/loss": loss.item(),
                 "preference/grad_norm": norm,
                 "preference/ratio": (pairs.weights * ratio.abs().nan_to_num()).mean().item(),
                 "preference/implicit_accuracy": (pairs.weights * (ratio > 0)).mean().item(),
-                "preference/drift": (mean - reference_mean).square().mean().sqrt().item(),
+                "preference/drift": torch.cat(drifts).square().mean().sqrt().item(),
             }
 
     def freeze_reference(self) -> None:
@@ -145,10 +178,6 @@ class Generator(Saved):
     def weights(self) -> dict[str, Tensor]:
         """What training moves, full and float32, for the rollout workers: all weights, or with LoRA the adapter's."""
         return self.engine.weights()
-
-    def evaluation_weights(self) -> dict[str, Tensor]:
-        """As `weights`, for whoever judges the generator: their average over the steps when `evaluation.ema` asks for one."""
-        return self.weights() if self.average is None else self.average.weights()
 
     def take_average(self) -> None:
         """Take the weights as they are after a step into their average."""
@@ -174,3 +203,18 @@ class Generator(Saved):
             self.freeze_reference()
             assert self.reference is not None
             self.reference.load_state_dict(load_tensors(directory / "reference.safetensors"))
+
+    @torch.no_grad()
+    def draw(self, prompts: Prompts, timesteps: tuple[int, ...], seed: int) -> Tensor:
+        """Few-step images for people to look at, float32 (B, 3, H, W) in [-1, 1], on the CPU; noise is `drawing.SampleNoise` of seed and
+        prompts.indices.
+
+        Drawn with the average of the weights when `evaluation.ema` asks for one; training goes on from the very weights it had. Collective:
+        all ranks hold equally many prompts, because forwards under ZeRO stage 3 gather.
+        """
+        assert self._outputs is None, "draw() between predict() and update()"
+        self.family.load(("vae",))
+        sampler = student_sampler("student", self.family, self.engine.module, timesteps)
+        indices, batch = prompts.indices.tolist(), self.config.evaluation.batch
+        with nullcontext() if self.average is None else self.average.applied():
+            return draw_samples(self.family, sampler, prompts.texts, indices, seed, batch)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Latents, noise
+from flashdmd_ray.batch import Latents, Prompts, noise
 from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import guided
@@ -15,8 +15,9 @@ from flashdmd_ray.engine import Engine, build_engine
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.objectives.matching import distribution_matching_gradient
 from flashdmd_ray.objectives.score import denoising_loss
+from flashdmd_ray.roles.drawing import draw_samples, teacher_sampler
 from flashdmd_ray.roles.generator import Generator
-from flashdmd_ray.roles.networks import Metrics, bind, load_family, save_engine, trained_network
+from flashdmd_ray.roles.networks import Metrics, bind, group_family, save_engine, trained_network
 from flashdmd_ray.storage import Location
 
 
@@ -31,9 +32,14 @@ class ScoreEstimator(Saved):
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> ScoreEstimator:
-        family = load_family(config.model)
+        family = group_family(config, "learner")
         network = trained_network(config, family, "score")
         return cls(config, family, build_engine(config.engine, network, config.score, role="score estimator"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks compute."""
+        return self.family.device
 
     @torch.no_grad()
     def gradient(self, coarse: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
@@ -55,14 +61,18 @@ class ScoreEstimator(Saved):
         }
 
     def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_positions: Tensor) -> Metrics:
-        """One denoising update on detached generator samples. `real_positions` serves the DMD2 form, whose GAN head lives on this network."""
+        """One denoising update on detached generator samples. `real_positions` serves the DMD2 form, whose GAN head is on this network."""
         draw = self._noise(fakes, seed)
         noisy = self.schedule.add_noise(fakes.values, draw, timesteps)
-        prediction = self.engine(
-            noisy, self.schedule.network_timestep(timesteps), self.family.encode(fakes.prompts.texts)
+        conditioning, network_timesteps = (
+            self.family.encode(fakes.prompts.texts),
+            self.schedule.network_timestep(timesteps),
         )
-        loss = self._denoising_loss(prediction, fakes.values, noisy, draw, timesteps)
-        self.engine.backward(loss)
+        loss = torch.zeros((), device=self.engine.device)
+        for rows in self.engine.micro_batches(len(noisy)):
+            prediction = self.engine(noisy[rows], network_timesteps[rows], conditioning[rows])
+            part = self._denoising_loss(prediction, fakes.values[rows], noisy[rows], draw[rows], timesteps[rows])
+            loss += self.engine.backward(part)
         norm = self.engine.update("distillation")
         return {"score/loss": loss.item(), "score/grad_norm": norm}
 
@@ -84,3 +94,11 @@ class ScoreEstimator(Saved):
 
     def load(self, directory: Location) -> None:
         self.engine.load_state(load_tensors(directory / "score_estimator.safetensors"))
+
+    @torch.no_grad()
+    def draw_teacher(self, prompts: Prompts, steps: int, guidance_scale: float, seed: int) -> Tensor:
+        """The frozen teacher's images from the noise of `Generator.draw`, float32 (B, 3, H, W) in [-1, 1], on the CPU."""
+        self.family.load(("vae",))
+        sampler = teacher_sampler(self.family, steps, guidance_scale)
+        batch = self.config.evaluation.batch
+        return draw_samples(self.family, sampler, prompts.texts, prompts.indices.tolist(), seed, batch)

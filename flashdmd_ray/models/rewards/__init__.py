@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from flashdmd_ray.config import LATER_REWARD_KINDS, suggestion
 from flashdmd_ray.models.latent_reward import LatentRewardModel
-from flashdmd_ray.models.rewards.base import PixelReward
+from flashdmd_ray.models.rewards.base import ImageFeatures, PixelReward
 from flashdmd_ray.models.rewards.pickscore import PickScore
 
 
@@ -35,4 +35,4 @@ def build_reward(kind: str, path: str) -> PixelReward | LatentRewardModel:
     return _LOADERS[kind](path)
 
 
-__all__ = ["LatentRewardModel", "PickScore", "PixelReward", "build_reward"]
+__all__ = ["ImageFeatures", "LatentRewardModel", "PickScore", "PixelReward", "build_reward"]

@@ -25,3 +25,12 @@ class PixelReward(Protocol):
     def to(self, device: torch.device | str) -> Self:
         """Move the model; returns self."""
         ...
+
+
+@runtime_checkable
+class ImageFeatures(Protocol):
+    """A model whose view of an image is a vector."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Vectors of unit length, float32 (B, F), of `images` float (B, 3, H, W) in [-1, 1]."""
+        ...

@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from flashdmd_ray.models.loading import load_module, load_part, load_tokenizer
@@ -66,3 +67,9 @@ class PickScore:
         output = self.clip(input_ids=tokens.input_ids.to(self.clip.device), pixel_values=pixels)
         cosine = (output.image_embeds.float() * output.text_embeds.float()[rows]).sum(dim=-1)
         return self.clip.logit_scale.float().exp() * cosine
+
+    def features(self, images: Tensor) -> Tensor:
+        """The image embeddings that rewards are computed from, of unit length, float32 (B, F)."""
+        pixels = self.preprocessing(images.to(self.clip.device)).to(self.clip.dtype)
+        embeddings = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
+        return F.normalize(embeddings.float(), dim=-1)

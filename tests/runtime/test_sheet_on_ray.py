@@ -1,0 +1,71 @@
+"""Sample sheets from workers: the pixels of the local runtime, and of one rank when several share a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashdmd_ray.batch import Prompts
+from flashdmd_ray.config import parse_config
+from flashdmd_ray.runtime import build_runtime
+from flashdmd_ray.runtime.build import ROLES
+from flashdmd_ray.sheet import SampleSheet
+from tests.tiny import save_sdxl
+
+LEARNER = {"learner": ROLES["learner"]}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return save_sdxl(tmp_path_factory.mktemp("teacher"))
+
+
+def drawn(teacher: Path, folder: Path, runtime: str, workers: int = 1, **engine: object) -> tuple[bytes, Tensor]:
+    """The sheet as it is written, and the student's row again, after two updates that the average follows."""
+    (folder / "prompts.txt").write_text("a red 4\ntwo 7s\na blue 1\n")
+    tree = {
+        "runtime": runtime,
+        "model": {"teacher": str(teacher)},
+        "generator": {"warmup": 0, "lr": 1e-3},
+        "engine": engine,
+        "placement": {"learner": {"workers": workers}},
+        "data": {"cache": str(folder / "cache")},
+        "evaluation": {"ema": 0.5, "batch": 2, "teacher_steps": 2, "prompts": str(folder / "prompts.txt")},
+        "deadlines": {"start_s": 500, "call_s": 500},
+    }
+    config = parse_config(tree)
+    roles = build_runtime(config, LEARNER)
+    try:
+        prompts = Prompts(("a red 4", "two 7s", "a", "b"), torch.arange(4))
+        for seed in range(2):
+            roles.generator.predict(prompts, 1, 249, seed)
+            roles.generator.update(torch.ones(4, 4, 8, 8), torch.ones(4, 4, 8, 8))
+            roles.generator.take_average()
+        sheet = SampleSheet(config, roles)
+        before = roles.generator.weights()
+        picture = sheet.write(folder / "sheet.png").read_bytes()
+        row = roles.generator.draw(sheet.prompts, config.sampling.timesteps, sheet.seed)[: len(sheet.texts)]
+        after = roles.generator.weights()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        return picture, row
+    finally:
+        roles.close()
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sheet_does_not_depend_on_who_draws_it(teacher, tmp_path):
+    """Ten prompts on four ranks: two of them get one more than is shown."""
+    threads = torch.get_num_threads()
+    try:
+        picture, row = drawn(teacher, tmp_path, "local")
+        on_ray, row_on_ray = drawn(teacher, tmp_path, "ray")
+        _, shared = drawn(teacher, tmp_path, "ray", workers=4, kind="deepspeed", zero_stage=3)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(row, row_on_ray)
+    assert picture == on_ray
+    torch.testing.assert_close(shared, row, rtol=0, atol=0.02)
