@@ -44,6 +44,14 @@ def test_state_of_another_plan_is_refused(tmp_path) -> None:
         _train(tmp_path, Plan(steps=13, learning_rate=0.05))
 
 
+def test_file_that_names_no_plan_is_refused_in_one_line(tmp_path) -> None:
+    for content in ({"model": {}}, torch.zeros(2)):
+        torch.save(content, tmp_path / "toy.pt")
+        with pytest.raises(ValueError, match=r"toy\.pt is no training state: it names no plan; remove it") as error:
+            _train(tmp_path)
+        assert "\n" not in str(error.value)
+
+
 def test_rate_warms_up_and_ends_at_zero() -> None:
     plan = Plan(steps=1000, learning_rate=1.0, warmup=10)
     assert plan.rate(0) == pytest.approx(0.1)

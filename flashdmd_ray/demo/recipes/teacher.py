@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flashdmd_ray.demo.checker import PromptChecker
@@ -141,8 +141,8 @@ def averaged_unet(state_file: Path, like: UNet2DConditionModel) -> UNet2DConditi
     return like.eval()
 
 
-def save(pipeline: StableDiffusionXLPipeline, path: Path) -> None:
-    """A StableDiffusionXLPipeline directory with half-precision files.
+def save(pipeline: DiffusionPipeline, path: Path) -> None:
+    """A pipeline's directory with half-precision files.
 
     The text towers' configurations say float32, so that transformers, which otherwise follows the file, computes in
     single precision as diffusers does.
@@ -154,10 +154,18 @@ def save(pipeline: StableDiffusionXLPipeline, path: Path) -> None:
         declare_float32(path / part / "config.json")
 
 
-def report(pipeline: StableDiffusionXLPipeline, checker: PromptChecker, count: int = 2000) -> dict[str, float]:
+def report(
+    pipeline: DiffusionPipeline,
+    checker: PromptChecker,
+    count: int = 2000,
+    *,
+    guided: float = GUIDANCE,
+    **options: int,
+) -> dict[str, float]:
     """Prompt accuracy and Frechet distance at 25 steps and at few, beside those of real held-out scenes.
 
-    Two steps with guidance and four without cost 4 forwards each."""
+    Two steps with guidance (of strength `guided`) and four without cost 4 forwards each. `options` go to the pipeline.
+    """
     real = make_pool(2 * count, "held_out", 9000)
     images = real.batch(torch.arange(2 * count))
     features = checker.features(images)
@@ -167,27 +175,34 @@ def report(pipeline: StableDiffusionXLPipeline, checker: PromptChecker, count: i
         "real_frechet": frechet_distance(features[:count], features[count:]),
     }
     for name, steps, guidance in (
-        ("25_steps_guided", 25, GUIDANCE),
-        ("4_steps_guided", 4, GUIDANCE),
-        ("2_steps_guided", 2, GUIDANCE),
-        ("1_step_guided", 1, GUIDANCE),
+        ("25_steps_guided", 25, guided),
+        ("4_steps_guided", 4, guided),
+        ("2_steps_guided", 2, guided),
+        ("1_step_guided", 1, guided),
         ("4_steps_unguided", 4, 1.0),
     ):
-        accuracy, distance = evaluate(pipeline, checker, count, steps=steps, guidance=guidance, seed=0)
+        accuracy, distance = evaluate(pipeline, checker, count, steps=steps, guidance=guidance, seed=0, **options)
         figures |= {f"{name}_accuracy": accuracy, f"{name}_frechet": distance}
     return figures
 
 
 @torch.no_grad()
 def evaluate(
-    pipeline: StableDiffusionXLPipeline, checker: PromptChecker, count: int, *, steps: int, guidance: float, seed: int
+    pipeline: DiffusionPipeline,
+    checker: PromptChecker,
+    count: int,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    **options: int,
 ) -> tuple[float, float]:
     """Prompt accuracy and Frechet distance of `count` samples for held-out captions, against held-out scenes.
 
     Captions come from one set of held-out scenes and the reference images from another.
     """
     captions = make_pool(count, "held_out", 7000 + seed).captions
-    images = sample(pipeline, captions, steps=steps, guidance=guidance, seed=seed)
+    images = sample(pipeline, captions, steps=steps, guidance=guidance, seed=seed, **options)
     real = make_pool(count, "held_out", 8000 + seed).batch(torch.arange(count))
     accuracy = checker.correct(images, captions).float().mean()
     return float(accuracy), frechet_distance(checker.features(images), checker.features(real))
@@ -195,9 +210,9 @@ def evaluate(
 
 @torch.no_grad()
 def sample(
-    pipeline: StableDiffusionXLPipeline, captions: list[str], *, steps: int, guidance: float, seed: int
+    pipeline: DiffusionPipeline, captions: list[str], *, steps: int, guidance: float, seed: int, **options: int
 ) -> torch.Tensor:
-    """Images (B, 3, 24, 24) in [-1, 1] from the plain pipeline."""
+    """Images (B, 3, 24, 24) in [-1, 1] from the plain pipeline; `options` are further arguments of its call."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     images = []
@@ -210,6 +225,7 @@ def sample(
             guidance_scale=guidance,
             output_type="pt",
             generator=generator,
+            **options,
         )
         images.append(result.images * 2 - 1)
     return torch.cat(images)

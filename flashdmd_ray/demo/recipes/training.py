@@ -91,7 +91,7 @@ def fit(
 
     `loss_of(step, generator)` returns the scalar loss of one step. State is saved in `work/<name>.pt` at most every
     `save_seconds`; when the file exists training goes on from there. With an EMA the model ends with the averaged
-    weights. Raises ValueError when the file was made by another plan.
+    weights. Raises ValueError when the file was made by another plan or names none.
     """
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
@@ -132,6 +132,8 @@ def _resume(path: Path, plan: Plan, model: nn.Module, optimizer: torch.optim.Opt
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True)
+    if not isinstance(state, dict) or "plan" not in state:
+        raise ValueError(f"{path} is no training state: it names no plan; remove it or name another work directory")
     if state["plan"] != asdict(plan):
         raise ValueError(f"{path} was made by another training plan; remove it or name another work directory")
     model.load_state_dict(state["model"])
