@@ -14,7 +14,7 @@ from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import UNetDenoiser
 from flashdmd_ray.roles.generator import AVERAGE, Generator
 from flashdmd_ray.roles.latent_adversary import AdversarialScoreEstimator, LatentDiscriminator
-from flashdmd_ray.roles.networks import load_family, student_network, whole_weights
+from flashdmd_ray.roles.networks import load_family, whole_weights
 from flashdmd_ray.roles.rollout import Rollout
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
 from flashdmd_ray.weights import checksum
@@ -76,6 +76,12 @@ def train(roles: Learner, prompts: Prompts, seeds: range) -> None:
             generator.prefer(pairs(prompts))
         if generator.average is not None:
             generator.take_average()
+
+
+def averaged(generator: Generator) -> dict[str, torch.Tensor]:
+    """The average of its weights, by parameter name."""
+    assert generator.average is not None
+    return {name.removeprefix("weights/"): t for name, t in generator.average.state_items() if name != "updates"}
 
 
 def storages(*modules: torch.nn.Module) -> set[int]:
@@ -157,10 +163,9 @@ def test_whole_weights_are_a_network_without_adapters(config, prompts):
     merged.load_state_dict(whole_weights(config, family, generator.weights()))
     inputs = noise(prompts.indices, (4, 8, 8), 1, "x"), torch.tensor([9, 500, 999]), family.encode(TEXTS)
     with torch.no_grad():
-        expected = student_network(config, family, generator.weights())(*inputs)
-        torch.testing.assert_close(merged(*inputs), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(merged(*inputs), generator.engine.module(*inputs), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="do not fit the generator of this configuration"):
-        student_network(config, family, merged.state_dict())
+        whole_weights(config, family, merged.state_dict())
 
 
 @pytest.mark.parametrize("engine", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
@@ -179,7 +184,7 @@ def test_save_and_load_continue_bit_for_bit(teacher, prompts, tmp_path, engine):
         expected, found = one.engine.state(), two.engine.state()
         assert expected.keys() == found.keys()
         assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    expected, found = (roles[0].evaluation_weights() for roles in (straight, resumed))
+    expected, found = (averaged(roles[0]) for roles in (straight, resumed))
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     saved = {path.name: load_tensors(path) for path in tmp_path.iterdir()}
     assert set(saved) == {"generator.safetensors", AVERAGE, "reference.safetensors", "score_estimator.safetensors"}
@@ -210,7 +215,7 @@ def test_the_latent_adversary_s_head_trains_beside_the_adapter(teacher, prompts)
 def test_the_average_is_emamodel_s_of_every_step(teacher, prompts):
     generator = Generator.from_config(settings(teacher, evaluation={"ema": 0.5}))
     start = generator.weights()
-    assert all(torch.equal(value, start[name]) for name, value in generator.evaluation_weights().items())
+    assert all(torch.equal(value, start[name]) for name, value in averaged(generator).items())
     generator.freeze_reference()
     expected = start
     for step in range(1, 5):
@@ -222,7 +227,7 @@ def test_the_average_is_emamodel_s_of_every_step(teacher, prompts):
         generator.take_average()
         kept = 0.0 if step == 1 else min(0.5, step / (step + 9))
         expected = {name: kept * value + (1 - kept) * generator.weights()[name] for name, value in expected.items()}
-    for name, value in generator.evaluation_weights().items():
+    for name, value in averaged(generator).items():
         torch.testing.assert_close(value, expected[name])
     assert any(not torch.equal(value, generator.weights()[name]) for name, value in expected.items())
 
@@ -234,7 +239,7 @@ def test_an_average_can_begin_with_a_resumed_run(teacher, prompts, tmp_path):
     assert not (tmp_path / AVERAGE).exists()
     generator = Generator.from_config(settings(teacher, evaluation={"ema": 0.9}))
     generator.load(tmp_path)
-    assert all(torch.equal(v, before[0].weights()[name]) for name, v in generator.evaluation_weights().items())
+    assert all(torch.equal(v, before[0].weights()[name]) for name, v in averaged(generator).items())
 
 
 def test_a_whole_network_s_state_is_refused(teacher, config, prompts, tmp_path):
