@@ -8,7 +8,9 @@ whole parameter.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,25 @@ from flashdmd_ray.engine.processes import local_device, rank, world_size
 
 Source = Mapping[str, Tensor]
 """Weights by parameter name, read one at a time: a `state_dict()`, or `checkpoint.load_tensors`, which maps the file into memory."""
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """The ranks of a machine run the block one after another: each reads a whole network and sends it to its GPU before the next one reads,
+    so host memory holds one copy at a time. Ranks of different machines do not wait for one another's turn. Collective.
+    """
+    if world_size() == 1:
+        yield
+        return
+    machines: list[str] = [""] * world_size()
+    dist.all_gather_object(machines, socket.gethostname())
+    mine = machines[: rank()].count(machines[rank()])
+    for turn in range(max(machines.count(machine) for machine in machines)):
+        try:
+            if turn == mine:
+                yield
+        finally:
+            dist.barrier()
 
 
 def skeleton(module: nn.Module) -> nn.Module:

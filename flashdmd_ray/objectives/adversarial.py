@@ -32,6 +32,12 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str) -> T
     return softplus(-real_logits).mean() + softplus(fake_logits).mean()
 
 
+def halves(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the real and of the generated images, from one forward over real images followed by as many generated ones."""
+    real, fake = logits.chunk(2)
+    return real, fake
+
+
 def balanced_weight(reference_norm: float, adversarial_norm: float, ratio: float) -> float:
     """lambda with lambda * adversarial_norm = ratio * reference_norm.
 

@@ -16,15 +16,9 @@ from flashdmd_ray.engine import Engine, build_engine
 from flashdmd_ray.models.discriminator import PixelDiscriminator
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.sam import load_sam_encoder
-from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
+from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss, halves
 from flashdmd_ray.roles.networks import Metrics, group_family, resolve, save_engine
 from flashdmd_ray.storage import Location
-
-
-def halves(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of the real and of the generated images of one forward."""
-    real, fake = logits.chunk(2)
-    return real, fake
 
 
 class Discriminator(Saved):

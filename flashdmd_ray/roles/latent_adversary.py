@@ -19,7 +19,7 @@ from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource, open_reals
 from flashdmd_ray.engine import build_engine
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
-from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
+from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss, halves
 from flashdmd_ray.roles.networks import Metrics, group_family, trained_network
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
 from flashdmd_ray.storage import Location
@@ -52,7 +52,8 @@ class DenoiserWithHead(nn.Module):
     def logits(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """float32 (B, N): one logit per position of the mid block."""
         features = self.denoiser.mid_features(noisy, timesteps, conditioning)
-        return self.head(features.float()).flatten(1)
+        precision = next(self.head.parameters()).dtype
+        return self.head(features.to(precision)).float().flatten(1)
 
 
 class AdversarialScoreEstimator(ScoreEstimator):
@@ -77,24 +78,31 @@ class AdversarialScoreEstimator(ScoreEstimator):
         conditioning = self.family.encode(fakes.prompts.texts)
         reals = self.images.latents(real_positions, self.family.image_size, self.family.encode_images)
         noisy_reals = self.schedule.add_noise(
-            reals.values.to(self.device), noise(fakes.prompts.indices, self.family.latent_shape, seed, "real"), timesteps
+            reals.values.to(self.device),
+            noise(fakes.prompts.indices, self.family.latent_shape, seed, "real"),
+            timesteps,
         )
         network_timesteps = self.schedule.network_timestep(timesteps)
-        judged = (
-            torch.cat([noisy_reals, noisy]),
-            network_timesteps.repeat(2),
-            Conditioning.concat([self.family.encode(reals.captions), conditioning]),
-        )
-        prediction, logits = self.engine(noisy, network_timesteps, conditioning, judged)
-        real_logits, fake_logits = logits.chunk(2)
-        denoising = self._denoising_loss(prediction, fakes.values, noisy, draw, timesteps)
-        adversarial = discriminator_loss(real_logits, fake_logits, self.config.adversarial.loss)
-        self.engine.backward(denoising + self.config.adversarial.score_weight * adversarial)
+        real_conditioning = self.family.encode(reals.captions)
+        losses, told = torch.zeros(2, device=self.engine.device), []
+        for rows in self.engine.micro_batches(len(noisy)):
+            judged = (
+                torch.cat([noisy_reals[rows], noisy[rows]]),
+                network_timesteps[rows].repeat(2),
+                Conditioning.concat([real_conditioning[rows], conditioning[rows]]),
+            )
+            prediction, logits = self.engine(noisy[rows], network_timesteps[rows], conditioning[rows], judged)
+            denoising = self._denoising_loss(prediction, fakes.values[rows], noisy[rows], draw[rows], timesteps[rows])
+            adversarial = discriminator_loss(*halves(logits), self.config.adversarial.loss)
+            self.engine.backward(denoising + self.config.adversarial.score_weight * adversarial)
+            losses += torch.stack([denoising, adversarial]).detach() * (len(prediction) / len(noisy))
+            told.append(torch.stack(halves(logits)).detach())
         norm = self.engine.update("distillation")
+        real_logits, fake_logits = torch.cat(told, dim=1)
         return {
-            "score/loss": denoising.item(),
+            "score/loss": losses[0].item(),
             "score/grad_norm": norm,
-            "discriminator/loss": adversarial.item(),
+            "discriminator/loss": losses[1].item(),
             "discriminator/accuracy_real": (real_logits > 0).float().mean().item(),
             "discriminator/accuracy_fake": (fake_logits < 0).float().mean().item(),
             "data/replaced": reals.replaced / len(reals.captions),
@@ -120,17 +128,19 @@ class LatentDiscriminator(Saved):
     def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
         """Per-sample dL_adv/dlatents, float32 (B, C, h, w), from latents re-noised to `timesteps`, int64 (B,)."""
         estimator = self.estimator
-        latents = fine.values.detach().requires_grad_()
-        noisy = estimator.schedule.add_noise(
-            latents, noise(fine.prompts.indices, estimator.family.latent_shape, seed, "judge"), timesteps
-        )
-        conditioning = estimator.family.encode(fine.prompts.texts)
-        network = estimator.engine.module
+        draw = noise(fine.prompts.indices, estimator.family.latent_shape, seed, "judge")
+        conditioning, at = estimator.family.encode(fine.prompts.texts), estimator.schedule.network_timestep(timesteps)
+        network, losses = estimator.engine.module, []
+        gradients: list[Tensor] = []
         assert isinstance(network, DenoiserWithHead)
-        logits = network.logits(noisy, estimator.schedule.network_timestep(timesteps), conditioning)
-        loss = generator_loss(logits, estimator.config.adversarial.loss)
-        (gradient,) = torch.autograd.grad(len(latents) * loss, latents)
-        return gradient, {"adversarial/generator_loss": loss.item()}
+        for rows in estimator.engine.cut(len(fine.values)):
+            latents = fine.values[rows].detach().requires_grad_()
+            noisy = estimator.schedule.add_noise(latents, draw[rows], timesteps[rows])
+            logits = network.logits(noisy, at[rows], conditioning[rows])
+            loss = len(latents) * generator_loss(logits, estimator.config.adversarial.loss)
+            gradients += torch.autograd.grad(loss, latents)
+            losses.append(loss.item())
+        return torch.cat(gradients), {"adversarial/generator_loss": sum(losses) / len(fine.values)}
 
     def update(self, fakes: Latents, real_positions: Tensor) -> Metrics:
         """Nothing to do: the estimator's own update trains the head."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import threading
 import time
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from flashdmd_ray.checkpoint import load_tensors, save_tensors
-from flashdmd_ray.engine import Engine, skeleton
+from flashdmd_ray.engine import Engine, in_turn, skeleton
 from tests.engine.common import engine
 from tests.engine.ranks import DEADLINE_S, Checks, Launches, parameters
 
@@ -102,7 +103,17 @@ def check_no_rank_holds_a_copy_of_its_own(kind: str, directory: Path) -> None:
     assert naive - most > 1.5, (naive, most)
 
 
-CHECKS: Checks = {RANKS: [(check_no_rank_holds_a_copy_of_its_own, ["zero3"])]}
+def check_ranks_take_turns(kind: str, directory: Path) -> None:
+    with in_turn():
+        started = time.monotonic()  # one clock for all processes of a machine
+        time.sleep(0.05)
+        mine = [started, time.monotonic()]
+    spans: list[list[float]] = [[] for _ in range(RANKS)]
+    dist.all_gather_object(spans, mine)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), spans
+
+
+CHECKS: Checks = {RANKS: [(check_ranks_take_turns, ["any"]), (check_no_rank_holds_a_copy_of_its_own, ["zero3"])]}
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def test_gradient_checkpointing_changes_no_bit(train):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), after.values(), strict=True))
 
 
-@pytest.mark.parametrize("train", [trained_discriminator])
+@pytest.mark.parametrize("train", [trained_discriminator, trained_generator, trained_estimator])
 def test_micro_batches_make_the_same_update(train):
     """Three samples in two micro-batches, of one and two: the mean over all three, however the batch is cut."""
     (_, expected), (cut, got) = train(), train("engine.accumulation=2")
