@@ -42,7 +42,7 @@ format: install ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 lock: install ## resolve the floors of pyproject.toml anew into constraints.txt (no registry address is written)
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra low-memory --universal --python-version 3.11 --upgrade \
 	  --no-header --no-annotate --no-emit-index-url --quiet --output-file constraints.txt
 
 clean: ## remove caches and build leftovers; runs/ and .venv stay
