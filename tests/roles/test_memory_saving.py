@@ -58,35 +58,24 @@ def spied(engine: Engine) -> list[Tensor]:
 def trained_discriminator(*settings: str) -> tuple[Discriminator, list[Tensor]]:
     role = Discriminator.from_config(configured(*settings))
     gradients = spied(role.engine)
-    answers = []
-    for step in range(2):
-        gradient, metrics = role.gradient(latents(step), torch.zeros(3, dtype=torch.int64), seed=step)
-        answers += [gradient, torch.tensor(metrics["adversarial/generator_loss"])]
-        metrics = role.update(latents(10 + step), torch.arange(3) + step)
-        answers += [torch.tensor(list(metrics.values())), gradients[step]]
-    return role, answers
+    gradient, answered = role.gradient(latents(0), torch.zeros(3, dtype=torch.int64), seed=0)
+    updated = role.update(latents(1), torch.arange(3))
+    return role, [gradient, torch.tensor([*answered.values(), *updated.values()]), *gradients]
 
 
 def trained_generator(*settings: str) -> tuple[Generator, list[Tensor]]:
     role = Generator.from_config(configured(*settings))
     gradients = spied(role.engine)
-    answers = []
-    for step in range(2):
-        prediction = role.predict(prompts(), high=1, low=249, seed=step)
-        answers += [prediction.coarse.values, prediction.fine.values]
-        metrics = role.update(latents(1).values, 0.1 * latents(2).values)
-        answers += [torch.tensor(list(metrics.values())), gradients[step]]
-    return role, answers
+    prediction = role.predict(prompts(), high=1, low=249, seed=0)
+    updated = role.update(latents(1).values, 0.1 * latents(2).values)
+    return role, [prediction.coarse.values, prediction.fine.values, torch.tensor(list(updated.values())), *gradients]
 
 
 def trained_estimator(*settings: str) -> tuple[ScoreEstimator, list[Tensor]]:
     role = ScoreEstimator.from_config(configured(*settings))
     gradients = spied(role.engine)
-    answers = []
-    for step in range(2):
-        metrics = role.update(latents(step), torch.tensor([30, 400, 900]), step, torch.arange(3))
-        answers += [torch.tensor(list(metrics.values())), gradients[step]]
-    return role, answers
+    updated = role.update(latents(0), torch.tensor([30, 400, 900]), 0, torch.arange(3))
+    return role, [torch.tensor(list(updated.values())), *gradients]
 
 
 def is_checkpointed(module: nn.Module) -> bool:
@@ -111,7 +100,4 @@ def test_micro_batches_make_the_same_update(train):
     (_, expected), (cut, got) = train(), train("engine.accumulation=2")
     assert cut.engine.cut(3) == [slice(0, 1), slice(1, 3)]
     for a, b in zip(got, expected, strict=True):
-        # The second update starts from weights to which AdamW has added the rounding of the first, magnified.
-        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * b.abs().max().item())
-    for a, b in zip(got[: len(got) // 2], expected[: len(got) // 2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
