@@ -95,3 +95,5 @@ def run_rank(module: str, ranks: int, port: int, directory: Path, rank: int) -> 
 
 if __name__ == "__main__":
     run_rank(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo may still run on a busy machine, and C++ complains when an exit meets them
