@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from flashdmd_ray.config import Config, dump_config, load_config
-from flashdmd_ray.plan import check, describe
+from flashdmd_ray.plan import check, describe, preview
 from flashdmd_ray.run_directory import RunDirectory
 
 FAILED, REFUSED = 1, 2
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         config = load_config(options.config, options.set)
-        run, parts = check(config)
+        run, parts = preview(config) if options.dry_run else check(config)
     except ValueError as error:
         return refuse(error)
     print(dump_config(config), flush=True)

@@ -20,8 +20,8 @@ def plan_text(settings, **changes):
 
 
 def row(text, name):
-    (line,) = [line for line in text.splitlines() if line.strip().startswith(name)]
-    return line.split()
+    """The first line that starts so: of the roles, of the learner where others have it too."""
+    return next(line.split() for line in text.splitlines() if line.strip().startswith(name))
 
 
 def test_parameters_are_counted_without_loading(settings):
@@ -65,17 +65,6 @@ def test_without_preference_updates_there_are_no_pools(settings):
     assert "rollout" not in text
     assert "reward" not in text
     assert "reference policy" not in text
-
-
-def test_memory_follows_engine_ranks_and_objectives(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "PROCESS_GIB", 0.0)
-    billion = 2**30 // 4  # parameters of one GiB
-    monkeypatch.setattr(model_files, "read_header", lambda path: billion if "unet" in str(path) else 0)
-    learner = {"preference": {"updates": 5}, "placement": {"learner": {"workers": 2}}, "runtime": "ray"}
-    # teacher 1, reference 1; generator: weights, gradient, 2 x 2 moments; score estimator: weights, gradient, 2 moments
-    assert row(plan_text(settings, **learner), "learner ")[-2:] == ["12.0", "GiB"]
-    # ZeRO-1 over 2 ranks: weights and gradient whole, masters and moments halved: 1 + (2 + 5/2) + (2 + 3/2) + 1
-    assert row(plan_text(settings, **learner, engine={"kind": "deepspeed"}), "learner ")[-2:] == ["10.0", "GiB"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,11 @@
+"""The GPUs of this machine."""
+
+from __future__ import annotations
+
+import torch
+
+
+def smallest_gpu() -> int | None:
+    """Bytes of memory of the GPU with the least; None without one."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return min((torch.cuda.get_device_properties(index).total_memory for index in range(count)), default=None)

@@ -1,0 +1,40 @@
+"""Everything that can be known to be wrong before work begins."""
+
+from __future__ import annotations
+
+from flashdmd_ray.config import Config
+from flashdmd_ray.data.catalogue import evaluation_prompts, named
+from flashdmd_ray.plan.fit import check_fit
+from flashdmd_ray.plan.models import Models, models_of
+from flashdmd_ray.plan.parts import Part, parts_of_models
+from flashdmd_ray.run_directory import RunDirectory
+from flashdmd_ray.storage import check_checkpoint_root
+
+
+def check(config: Config) -> tuple[RunDirectory, list[Part]]:
+    """Everything that can be known to be wrong before work begins: run folder, model files, memory of GPUs. Creates nothing.
+
+    Raises ValueError, one line, naming the key or file and the remedy.
+    """
+    named(config.data)
+    if config.evaluation.prompts is not None:
+        evaluation_prompts(config.evaluation.prompts)
+    run, parts, models = _inspected(config)
+    for line in models.absent:
+        raise ValueError(line)
+    return run, parts
+
+
+def preview(config: Config) -> tuple[RunDirectory, list[Part]]:
+    """As `check` for `--dry-run`: published models and data may still have to be brought here, `describe` says which."""
+    run, parts, _ = _inspected(config)
+    return run, parts
+
+
+def _inspected(config: Config) -> tuple[RunDirectory, list[Part], Models]:
+    run = RunDirectory.check(config.run.dir, config.run.name, config.model_dump(mode="json"))
+    check_checkpoint_root(config, run.path)
+    models = models_of(config)
+    parts = parts_of_models(config, models)
+    check_fit(config, models, parts)
+    return run, parts, models

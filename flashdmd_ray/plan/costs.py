@@ -1,0 +1,79 @@
+"""The cost of a network's uses, from a table of measured ones, or measured now."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flashdmd_ray.plan.specs import Spec, key_of
+
+TABLE = Path(__file__).with_name("costs.json")
+"""Spec key -> {"spec", "cost"}: those of the demo, of the published models and of the shipped configurations.
+`python benchmarks/plan_costs.py` measured them."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A quantity of a call on n samples: constant + slope n."""
+
+    constant: float
+    slope: float
+
+    def __call__(self, samples: float, calls: float = 1) -> float:
+        """Of `calls` calls on so many samples in all; bytes of one call, or operations."""
+        return calls * self.constant + samples * self.slope if samples else 0.0
+
+
+@dataclass(frozen=True)
+class Use:
+    """flops: operations, two for each multiply-add. kept, peak: bytes between forward and backward, and at most."""
+
+    flops: Line
+    kept: Line
+    peak: Line
+
+
+@dataclass(frozen=True)
+class Cost:
+    """parameters: of the network. trained: of those that get gradients. uses: by what is done with it."""
+
+    parameters: int
+    trained: int
+    uses: Mapping[str, Use]
+
+
+def cost_of(spec: Spec | None) -> Cost | None:
+    """None for an unknown architecture. One that is not in the table is measured, which imports torch and takes seconds to a minute."""
+    return None if spec is None else _cost(key_of(spec), json.dumps(spec))
+
+
+@lru_cache(maxsize=64)
+def _cost(key: str, spec: str) -> Cost:
+    entry = table().get(key)
+    if entry is not None:
+        return _read(entry["cost"])
+    log.info("measuring %s", spec)
+    from flashdmd_ray.measure import measure
+
+    return _read(measure(json.loads(spec)))
+
+
+@lru_cache(maxsize=1)
+def table() -> Mapping[str, Any]:
+    """The table as it is in the file."""
+    entries: Mapping[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return entries
+
+
+def _read(cost: Mapping[str, Any]) -> Cost:
+    uses = {
+        name: Use(*(Line(*use[figure]) for figure in ("flops", "kept", "peak"))) for name, use in cost["uses"].items()
+    }
+    return Cost(cost["parameters"], cost["trained"], uses)
