@@ -151,6 +151,8 @@ def _sampler_facts(
 ) -> dict[str, Any]:
     """What flashdmd.json says. load, call: keyword arguments of the pipeline's from_pretrained and of its call.
 
+    original_size and crops_coords_top_left must be given as tuples, which JSON does not have.
+
     seed: where a seed goes: "generator", the call's argument, or "torch", `torch.manual_seed`, since
     StableDiffusion3Pipeline does not hand its generator to the scheduler.
     """

@@ -106,7 +106,7 @@ class SDXL(Family):
     def call_settings(self) -> dict[str, Any]:
         settings = super().call_settings()
         if self.original_size != self.image_size:
-            settings["original_size"] = list(self.original_size)
+            settings["original_size"] = tuple(self.original_size)
         if self.crop != (0, 0):
-            settings["crops_coords_top_left"] = list(self.crop)
+            settings["crops_coords_top_left"] = tuple(self.crop)
         return settings
