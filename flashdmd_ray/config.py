@@ -80,7 +80,9 @@ class ModelConfig(Section):
         if self.t5 and self.family != "sd3":
             raise ValueError(f"t5: family '{self.family}' has no T5; set it to false")
         if self.family != "sdxl" and (self.original_size or self.crop):
-            raise ValueError(f"original_size and crop: family '{self.family}' has no micro-conditioning; leave them null")
+            raise ValueError(
+                f"original_size and crop: family '{self.family}' has no micro-conditioning; leave them null"
+            )
         if self.teacher_config is not None and not self.teacher.endswith(".safetensors"):
             raise ValueError("teacher_config: goes with a single .safetensors file as teacher; leave it null")
         return self
@@ -273,7 +275,9 @@ class EngineConfig(Section):
                 "optimizer 'adamw_8bit' keeps its moments on one device: set kind to 'torch' and offload_optimizer to false, or use 'adamw'"
             )
         if self.compile and self.kind == "deepspeed" and self.zero_stage == 3:
-            raise ValueError("compile cannot follow the gathering of ZeRO stage 3: set compile to false, or zero_stage to 1 or 2")
+            raise ValueError(
+                "compile cannot follow the gathering of ZeRO stage 3: set compile to false, or zero_stage to 1 or 2"
+            )
         return self
 
 
