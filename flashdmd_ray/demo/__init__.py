@@ -13,6 +13,12 @@ WEIGHTS_ROOT = Path(__file__).parent / "weights"
 # One file per part whose presence means that the part is complete.
 _MARKERS = {
     "teacher": ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"),
+    "teacher_sd3": (
+        "model_index.json",
+        "transformer/config.json",
+        "vae/config.json",
+        "scheduler/scheduler_config.json",
+    ),
     "reward": ("config.json", "model.safetensors", "processor_config.json"),
     "latent_reward": ("config.json", "model.safetensors"),
     "sam": ("config.json", "model.safetensors"),
@@ -23,8 +29,9 @@ _MARKERS = {
 def weights_path(part: str = "") -> Path:
     """Directory of one part of the shipped weights, or of all of them for the empty name.
 
-    `part`: "teacher" (a StableDiffusionXLPipeline directory), "reward" (a CLIPModel directory), "latent_reward",
-    "sam", "checker" or "". Raises ValueError when the part is unknown or when its files are missing.
+    `part`: "teacher" (a StableDiffusionXLPipeline directory), "teacher_sd3" (a StableDiffusion3Pipeline directory
+    without a T5), "reward" (a CLIPModel directory), "latent_reward", "sam", "checker" or "". Raises ValueError when the
+    part is unknown or when its files are missing.
     """
     if part and part not in _MARKERS:
         raise ValueError(f"unknown part {part!r} of the demo weights; known: {', '.join(_MARKERS)}")

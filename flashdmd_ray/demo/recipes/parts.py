@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flashdmd_ray.demo.checker import PromptChecker
-from flashdmd_ray.demo.recipes import checker, latent_reward, reward, sam, teacher, text, vae
+from flashdmd_ray.demo.recipes import checker, latent_reward, reward, sam, teacher, teacher_sd3, text, vae
 from flashdmd_ray.demo.recipes.training import Plan
 
 RECORD = "measurements.json"
@@ -55,6 +55,19 @@ def make_teacher(out: Path, work: Path, plan: Plan) -> Metrics:
     return metrics | teacher.report(StableDiffusionXLPipeline.from_pretrained(home), judge)
 
 
+def make_teacher_sd3(out: Path, work: Path, plan: Plan) -> Metrics:
+    home = out / "teacher"
+    decoder = AutoencoderKL.from_pretrained(_need(home / "vae")).eval()
+    tokenizer = _tokenizer(out)
+    tower = CLIPTextModel.from_pretrained(_need(home / "text_encoder")).eval()
+    two = CLIPTextModelWithProjection.from_pretrained(_need(home / "text_encoder_2")).eval()
+    one = teacher_sd3.with_projection(tower, tokenizer, plan.seed)
+    transformer, metrics = teacher_sd3.train(work, decoder, tokenizer, one, two, plan)
+    teacher.save(teacher_sd3.build_pipeline(decoder, tokenizer, one, two, transformer), out / "teacher_sd3")
+    judge = PromptChecker.load(_need(out / "checker"))
+    return metrics | teacher_sd3.report(teacher_sd3.load(out / "teacher_sd3"), judge)
+
+
 def make_reward(out: Path, work: Path, plan: Plan) -> Metrics:
     tokenizer = _tokenizer(out)
     model, metrics = reward.train(work, tokenizer, plan)
@@ -81,6 +94,7 @@ PARTS: dict[str, tuple[Callable[[Path, Path, Plan], Metrics], Plan]] = {
     "vae": (make_vae, vae.PLAN),
     "text": (make_text, text.PLAN),
     "teacher": (make_teacher, teacher.PLAN),
+    "teacher_sd3": (make_teacher_sd3, teacher_sd3.PLAN),
     "reward": (make_reward, reward.PLAN),
     "latent_reward": (make_latent_reward, latent_reward.PLAN),
     "sam": (make_sam, sam.PLAN),
