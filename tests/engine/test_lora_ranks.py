@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashdmd_ray.config import LoraConfig
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, UNetDenoiser
-from tests.engine.common import BETAS, DECAY, KINDS, LR, assert_same, engine, shard
+from tests.engine.common import BETAS, DECAY, KINDS, LR, assert_equal_weights, assert_same, engine, shard
 from tests.engine.ranks import DEADLINE_S, Checks, Launches, parameters
 from tests.tiny import sdxl_pipeline
 
@@ -64,16 +63,14 @@ def check_adapters_train_couple_and_are_copied(kind: str, directory: Path) -> No
         plain_steps(expected, range(2))
         score.couple(generator, 0.75)
         weights, coupled = generator.weights(), score.weights()
-        for name, value in expected.state_dict().items():
-            assert torch.allclose(reference.state_dict()[name], value, atol=1e-4), name
-            if dist.get_rank() == 0:
-                assert torch.allclose(weights[name], value, atol=1e-4), name
-                assert torch.allclose(coupled[name], 0.75 * start[name] + 0.25 * weights[name], atol=1e-6), name
+        assert_equal_weights(generator, expected, tolerance=1e-4)
+        for name, value in weights.items():
+            assert torch.allclose(coupled[name], 0.75 * start[name] + 0.25 * value, atol=1e-6), name
         with torch.no_grad():
             ours, theirs, teacher, of_copy = (
                 loss(network, 7, cut=False) for network in (generator.module, expected, frozen, reference)
             )
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
         torch.testing.assert_close(of_copy, ours, rtol=1e-6, atol=0)
         assert (theirs - teacher).abs() > 1e-4
         assert_same(frozen.state_dict(), before)
