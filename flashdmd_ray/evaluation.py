@@ -104,7 +104,7 @@ class _Measuring:
         self.seed = seed
         self.batch = batch
         self.say = say
-        features = [] if yardstick.features is None else [yardstick.features(images) for images in reference.reals]
+        features = [] if yardstick.features is None else [yardstick.features(i).cpu() for i in reference.reals]
         self.reals = torch.cat(features) if features else None
 
     @torch.no_grad()
