@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from flashdmd_ray.config import Config
 from flashdmd_ray.plan import specs
-from flashdmd_ray.plan.costs import Cost, cost_of
+from flashdmd_ray.plan.costs import Cost, cost_of, known_cost
 from flashdmd_ray.plan.models import Models, models_of
 
 FLOAT = 4
@@ -64,14 +64,13 @@ def parts_of_models(config: Config, models: Models) -> list[Part]:
     if models.sam is None:
         parts.append(Part("discriminator head", "learner", 0, "yes", Held(), "on the score estimator's mid block"))
     else:
-        cost = cost_of(specs.critic(config, models))
-        parts += _discriminator(models, cost)
+        parts += _discriminator(models, known_cost(specs.critic(config, models)))
         parts += _family(models, "discriminator", frozen)
     if config.preference.updates:
         parts += _rollout(config, models)
         for label, model in models.rewards.items():
             # A latent reward may share weights with a U-Net beside it: its own file does not hold them all.
-            cost = cost_of(specs.latent_reward(config, models, label))
+            cost = known_cost(specs.latent_reward(config, models, label))
             count = cost.parameters if cost else model.parameters
             parts.append(_frozen(f"reward: {label}", "reward", count, FLOAT, model.source))
         parts += _family(models, "reward", frozen)
@@ -93,14 +92,15 @@ def _family(models: Models, group: str, size: float) -> list[Part]:
 def _discriminator(models: Models, cost: Cost | None) -> list[Part]:
     sam = models.sam
     assert sam is not None, "a pixel discriminator has a SAM"
-    # Of a checkpoint only the image encoder is loaded, up to its last level.
+    # Of a checkpoint only the image encoder is loaded, up to its last level; without a cost all of it is counted, and the small heads not.
     encoder = _frozen(
         "discriminator: SAM", "discriminator", cost.parameters if cost else sam.parameters, FLOAT, sam.source
     )
-    heads = None if cost is None else Held(FLOAT * cost.trained, FLOAT * cost.trained, MOMENTS["adamw"] * cost.trained)
+    count = cost.trained if cost else 0
+    heads = Held(FLOAT * count, FLOAT * count, MOMENTS["adamw"] * count)
     return [
         replace(encoder, parameters=sam.parameters),
-        Part("discriminator: heads", "discriminator", cost.trained if cost else 0, "yes", heads, "scratch"),
+        Part("discriminator: heads", "discriminator", count, "yes", heads, "scratch"),
     ]
 
 
