@@ -70,7 +70,7 @@ def train(roles: Learner, prompts: Prompts, seeds: range) -> None:
         prediction = generator.predict(prompts, high=seed % 3, low=249, seed=seed)
         gradient, _ = score.gradient(prediction.coarse, torch.tensor([50, 400, 900]), seed)
         generator.update(gradient, torch.full_like(gradient, 1e-3))
-        score.couple(generator, 0.98)
+        score.couple(generator, score.config.score.ema)
         score.update(prediction.coarse, torch.tensor([5, 300, 990]), seed, torch.arange(3))
         if generator.reference is not None:
             generator.prefer(pairs(prompts))
