@@ -41,7 +41,8 @@ def settings(family: str, root: Path) -> Config:
     """alpha is not the rank: a reader that assumes so must find the factor in the matrices."""
     lora = {"networks": ["generator", "score"], "rank": 4, "alpha": 2.0}
     teacher = SAVED[family](root / "teacher")
-    return parse_config({"model": {"family": family, "teacher": str(teacher)}, "lora": lora})
+    model = {"family": family, "teacher": str(teacher)}
+    return parse_config({"model": model, "lora": lora, "preference": {"updates": 0}, "rewards": []})
 
 
 def trained_weights(config: Config, family: Family) -> dict[str, torch.Tensor]:
