@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from flashdmd_ray.config import EngineConfig, OptimizerConfig
 from flashdmd_ray.engine import Engine, build_engine, init_process_group
@@ -191,6 +192,19 @@ def test_offload_changes_no_bit():
         one_update(e, 1, "preference")
     assert same(kept.state(), offloaded.state())
     assert same(dict(kept.copy().state_dict()), dict(offloaded.copy().state_dict()))
+
+
+def test_a_compiled_network_trains_alike():
+    """Compiled in truth: the compiler has seen graphs. Copies, such as the reference policy, are plain again."""
+    eager, compiled = engine(), engine(compile=True)
+    counters["stats"].clear()
+    for e in (eager, compiled):
+        for step in range(2):
+            one_update(e, step)
+    assert counters["stats"]["unique_graphs"] > 0
+    for name, weights in eager.weights().items():
+        torch.testing.assert_close(compiled.weights()[name], weights, rtol=1e-4, atol=1e-5)
+    assert torch.equal(compiled.copy()(inputs(0)), compiled.module.forward(inputs(0)))
 
 
 def wide() -> nn.Module:
