@@ -21,7 +21,7 @@ from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.diffusion.schedule import NoiseSchedule, schedule_from_config
 from flashdmd_ray.models import FAMILIES, latent_size
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
-from flashdmd_ray.models.loading import Source, load_config, load_module, open_source
+from flashdmd_ray.models.loading import Source, load_config, load_module, load_part, open_source
 
 PARTS = ("denoiser", "vae", "text")
 
@@ -98,7 +98,9 @@ class Family(ABC):
     def __init__(self, model: ModelConfig, source: Source, parts: Collection[str]) -> None:
         self.path = source.path
         self.scheduler_config: Mapping[str, Any] = source.config("scheduler")
-        self.schedule: NoiseSchedule = schedule_from_config(self.scheduler_config)
+        self.schedule: NoiseSchedule = load_part(
+            self.path, "the scheduler", lambda: schedule_from_config(self.scheduler_config)
+        )
         self.device = torch.device("cpu")
         self.checkpoint_decoder = False  # recompute the decoder in the backward pass: less memory at 1024 pixels
         network = source.config(FAMILIES[self.name].denoiser)
