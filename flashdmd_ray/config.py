@@ -167,7 +167,7 @@ class MatchingConfig(Section):
     timestep_range: tuple[Timestep, Timestep] = (20, 980)
     """[open] Where x is noised for the DM gradient; the range is DMD2's."""
     guidance_scale: Annotated[float, Field(ge=1)] = 8.0
-    """Classifier-free guidance of the teacher: 8 for SDXL, 7 for SD3 in related work, 2 for the demo."""
+    """Classifier-free guidance of the teacher: 8 for SDXL, 7 for SD3 in related work, 1 (none) for the demo."""
     epsilon: PositiveFloat = 1e-6
     """Keeps the per-sample normaliser mean|x - x_real| from zero."""
 
@@ -436,6 +436,36 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_ranks()
+        self._check_networks()
+        self._check_family()
+        labels = [reward.label for reward in self.rewards]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"rewards: two rewards are called the same ({', '.join(labels)}); give each a name")
+        for name in ("matching", "score"):
+            low, high = getattr(self, name).timestep_range
+            if low >= high:
+                raise ValueError(f"{name}.timestep_range: the first must be below the second, got [{low}, {high}]")
+        if self.data.latents is not None and not (
+            self.adversarial.space == "latent" or self.adversarial.real_through_vae
+        ):
+            raise ValueError(
+                "data.latents: no real image passes through the VAE's encoder unless adversarial.space is 'latent' or "
+                "adversarial.real_through_vae is true; set it to null"
+            )
+        if self.preference.updates:
+            self._check_preference()
+        elif not self.preference.distill:
+            raise ValueError("preference.distill: false with preference.updates 0 leaves nothing to train")
+        for steps in self.evaluation.student_steps or ():
+            if len(self.sampling.timesteps) % steps:
+                raise ValueError(
+                    f"evaluation.student_steps: {steps} does not divide the {len(self.sampling.timesteps)} "
+                    "sampling.timesteps; choose divisors"
+                )
+        return self
+
+    def _check_ranks(self) -> None:
         for group, key, batch in (
             ("learner", "batch", self.batch),
             ("discriminator", "batch", self.batch),
@@ -451,26 +481,14 @@ class Config(Section):
                     f"engine.accumulation: the {batch // workers} samples of {key} on each of {workers} ranks of the {group} cannot be cut "
                     f"into {self.engine.accumulation} micro-batches; set it to at most {batch // workers}"
                 )
-        labels = [reward.label for reward in self.rewards]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"rewards: two rewards are called the same ({', '.join(labels)}); give each a name")
-        for name in ("matching", "score"):
-            low, high = getattr(self, name).timestep_range
-            if low >= high:
-                raise ValueError(f"{name}.timestep_range: the first must be below the second, got [{low}, {high}]")
         if self.runtime == "local" and any(
             getattr(self.placement, g).workers > 1 for g in ("learner", "discriminator", "rollout", "reward")
         ):
             raise ValueError("placement: more than one worker needs runtime 'ray'")
         if self.runtime == "local" and self.data.decode == "ray":
             raise ValueError("data.decode: 'ray' needs runtime 'ray'; use 'threads'")
-        if self.data.latents is not None and not (
-            self.adversarial.space == "latent" or self.adversarial.real_through_vae
-        ):
-            raise ValueError(
-                "data.latents: no real image passes through the VAE's encoder unless adversarial.space is 'latent' or "
-                "adversarial.real_through_vae is true; set it to null"
-            )
+
+    def _check_networks(self) -> None:
         if self.adversarial.space == "latent" and self.score.ema < 1:
             raise ValueError(
                 "score.ema: with adversarial.space 'latent' the score estimator carries a GAN head that the generator lacks, "
@@ -492,18 +510,6 @@ class Config(Section):
                 f"score.ema: with lora.networks [{self.lora.networks[0]}] one of generator and score estimator is an adapter and the other "
                 "a whole network, so they cannot be coupled; set score.ema to 1, or lora.networks to [generator, score]"
             )
-        self._check_family()
-        if self.preference.updates:
-            self._check_preference()
-        elif not self.preference.distill:
-            raise ValueError("preference.distill: false with preference.updates 0 leaves nothing to train")
-        for steps in self.evaluation.student_steps or ():
-            if len(self.sampling.timesteps) % steps:
-                raise ValueError(
-                    f"evaluation.student_steps: {steps} does not divide the {len(self.sampling.timesteps)} "
-                    "sampling.timesteps; choose divisors"
-                )
-        return self
 
     @property
     def high_noise_steps(self) -> int:
