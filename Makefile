@@ -5,8 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-# torch on many threads makes small models slower, and the tests share the machine with Ray's processes.
-TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
+# Test files are spread over two processes of one thread each: most of a test on Ray is waiting, and torch on many
+# threads makes small models slower. On a larger machine: make test TEST_PROCESSES=8
+TEST_PROCESSES ?= 2
+TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format lock clean
@@ -29,7 +31,7 @@ demo: install ## the main job on the shipped demo: distillation and preference R
 	$(BIN)/python jobs/joint_train.py
 
 test: install ## all tests
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 check: install ## style, types, import rules
 	$(BIN)/ruff check .

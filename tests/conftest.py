@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A private Ray on the loopback address, for the whole session; a runtime built meanwhile uses it and leaves it running."""
+    """A private Ray on the loopback address, for all tests of this process; a runtime built meanwhile uses it and leaves it running."""
     from flashdmd_ray.runtime.cluster import Cluster
 
     cluster = Cluster.join()
