@@ -536,9 +536,10 @@ class Config(Section):
                 "adversarial.prompt_projection: model.family 'sd15' has no pooled prompt embedding; set it to false"
             )
         for index, reward in enumerate(self.rewards if self.preference.updates else ()):
-            if reward.kind == "latent" and family != "sdxl":
+            if reward.kind == "latent" and reward.path == "demo" and family != "sdxl":
                 raise ValueError(
-                    f"rewards.{index}.kind: a latent reward reads what model.family 'sdxl' makes, not '{family}'; use 'pickscore'"
+                    f"rewards.{index}.path: the packaged latent reward reads latents of the packaged model.family 'sdxl', not '{family}'; "
+                    "name one that jobs/train_latent_reward.py made for it, or use kind 'pickscore'"
                 )
 
     def _check_preference(self) -> None:

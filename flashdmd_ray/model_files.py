@@ -147,8 +147,23 @@ def reward_files(config: Config) -> dict[str, ModelFiles]:
     found = {}
     for index, reward in enumerate(config.rewards):
         part = "latent_reward" if reward.kind == "latent" else "reward"
-        found[reward.label] = _inspect(f"rewards.{index}.path", reward.path, part, ("",), {})
+        files = _inspect(f"rewards.{index}.path", reward.path, part, ("",), {})
+        if reward.kind == "latent" and files.root is not None:
+            _check_form(f"rewards.{index}.path", files, config.model.family)
+        found[reward.label] = files
     return found
+
+
+def _check_form(key: str, files: ModelFiles, family: str) -> None:
+    """Raises ValueError for a latent reward made of another form of network than the family's."""
+    assert files.root is not None
+    forms = {entry.denoiser for entry in FAMILIES.values()}
+    found = forms & _read(files.root / "config.json").keys()
+    if found and FAMILIES[family].denoiser not in found:
+        raise ValueError(
+            f"{key}: {files.source} is a latent reward on a {found.pop()}, but model.family '{family}' has a "
+            f"{FAMILIES[family].denoiser}; choose one that was trained for this family"
+        )
 
 
 def _inspect(

@@ -16,7 +16,7 @@ from flashdmd_ray.measure.observe import Observer, Use
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser, UNetDenoiser
 from flashdmd_ray.models.discriminator import PixelDiscriminator
-from flashdmd_ray.models.latent_reward import LatentRewardModel
+from flashdmd_ray.models.latent_reward import LatentRewardModel, MMDiTLatentReward, UNetLatentReward
 from flashdmd_ray.models.sd3 import SD3Denoiser
 
 Uses = dict[str, Use]
@@ -171,16 +171,17 @@ def build_sam(sizes: Mapping[str, Any], image_size: int) -> ImageEncoderViT:
 
 
 def _latent_reward(spec: Mapping[str, Any]) -> Network:
-    model = LatentRewardModel(spec["network"], spec["text_width"]).to(_dtype(spec)).requires_grad_(False).eval()
+    model: LatentRewardModel
+    if spec.get("family") == "sd3":
+        model = MMDiTLatentReward(spec["network"])
+    else:
+        model = UNetLatentReward(spec["network"], spec["text_width"])
+    model = model.to(_dtype(spec)).requires_grad_(False).eval()
 
     def observe(batch: int) -> Uses:
         noisy, timesteps = torch.empty(batch, *spec["latent"]), torch.empty(batch, dtype=torch.int64)
-        c = blank_conditioning({"family": "sdxl", **spec}, batch)
-        return {
-            "forward": Observer(model, [noisy]).forward(
-                lambda: model(noisy, timesteps, c.prompt_embeds, c.pooled, c.time_ids)
-            )
-        }
+        conditioning = blank_conditioning({"family": "unet", **spec}, batch)
+        return {"forward": Observer(model, [noisy]).forward(lambda: model(noisy, timesteps, conditioning))}
 
     return _count(model), 0, observe
 

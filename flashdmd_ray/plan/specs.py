@@ -172,14 +172,19 @@ def critic(config: Config, models: Models) -> Spec | None:
 
 
 def latent_reward(config: Config, models: Models, label: str) -> Spec | None:
-    """A latent reward model: the down and mid blocks of a U-Net, in float32."""
+    """A latent reward model, in float32: the down and mid blocks of a U-Net, or the first blocks of a transformer."""
     saved, tokens = models.rewards[label].config, tokens_of(config, models)
-    if saved is None or "unet" not in saved or models.latent is None or tokens is None:
+    if saved is None or models.latent is None or tokens is None:
+        return None
+    if "transformer" in saved:
+        form: Spec = {"family": "sd3", "network": _shape(saved["transformer"], _TRANSFORMER)}
+    elif "unet" in saved:
+        form = {"network": _shape(saved["unet"], _UNET), "text_width": saved["text_width"]}
+    else:
         return None
     return {
         "kind": "latent_reward",
-        "network": _shape(saved["unet"], _UNET),
-        "text_width": saved["text_width"],
+        **form,
         "dtype": "float32",
         "latent": list(models.latent),
         "tokens": tokens,

@@ -53,10 +53,7 @@ class Reward:
         timestep = (
             candidates.timestep if self.config.preference.reward_timestep == "current" else candidates.next_timestep
         )
-        c = self.family.encode(tuple(texts))
-        assert c.pooled is not None, "latent rewards are SDXL-form"
-        assert c.time_ids is not None, "latent rewards are SDXL-form"
-        return model(latents, full(timestep, latents), c.prompt_embeds, c.pooled, c.time_ids)
+        return model.score(latents, full(timestep, latents), texts, self.family)
 
 
 def load_reward(config: RewardConfig) -> PixelReward | LatentRewardModel:

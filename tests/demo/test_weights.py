@@ -17,7 +17,7 @@ from flashdmd_ray.demo.checker import PromptChecker
 from flashdmd_ray.demo.recipes import latent_reward, reward, sam, teacher
 from flashdmd_ray.demo.recipes.parts import PARTS, RECORD, card
 from flashdmd_ray.demo.recipes.training import make_pool
-from flashdmd_ray.models.latent_reward import LatentRewardModel
+from flashdmd_ray.models.latent_reward import load_latent_reward
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_reward_has_a_gradient_to_pixels() -> None:
 
 
 def test_latent_reward_prefers_correct_scenes_at_low_and_middle_noise(pipeline: StableDiffusionXLPipeline) -> None:
-    model = LatentRewardModel.from_pretrained(weights_path("latent_reward")).eval()
+    model = load_latent_reward(weights_path("latent_reward")).eval()
     figures = latent_reward.evaluate(model, pipeline, 300)
     assert figures["t249_beats_contradicting"] >= 0.8
     assert figures["t499_beats_contradicting"] >= 0.7

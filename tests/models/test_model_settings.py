@@ -122,7 +122,7 @@ SOMEWHERE = {"teacher": "some/where"}
         ({"model": {"teacher_config": "some/where"}}, "teacher_config: goes with a single .safetensors file"),
         (
             {"model": {"family": "sd3"}},
-            r"rewards\.1\.kind: a latent reward reads what model\.family 'sdxl' makes, not 'sd3'",
+            r"rewards\.1\.path: the packaged latent reward reads latents of the packaged model\.family 'sdxl', not 'sd3'",
         ),
         (
             {

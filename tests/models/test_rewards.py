@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from flashdmd_ray.config import LATER_REWARD_KINDS, REWARD_KINDS
 from flashdmd_ray.models import rewards
-from flashdmd_ray.models.latent_reward import LatentRewardModel
+from flashdmd_ray.models.latent_reward import LatentRewardModel, UNetLatentReward, save_latent_reward
 from flashdmd_ray.models.rewards import PixelReward, build_reward
 from tests.tiny import sdxl_pipeline, text_config, tokenizer
 
@@ -116,7 +116,7 @@ def test_pickscore_is_a_pixel_reward_and_frozen(reward):
 
 def test_latent_reward_is_loaded_frozen(tmp_path):
     pipeline = sdxl_pipeline()
-    LatentRewardModel.from_unet(pipeline.unet, 16).save_pretrained(tmp_path)
+    save_latent_reward(UNetLatentReward.from_unet(pipeline.unet), tmp_path)
     model = build_reward("latent", str(tmp_path))
     assert isinstance(model, LatentRewardModel)
     assert not any(p.requires_grad for p in model.parameters())

@@ -17,7 +17,8 @@ from flashdmd_ray.demo.recipes.teacher import encode_images, encode_text
 from flashdmd_ray.demo.recipes.text import tokenize
 from flashdmd_ray.demo.recipes.training import Plan, fit, make_pool
 from flashdmd_ray.demo.scenes import CANVAS, Split
-from flashdmd_ray.models.latent_reward import LatentRewardModel
+from flashdmd_ray.models.denoiser import Conditioning
+from flashdmd_ray.models.latent_reward import LatentRewardModel, UNetLatentReward, save_latent_reward
 
 PLAN = Plan(steps=1500, learning_rate=5e-4, warmup=100, ema_decay=0.998, seed=71)
 BATCH = 64
@@ -62,9 +63,9 @@ class _Pairs:
         scores = model(
             torch.cat(noisy).contiguous(memory_format=torch.channels_last),
             times.repeat(repeat),
-            states.repeat(repeat, 1, 1),
-            pooled.repeat(repeat, 1),
-            time_ids.expand(repeat * len(index), 6),
+            Conditioning(
+                states.repeat(repeat, 1, 1), pooled.repeat(repeat, 1), time_ids.expand(repeat * len(index), 6)
+            ),
         )
         return list(scores.chunk(repeat))
 
@@ -74,7 +75,7 @@ def train(
 ) -> tuple[LatentRewardModel, dict[str, float]]:
     """The latent reward and the shares of held-out pairs that it orders right, by kind of loser and timestep."""
     torch.manual_seed(plan.seed)
-    model = LatentRewardModel.from_unet(teacher.unet, teacher.text_encoder_2.config.projection_dim)
+    model = UNetLatentReward.from_unet(teacher.unet)
     # The down blocks stay the teacher's: their weights need not be shipped twice.
     model.requires_grad_(False)
     for trained in (model.unet.mid_block, model.visual_projection):
@@ -115,4 +116,4 @@ def evaluate(model: LatentRewardModel, teacher: StableDiffusionXLPipeline, count
 
 def save(model: LatentRewardModel, path: Path, teacher: Path) -> None:
     """`teacher`: the shipped teacher's directory, from which the frozen blocks are read at loading."""
-    model.save_pretrained(path, dtype=torch.float16, base_unet=teacher / "unet")
+    save_latent_reward(model, path, dtype=torch.float16, base=teacher / "unet")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flashdmd_ray.config import LATER_REWARD_KINDS, suggestion
-from flashdmd_ray.models.latent_reward import LatentRewardModel
+from flashdmd_ray.models.latent_reward import LatentRewardModel, load_latent_reward
 from flashdmd_ray.models.rewards.base import ImageFeatures, PixelReward
 from flashdmd_ray.models.rewards.pickscore import PickScore
 
 
 def _load_latent(path: str) -> LatentRewardModel:
-    return LatentRewardModel.from_pretrained(path).requires_grad_(False).eval()
+    return load_latent_reward(path).requires_grad_(False).eval()
 
 
 _LOADERS: dict[str, Callable[[str], PixelReward | LatentRewardModel]] = {

@@ -1,0 +1,82 @@
+"""Directories of latent reward models: config.json says which form, model.safetensors holds the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flashdmd_ray.models.latent_reward.base import LatentRewardModel
+from flashdmd_ray.models.latent_reward.mmdit import MMDiTLatentReward, last_text_norm
+from flashdmd_ray.models.latent_reward.unet import UNetLatentReward
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_BASE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load_latent_reward(path: Path | str) -> LatentRewardModel:
+    """The model in a directory written by `save_latent_reward`, as float32. Raises ValueError when it is not one."""
+    path = Path(path)
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text())
+        model = _build(config)
+        state = load_file(path / WEIGHTS_FILE)
+        base = config.get(f"base_{model.kind}")
+        if base is not None:
+            wanted = model.state_dict()
+            shared = _base_state(model, path / base)
+            state |= {name: value for name, value in shared.items() if name not in state and name in wanted}
+        model.load_state_dict({name: value.float() for name, value in state.items()})
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is not a complete latent reward model: {error}") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} does not hold a latent reward model: {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def save_latent_reward(
+    model: LatentRewardModel, path: Path | str, *, dtype: torch.dtype = torch.float32, base: Path | None = None
+) -> None:
+    """Write `config.json` and `model.safetensors`, the weights in `dtype`.
+
+    base: the directory of the diffusion network that the model was made from, which will lie at the same place relative to `path` when
+    the model is loaded; weights that equal its own are left out.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}
+    if base is not None:
+        shared = _base_state(model, base)
+        state = {
+            name: value
+            for name, value in state.items()
+            if name not in shared or not torch.equal(value, shared[name].to(dtype))
+        }
+    where = None if base is None else os.path.relpath(base, path)
+    config = {**model.description(), f"base_{model.kind}": where}
+    (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    save_file(state, path / WEIGHTS_FILE)
+    (path / WEIGHTS_FILE).chmod(0o644)  # safetensors writes files for their owner only
+
+
+def _build(config: dict[str, Any]) -> LatentRewardModel:
+    if "transformer" in config:
+        return MMDiTLatentReward(config["transformer"])
+    return UNetLatentReward(config["unet"], config["text_width"])
+
+
+def _base_state(model: LatentRewardModel, path: Path) -> dict[str, Tensor]:
+    """Weights of a network's directory under the names they have inside the reward model."""
+    state = load_file(path / _BASE_WEIGHTS)
+    if isinstance(model, MMDiTLatentReward):
+        last = len(model.transformer.transformer_blocks) - 1
+        if f"transformer_blocks.{last + 1}.attn.to_q.weight" in state:
+            state = last_text_norm(state, last)
+    return {f"{model.kind}.{name}": value for name, value in state.items()}
