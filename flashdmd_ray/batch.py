@@ -127,14 +127,15 @@ class Prediction(Batch):
 class Candidates(Batch):
     """K Gaussian hops from one noisy latent (ALGORITHM 4).
 
-    noisy: float32 (B, C, h, w) at `timestep`; values: float32 (B, K, C, h, w) at `next_timestep`; clean: float32 (B, K, C, h, w), each
-    candidate carried on to a clean latent for the pixel rewards; version: the published weights that made them.
+    noisy: float32 (B, C, h, w) at `timestep`; values: float32 (B, K, C, h, w) at `next_timestep`; images: uint8 (B, K, 3, H, W), each
+    candidate carried on to a clean latent and decoded, once for all that look at it, or (B, 0, 3, H, W) when nobody does;
+    version: the published weights that made them.
     """
 
     prompts: Prompts
     noisy: Tensor
     values: Tensor
-    clean: Tensor
+    images: Tensor
     timestep: int
     next_timestep: int
     version: int
@@ -162,6 +163,16 @@ class PublishedWeights:
     version: int
     tensors: Any
     checksum: str
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels uint8 of `images` float in [-1, 1], rounded to the nearest of 256 values; what lies outside is clamped."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """Images float32 in [-1, 1] of uint8 pixels."""
+    return pixels.float() / 127.5 - 1
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -10,7 +10,7 @@ import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -222,6 +222,8 @@ class PreferenceConfig(Section):
     """[open] Timestep given to a latent reward for a candidate: LPO scores x_{t-1} with the current t."""
     candidate_image: Literal["one_hop", "remaining_hops"] = "one_hop"
     """How a candidate becomes a clean image for pixel rewards: one generator forward, or all remaining hops."""
+    decode_batch: PositiveInt = 8
+    """Candidates that a rollout worker decodes at a time: what bounds its memory for the VAE (1.9 GiB each at 1024 pixels)."""
 
 
 class RewardConfig(Section):
@@ -231,12 +233,26 @@ class RewardConfig(Section):
     """What metrics call it; the kind when empty."""
     path: str = "demo"
     """'demo', a directory or a hub id."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight after normalisation within the prompt group; 0 logs the reward without optimising it."""
+    weight: PositiveFloat = 1.0
+    """Weight after normalisation within the prompt group."""
+    held_out: bool = False
+    """true: logged, never optimised. A judge that training does not know."""
+    pool: str | None = None
+    """Rewards that name the same pool share its workers and one call; null is a pool of its own, under the reward's label."""
 
     @property
     def label(self) -> str:
         return self.name or self.kind
+
+    @property
+    def pool_name(self) -> str:
+        """The pool whose workers hold this reward."""
+        return self.pool or self.label
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it judges decoded images; a latent reward reads the latent itself."""
+        return self.kind != "latent"
 
     @field_validator("kind")
     @classmethod
@@ -321,17 +337,51 @@ class GroupConfig(Section):
     that share of the memory. null: that of the GPUs of this machine, if it has any."""
 
 
+class PoolConfig(GroupConfig):
+    max_workers: PositiveInt | None = None
+    """null: always `workers`. Else the pool grows up to so many while calls wait, and shrinks back to `workers` when they do not."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        if self.max_workers is not None and self.max_workers < self.workers:
+            raise ValueError(
+                f"max_workers: {self.max_workers} is below workers {self.workers}; raise it, or null for a fixed size"
+            )
+        return self
+
+
 class PlacementConfig(Section):
     learner: GroupConfig = GroupConfig()
     """Teacher, generator and score estimator; ZeRO shards over its ranks."""
     discriminator: GroupConfig = GroupConfig()
     """Decoder, SAM and heads."""
-    rollout: GroupConfig = GroupConfig()
+    rollout: PoolConfig = PoolConfig()
     """Candidate generation from the published weights."""
-    reward: GroupConfig = GroupConfig()
-    """Reward models."""
+    reward: PoolConfig = PoolConfig()
+    """Every pool of rewards that `pools` does not name."""
+    pools: dict[str, PoolConfig] = {}
+    """Single pools of rewards by name; what is not said here is as in `reward`."""
     threads: PositiveInt = 1
     """torch threads of every process, local runtime included: sums depend on it, so it is part of the configuration."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pools_start_from_reward(cls, tree: Any) -> Any:
+        """Each entry of `pools` completed from `reward`, so that a dumped configuration says all of it."""
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("pools"), Mapping):
+            return tree
+        common = tree.get("reward") or {}
+        if isinstance(common, GroupConfig):
+            common = common.model_dump(exclude_unset=True)
+        pools = {
+            name: {**common, **pool} if isinstance(pool, Mapping) and isinstance(common, Mapping) else pool
+            for name, pool in tree["pools"].items()
+        }
+        return {**tree, "pools": pools}
+
+    def groups(self) -> list[GroupConfig]:
+        """Every section of it that places workers."""
+        return [self.learner, self.discriminator, self.rollout, self.reward, *self.pools.values()]
 
 
 class DeadlineConfig(Section):
@@ -339,8 +389,10 @@ class DeadlineConfig(Section):
     """For a worker to come up and load its models."""
     call_s: PositiveFloat = 600.0
     """For one call of a role."""
+    reward_s: PositiveFloat = 120.0
+    """For one call of a reward worker."""
     retries: Count = 3
-    """Replays of a call whose pool worker died."""
+    """Replays of a call whose pool worker died, hung or failed."""
     checkpoint_s: PositiveFloat = 1800.0
     """For a checkpoint to be written; the next one, a stop and the end of the run wait for it."""
     attempts: PositiveInt = 3
@@ -425,7 +477,10 @@ class Config(Section):
     matching: MatchingConfig = MatchingConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
     preference: PreferenceConfig = PreferenceConfig()
-    rewards: tuple[RewardConfig, ...] = (RewardConfig(kind="pickscore"), RewardConfig(kind="latent"))
+    rewards: tuple[RewardConfig, ...] = (
+        RewardConfig(kind="pickscore", pool="reward"),
+        RewardConfig(kind="latent", pool="reward"),
+    )
     engine: EngineConfig = EngineConfig()
     lora: LoraConfig = LoraConfig()
     placement: PlacementConfig = PlacementConfig()
@@ -439,9 +494,7 @@ class Config(Section):
         self._check_ranks()
         self._check_networks()
         self._check_family()
-        labels = [reward.label for reward in self.rewards]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"rewards: two rewards are called the same ({', '.join(labels)}); give each a name")
+        self._check_pools()
         for name in ("matching", "score"):
             low, high = getattr(self, name).timestep_range
             if low >= high:
@@ -481,12 +534,26 @@ class Config(Section):
                     f"engine.accumulation: the {batch // workers} samples of {key} on each of {workers} ranks of the {group} cannot be cut "
                     f"into {self.engine.accumulation} micro-batches; set it to at most {batch // workers}"
                 )
-        if self.runtime == "local" and any(
-            getattr(self.placement, g).workers > 1 for g in ("learner", "discriminator", "rollout", "reward")
-        ):
+        if self.runtime == "local" and any(_most_workers(placed) > 1 for placed in self.placement.groups()):
             raise ValueError("placement: more than one worker needs runtime 'ray'")
         if self.runtime == "local" and self.data.decode == "ray":
             raise ValueError("data.decode: 'ray' needs runtime 'ray'; use 'threads'")
+
+    def _check_pools(self) -> None:
+        labels = [reward.label for reward in self.rewards]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"rewards: two rewards are called the same ({', '.join(labels)}); give each a name")
+        for name in self.reward_pools:
+            if name in _GROUPS:
+                raise ValueError(
+                    f"rewards: a pool cannot be called '{name}', as other workers are; give it another name"
+                )
+        for name in self.placement.pools:
+            if name not in self.reward_pools:
+                raise ValueError(
+                    f"placement.pools.{name}: no reward is in that pool{suggestion(name, list(self.reward_pools))}; "
+                    f"there are {', '.join(self.reward_pools)}"
+                )
 
     def _check_networks(self) -> None:
         if self.adversarial.space == "latent" and self.score.ema < 1:
@@ -510,6 +577,35 @@ class Config(Section):
                 f"score.ema: with lora.networks [{self.lora.networks[0]}] one of generator and score estimator is an adapter and the other "
                 "a whole network, so they cannot be coupled; set score.ema to 1, or lora.networks to [generator, score]"
             )
+
+    @property
+    def reward_pools(self) -> dict[str, tuple[RewardConfig, ...]]:
+        """Pool -> the rewards in it, in the order of the configuration."""
+        names = dict.fromkeys(reward.pool_name for reward in self.rewards)
+        return {name: tuple(r for r in self.rewards if r.pool_name == name) for name in names}
+
+    def placed(self, group: str) -> GroupConfig:
+        """Where the workers of a group or pool are: 'learner', 'discriminator', 'rollout' or the name of a reward pool."""
+        if group in _GROUPS:
+            found: GroupConfig = getattr(self.placement, group)
+            return found
+        return self.placement.pools.get(group, self.placement.reward)
+
+    def placement_key(self, group: str) -> str:
+        """The setting that says so, for messages."""
+        if group in _GROUPS:
+            return f"placement.{group}"
+        return f"placement.pools.{group}" if group in self.placement.pools else "placement.reward"
+
+    def for_pool(self, name: str) -> Self:
+        """The configuration as a worker of that reward pool sees it: with no other rewards than its own."""
+        placement = self.placement.model_copy(update={"reward": self.placed(name), "pools": {}})
+        return self.model_copy(update={"rewards": self.reward_pools[name], "placement": placement})
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether anything looks at the candidates' images."""
+        return any(reward.reads_images for reward in self.rewards)
 
     @property
     def high_noise_steps(self) -> int:
@@ -553,10 +649,19 @@ class Config(Section):
                 f"preference.high_noise: candidates need a hop to a next timestep and {list(self.sampling.timesteps)} has {hops}; "
                 f"set it to at most {hops}"
             )
-        if not any(reward.weight for reward in self.rewards):
+        if all(reward.held_out for reward in self.rewards):
             raise ValueError(
-                "rewards: preference updates need at least one reward with weight above 0; add one or set preference.updates to 0"
+                "rewards: preference updates need at least one reward that is not held out; add one or set preference.updates to 0"
             )
+
+
+_GROUPS = ("learner", "discriminator", "rollout")
+"""Worker groups that are not reward pools."""
+
+
+def _most_workers(placed: GroupConfig) -> int:
+    grown = placed.max_workers if isinstance(placed, PoolConfig) else None
+    return grown or placed.workers
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
@@ -628,12 +733,15 @@ def _describe(detail: ErrorDetails) -> str:
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     section: Any = Config
+    named = False  # the next part is a name of the user's, in a mapping of sections
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or named:
+            named = False
             continue
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *get_args(annotation)]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+        named = get_origin(annotation) is dict
     return list(section.model_fields)
 
 

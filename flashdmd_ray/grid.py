@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from flashdmd_ray.batch import to_uint8
 
 CELL, LARGE, GAP, MARGIN, LABELS = 120, 256, 8, 12, 150
 FONT_SIZE, LINE = 13, 16
@@ -62,7 +63,7 @@ def _cell_size(images: Tensor) -> tuple[int, int]:
 
 
 def _enlarge(image: Tensor, width: int, height: int) -> Image.Image:
-    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = to_uint8(image).cpu()
     picture = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
     filtering = Image.Resampling.NEAREST if width % picture.width == 0 else Image.Resampling.LANCZOS
     return picture.resize((width, height), filtering)

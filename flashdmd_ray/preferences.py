@@ -73,13 +73,15 @@ class PreferenceSource:
             draw.seed(f"{purpose}/noise"),
             self.weights,
         )
-        return rate(candidates, self.runtime.rewards.score(candidates), self.config)
+        answers = self.runtime.parallel(*[partial(pool.score, candidates) for pool in self.runtime.rewards.values()])
+        rewards = {label: values for answer in answers for label, values in answer.items()}
+        return rate(candidates, rewards, self.config)
 
 
 def rate(candidates: Candidates, rewards: dict[str, torch.Tensor], config: Config) -> RatedPairs:
     """Winner and loser of each prompt group, and the figures that tell whether the rewards are of use."""
     preference = config.preference
-    weights = {reward.label: reward.weight for reward in config.rewards}
+    weights = {reward.label: reward.weight for reward in config.rewards if not reward.held_out}
     combined, finite = combine_rewards(rewards, weights)
     winner, loser, margin, kept = select_pairs(combined, preference.threshold, preference.temperature)
     kept = kept & finite

@@ -98,7 +98,7 @@ def compare(config: Config, family: Family, student: Denoiser, say: Say) -> Comp
     yardstick = build_yardstick(config, family)
     if yardstick is None:
         say(
-            "no table: nothing judges these images; configure a pixel reward, with weight 0 to leave it out of training"
+            "no table: nothing judges these images; configure a reward of images, with held_out: true to leave it out of training"
         )
         return None
     seed = derive_seed(config.seed, "evaluation")
@@ -137,12 +137,12 @@ def pixel_rewards(config: Config) -> list[RewardConfig]:
     training optimises it."""
     optimised = optimised_rewards(config)
     knows = config.model.teacher == "demo"
-    return [r for r in config.rewards if r.kind != "latent" and (knows or r.path != "demo" or r.label in optimised)]
+    return [r for r in config.rewards if r.reads_images and (knows or r.path != "demo" or r.label in optimised)]
 
 
 def optimised_rewards(config: Config) -> list[str]:
     """Labels of the rewards that training raises."""
-    return [r.label for r in config.rewards if r.weight] if config.preference.updates else []
+    return [r.label for r in config.rewards if not r.held_out] if config.preference.updates else []
 
 
 def grid_seed(config: Config) -> int:

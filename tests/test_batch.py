@@ -14,8 +14,10 @@ from flashdmd_ray.batch import (
     Prompts,
     concat_values,
     derive_seed,
+    from_uint8,
     noise,
     split_value,
+    to_uint8,
 )
 
 
@@ -78,11 +80,18 @@ def test_shards_are_even_and_join_to_the_batch(kind, count, data):
 def test_texts_stay_with_their_tensors(count, data):
     parts = data.draw(st.integers(1, count))
     for shard in batches(count)["candidates"].split(parts):
-        assert len(shard.prompts) == len(shard.noisy) == len(shard.values) == len(shard.clean)
+        assert len(shard.prompts) == len(shard.noisy) == len(shard.values) == len(shard.images)
         for text, index, row in zip(shard.prompts.texts, shard.prompts.indices, shard.noisy, strict=True):
             assert text == f"scene {int(row.mean())}"
             assert index == 100 + row.mean()
         assert (shard.timestep, shard.next_timestep, shard.version) == (999, 749, 7)
+
+
+def test_pixels_come_back_and_round_to_the_nearest():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(from_uint8(every)), every)
+    assert to_uint8(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
+    assert (from_uint8(to_uint8(torch.linspace(-1, 1, 999))) - torch.linspace(-1, 1, 999)).abs().max() <= 1 / 255 + 1e-6
 
 
 def test_a_rank_without_work_is_refused():

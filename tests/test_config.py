@@ -51,6 +51,13 @@ def test_the_dump_is_the_same_configuration():
         ("sampling.timesteps=[1000]", "sampling.timesteps", "less than or equal to 999"),
         ("sampling.timesteps=[999]", "preference.updates", "set it to 0"),
         ("rewards=[{kind: pikscore}]", "rewards.0.kind", "did you mean 'pickscore'"),
+        ("rewards=[{kind: latent, weight: 0}]", "rewards.0.weight", "greater than 0"),
+        ("rewards=[{kind: latent, held_out: true}]", "rewards", "at least one reward that is not held out"),
+        ("rewards=[{kind: latent, pool: rollout}]", "rewards", "give it another name"),
+        ("placement.pools.rewrad.workers=2", "placement.pools.rewrad", "did you mean 'reward'"),
+        ("placement.pools.reward.wrkers=2", "placement.pools.reward.wrkers", "did you mean 'workers'"),
+        ("placement.rollout={workers: 3, max_workers: 2}", "placement.rollout", "below workers 3"),
+        ("placement.learner.max_workers=2", "placement.learner.max_workers", "did you mean 'workers'"),
         ("rewards=[{kind: hpsv2}]", "rewards.0.kind", "not implemented yet"),
         ("rewards=[{kind: latent}, {kind: latent}]", "rewards", "give each a name"),
         ("rewards=[]", "rewards", "preference.updates to 0"),
@@ -81,6 +88,26 @@ def test_mistakes_are_one_line_with_key_and_remedy(override, key, remedy):
     assert key in message
     assert remedy in message
     assert "\n" not in message
+
+
+def test_pools_by_name_start_from_the_common_setting():
+    rewards = "rewards=[{kind: pickscore}, {kind: latent, pool: other}]"
+    config = load_config(None, [rewards, "placement.reward={workers: 2, cpus: 3}", "placement.pools.other.workers=5"])
+    assert {name: [r.label for r in rewards] for name, rewards in config.reward_pools.items()} == {
+        "pickscore": ["pickscore"],
+        "other": ["latent"],
+    }
+    assert (config.placed("other").workers, config.placed("other").cpus) == (5, 3)
+    assert (config.placed("pickscore").workers, config.placement_key("pickscore")) == (2, "placement.reward")
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    seen = config.for_pool("other")
+    assert [reward.label for reward in seen.rewards] == ["latent"]
+    assert seen.placed("other").workers == 5
+
+
+def test_one_process_has_no_growing_pools():
+    with pytest.raises(ValueError, match="needs runtime 'ray'"):
+        load_config(None, ["runtime=local", "placement.pools.reward.max_workers=2"])
 
 
 def test_adapters_compute_in_the_type_of_their_base():

@@ -89,7 +89,7 @@ class Step:
         weights = generator.weights()
         published = PublishedWeights(version=0, tensors=weights, checksum=checksum(weights))
         candidates = self._count("rollout", lambda: self.runtime.rollouts.candidates(prompts, 0, 5, published))
-        self._count("reward", lambda: self.runtime.rewards.score(candidates))
+        self._count("reward", lambda: self.runtime.rewards["reward"].score(candidates))
         generator.freeze_reference()
         values = candidates.values
         pairs = PreferencePairs(
@@ -126,7 +126,7 @@ def test_operations_of_every_role(step, planned):
             learner["teacher"] + learner["score estimator"],
         ),
         "discriminator": (real["critic"], critic),
-        "rollout": (real["rollout"], planned["rollout: rollout"]),
+        "rollout": (real["rollout"], planned["rollout: rollout"] + planned["rollout: VAE"]),
         "reward": (real["reward"], sum(flops for name, flops in planned.items() if name.startswith("reward: "))),
     }
     for role, (measured, estimate) in expected.items():

@@ -20,7 +20,7 @@ UNKNOWN_NETWORKS = Models(
     vae=Model("a teacher", parameters=10),
     texts=(Model("a teacher", parameters=5),),
     sam=Model("a sam", parameters=7),
-    rewards={"pickscore": Model("a clip", parameters=3)},
+    rewards={"pickscore": Model("a clip", parameters=3), "latent": Model("a U-Net", parameters=2)},
     latent=None,
     image=None,
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashdmd_ray.batch import Candidates, Draws, Prompts, noise
+from flashdmd_ray.batch import Candidates, Draws, Prompts, noise, to_uint8
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.preferences import PreferenceSource, rate
 
@@ -19,7 +19,7 @@ def config() -> Config:
 def candidates() -> Candidates:
     prompts = Prompts(("a", "b", "c"), torch.arange(3))
     values = noise(prompts.indices, (4, 2, 3, 3), 0, "z")
-    return Candidates(prompts, values[:, 0], values, values, timestep=999, next_timestep=749, version=5)
+    return Candidates(prompts, values[:, 0], values, to_uint8(values), timestep=999, next_timestep=749, version=5)
 
 
 def test_best_and_worst_become_the_pair(config, candidates):

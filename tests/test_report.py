@@ -117,7 +117,7 @@ def test_the_packaged_reward_judges_other_teachers_only_when_they_are_trained_on
     def labels(**changes: object) -> list[str]:
         rewards = [
             {"kind": "pickscore"},
-            {"kind": "pickscore", "name": "mine", "path": "a/b", "weight": 0.0},
+            {"kind": "pickscore", "name": "mine", "path": "a/b", "held_out": True},
             {"kind": "latent"},
         ]
         return [reward.label for reward in pixel_rewards(parse_config({"rewards": rewards} | changes))]

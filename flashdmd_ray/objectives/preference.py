@@ -48,17 +48,17 @@ def pair_weights(keep: Tensor) -> Tensor:
 def combine_rewards(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
     """One reward per candidate: sum_r weight_r * (r - mean_K r) / std_K r, each normalised within its prompt group.
 
-    rewards: name -> (B, K); weights: name -> float, for the same names. A reward of weight 0 is only logged. Returns
+    rewards: name -> (B, K); weights: name -> float above 0, of the rewards that are optimised; others count for nothing. Returns
     (combined (B, K) float32, kept (B,) bool). A group with a reward that is not finite is dropped as a whole, its combined values nan:
     a failed reward must not pass for a bad image. A reward that does not tell the K candidates of a group apart adds 0 to all of them.
 
-    std is over the K candidates (not K-1). Raises ValueError when names differ or no weight is positive.
+    std is over the K candidates (not K-1). Raises ValueError when a reward is missing or there is no weight above 0.
     """
-    if set(rewards) != set(weights):
-        raise ValueError(f"rewards {sorted(rewards)} and their weights {sorted(weights)} name different models")
-    if not any(weight > 0 for weight in weights.values()):
-        raise ValueError("no reward has a weight above 0; nothing says which candidate is better")
-    used = [(rewards[name].double(), weight) for name, weight in weights.items() if weight]
+    if missing := set(weights) - set(rewards):
+        raise ValueError(f"there are weights for {sorted(missing)}, but rewards of {sorted(rewards)}")
+    if not weights or min(weights.values()) <= 0:
+        raise ValueError(f"nothing says which candidate is better: every weight must be above 0, got {dict(weights)}")
+    used = [(rewards[name].double(), weight) for name, weight in weights.items()]
     kept = torch.stack([torch.isfinite(values).all(dim=1) for values, _ in used]).all(dim=0)
     combined = torch.stack([weight * _normalised(values) for values, weight in used]).sum(dim=0)
     return torch.where(kept[:, None], combined, torch.nan).float(), kept

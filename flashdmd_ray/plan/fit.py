@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flashdmd_ray.config import Config, GroupConfig, parse_config
+from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.plan.models import Models
 from flashdmd_ray.plan.parts import Part, parts_of_models
 from flashdmd_ray.plan.roles import Work, peak_of, work_of
@@ -68,13 +68,14 @@ def check_fit(config: Config, models: Models, parts: Sequence[Part]) -> None:
 
 
 def _placed(config: Config) -> list[str]:
-    return [name for name, placed in config.placement if isinstance(placed, GroupConfig) and placed.gpus]
+    pools = ("rollout", *config.reward_pools) if config.preference.updates else ()
+    return [name for name in ("learner", "discriminator", *pools) if config.placed(name).gpus]
 
 
 def room_of(config: Config, group: str) -> float | None:
     """GiB of GPU memory for a worker of the group: its share of a GPU, or all of it for the one process of runtime 'local'. None when it
     has no GPU, or one that nothing is known of."""
-    placed: GroupConfig = getattr(config.placement, group)
+    placed = config.placed(group)
     if not placed.gpus:
         return None
     memory = placed.gpu_memory_gib or _detected_gib()
@@ -93,7 +94,7 @@ def _detected_gib() -> float | None:
 def _too_large(config: Config, models: Models, group: str, process: Process, room: float) -> str:
     key = "learner" if group == "local" else group
     where = "the process of runtime 'local'" if group == "local" else f"a worker of the {group}"
-    need = f"placement.{key}: {where} needs {process.gpu_gib:.1f} GiB of GPU memory and has {room:.1f} GiB"
+    need = f"{config.placement_key(key)}: {where} needs {process.gpu_gib:.1f} GiB of GPU memory and has {room:.1f} GiB"
     for changes, found in _remedies(config, models, group, process.gpu_gib):
         if found.gpu_gib <= room:
             settings = ", ".join(f"{name} {value}" for name, value in changes.items())
@@ -120,7 +121,9 @@ _STEPS: Mapping[str, Sequence[Step]] = {
     ),
     "rollout": (
         ("model.dtype", lambda config: "bfloat16"),
+        ("preference.decode_batch", lambda config: 1),
         ("preference.batch", lambda config: _fewest_prompts(config)),
+        ("preference.candidates", lambda config: 2),
         ("lora.networks", lambda config: ["generator", "score"]),
     ),
     "reward": (
@@ -129,13 +132,14 @@ _STEPS: Mapping[str, Sequence[Step]] = {
         ("preference.candidates", lambda config: 2),
     ),
 }
-"""What is tried for each group, in this order, one on top of the other."""
+"""What is tried for each group ("reward": for every pool of rewards), in this order, one on top of the other."""
 
 
 def _remedies(config: Config, models: Models, group: str, need: float) -> Iterator[tuple[dict[str, Any], Process]]:
     """Settings that differ from the configuration's, one more each time, and what the process needs with them."""
     changes: dict[str, Any] = {}
-    steps = _STEPS["learner"] + _STEPS["reward"] if group == "local" else _STEPS[group]  # type: ignore[operator]
+    everything = [*_STEPS["learner"], *_STEPS["rollout"], *_STEPS["reward"]]
+    steps = everything if group == "local" else _STEPS.get(group, _STEPS["reward"])
     last = need
     for key, choose in steps:
         value = choose(config)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flashdmd_ray.config import Config
+from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.plan import specs
 from flashdmd_ray.plan.costs import Cost, cost_of, known_cost
 from flashdmd_ray.plan.models import Models, models_of
@@ -68,12 +69,22 @@ def parts_of_models(config: Config, models: Models) -> list[Part]:
         parts += _family(models, "discriminator", frozen)
     if config.preference.updates:
         parts += _rollout(config, models)
-        for label, model in models.rewards.items():
-            # A latent reward may share weights with a U-Net beside it: its own file does not hold them all.
-            cost = known_cost(specs.latent_reward(config, models, label))
-            count = cost.parameters if cost else model.parameters
-            parts.append(_frozen(f"reward: {label}", "reward", count, FLOAT, model.source))
-        parts += _family(models, "reward", frozen)
+        for pool, rewards in config.reward_pools.items():
+            parts += _reward_pool(config, models, pool, rewards)
+    return parts
+
+
+def _reward_pool(config: Config, models: Models, pool: str, rewards: Sequence[RewardConfig]) -> list[Part]:
+    """Its models, and the text encoders for those that read their embeddings."""
+    parts = []
+    for reward in rewards:
+        model = models.rewards[reward.label]
+        # A latent reward may share weights with a U-Net beside it: its own file does not hold them all.
+        cost = known_cost(specs.latent_reward(config, models, reward.label))
+        count = cost.parameters if cost else model.parameters
+        parts.append(_frozen(f"reward: {reward.label}", pool, count, FLOAT, model.source))
+    if not all(reward.reads_images for reward in rewards):
+        parts.append(_texts(models, pool, BYTES[config.model.dtype]))
     return parts
 
 
@@ -83,10 +94,11 @@ def _frozen(name: str, group: str, parameters: int | None, size: float, source: 
 
 
 def _family(models: Models, group: str, size: float) -> list[Part]:
-    return [
-        _frozen("text encoders", group, models.text_parameters, size, models.texts[0].source),
-        _frozen("VAE", group, models.vae.parameters, size, models.vae.source),
-    ]
+    return [_texts(models, group, size), _frozen("VAE", group, models.vae.parameters, size, models.vae.source)]
+
+
+def _texts(models: Models, group: str, size: float) -> Part:
+    return _frozen("text encoders", group, models.text_parameters, size, models.texts[0].source)
 
 
 def _discriminator(models: Models, cost: Cost | None) -> list[Part]:

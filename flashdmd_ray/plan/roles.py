@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 from flashdmd_ray.config import Config
@@ -14,6 +15,7 @@ from flashdmd_ray.plan import specs
 from flashdmd_ray.plan.clip import PIXEL_BYTES, clip_score, text_flops
 from flashdmd_ray.plan.costs import Cost, cost_of
 from flashdmd_ray.plan.models import Models
+from flashdmd_ray.plan.parts import FLOAT
 
 SHEET = 10
 """Prompts of a sample sheet (sheet.py)."""
@@ -42,7 +44,8 @@ def work_of(config: Config, models: Models) -> list[Work] | None:
     if models.sam is not None:
         groups.append(_discriminator)
     if config.preference.updates:
-        groups += [_rollout, _reward]
+        groups.append(_rollout)
+        groups += [partial(_reward_pool, pool=pool) for pool in config.reward_pools]
     found = [group(config, models) for group in groups]
     return None if None in found else [work for works in found for work in works or []]
 
@@ -198,23 +201,24 @@ def _pixels(models: Models, count: float) -> float:
 
 def _rollout(config: Config, models: Models) -> list[Work] | None:
     """Every call goes to one member of the pool with all its prompts."""
-    cost = cost_of(specs.rollout(config, models))
-    if cost is None:
+    cost, vae = cost_of(specs.rollout(config, models)), cost_of(specs.vae(config, models))
+    if cost is None or vae is None:
         return None
     forward, preference = cost.uses["forward"], config.preference
     prompts, samples = preference.batch, preference.batch * preference.candidates
     index = (config.high_noise_steps - 1) / 2  # the mean step that candidates are drawn at
     flops = (index + 1) * forward.flops(prompts)
     peak = forward.peak(prompts)
-    if any(reward.kind != "latent" for reward in config.rewards):
+    share = updates(config) / config.placement.rollout.workers
+    works = [_pool_texts(config, models, "rollout", share * prompts)]
+    if config.needs_images:
         hops = 1.0 if preference.candidate_image == "one_hop" else len(config.sampling.timesteps) - 1 - index
         flops += hops * forward.flops(samples)
         peak = forward.peak(samples)
-    share = updates(config) / config.placement.rollout.workers
-    return [
-        Work("rollout", "rollout", share * flops, peak),
-        _pool_texts(config, models, "rollout", share * prompts),
-    ]
+        decode, at_once = vae.uses["decode"], min(samples, preference.decode_batch)
+        decoded = _pixels(models, samples) / FLOAT + decode.peak(at_once)  # of those before, bytes are kept
+        works.append(Work("VAE", "rollout", share * decode.flops(samples), decoded))
+    return [Work("rollout", "rollout", share * flops, peak), *works]
 
 
 def _pool_texts(config: Config, models: Models, group: str, prompts: float) -> Work:
@@ -222,27 +226,21 @@ def _pool_texts(config: Config, models: Models, group: str, prompts: float) -> W
     return _texts(config, models, group, 0 if config.runtime == "local" else prompts)
 
 
-def _reward(config: Config, models: Models) -> list[Work] | None:
-    vae = cost_of(specs.vae(config, models))
-    if vae is None:
-        return None
+def _reward_pool(config: Config, models: Models, pool: str) -> list[Work] | None:
     preference = config.preference
-    share = updates(config) / config.placement.reward.workers
+    share = updates(config) / config.placed(pool).workers
     samples = preference.batch * preference.candidates
-    works, pixels = [], False
-    for reward in config.rewards:
-        if reward.kind == "latent":
+    works, rewards = [], config.reward_pools[pool]
+    for reward in rewards:
+        if reward.reads_images:
+            use = clip_score(models.rewards[reward.label], models.image)
+        else:
             cost = cost_of(specs.latent_reward(config, models, reward.label))
             use = None if cost is None else cost.uses["forward"]
-        else:
-            use, pixels = clip_score(models.rewards[reward.label], models.image), True
         if use is None:
             return None
-        images = _pixels(models, samples) if reward.kind != "latent" else 0.0
-        works.append(Work(f"reward: {reward.label}", "reward", share * use.flops(samples), images + use.peak(samples)))
-    if pixels:
-        decode = vae.uses["decode"]
-        works.append(Work("VAE", "reward", share * decode.flops(samples), decode.peak(samples)))
-    if any(reward.kind == "latent" for reward in config.rewards):
-        works.append(_pool_texts(config, models, "reward", share * preference.batch))
+        images = _pixels(models, samples) if reward.reads_images else 0.0
+        works.append(Work(f"reward: {reward.label}", pool, share * use.flops(samples), images + use.peak(samples)))
+    if not all(reward.reads_images for reward in rewards):
+        works.append(_pool_texts(config, models, pool, share * preference.batch))
     return works

@@ -1,49 +1,57 @@
-"""Reward: scores groups of candidates. Frozen models, in pixel space or on the noisy latent itself."""
+"""Reward: scores groups of candidates. Frozen models of images and texts, or of the noisy latent itself."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Candidates
+from flashdmd_ray.batch import Candidates, from_uint8
 from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.diffusion.sampling import full
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel
 from flashdmd_ray.models.rewards import PixelReward, build_reward
-from flashdmd_ray.roles.networks import group_family, resolve
+from flashdmd_ray.roles.networks import device_of, group_family, resolve
 
 
 class Reward:
-    """Every configured reward, by label. A reward that is not finite is passed on as it is: the pair selection drops its group."""
+    """The rewards of one pool, by label: those of the configuration it is given, see `Config.for_pool`.
 
-    def __init__(self, config: Config, family: Family, models: dict[str, PixelReward | LatentRewardModel]):
+    A reward that is not finite is passed on as it is: the pair selection drops its group.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        models: dict[str, PixelReward | LatentRewardModel],
+        device: torch.device,
+        family: Family | None = None,
+    ):
+        """device: where its networks compute. family: the teacher's text encoders, for latent rewards."""
         self.config = config
-        self.family = family
         self.models = models
+        self.device = device
+        self.family = family
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Reward:
-        family = group_family(config, "reward", ("vae", "text"))
-        return cls(config, family, {reward.label: load_reward(reward).to(family.device) for reward in config.rewards})
-
-    @property
-    def device(self) -> torch.device:
-        """Where its networks compute."""
-        return self.family.device
+        device = device_of(config, "reward")
+        encodes = not all(reward.reads_images for reward in config.rewards)
+        family = group_family(config, "reward", ("text",)) if encodes else None
+        return cls(config, {reward.label: load_reward(reward).to(device) for reward in config.rewards}, device, family)
 
     @torch.no_grad()
     def score(self, candidates: Candidates) -> dict[str, Tensor]:
         """label -> float32 (B, K)."""
         groups, count = candidates.values.shape[:2]
         texts = [text for text in candidates.prompts.texts for _ in range(count)]
-        images = self.family.decode(candidates.clean.flatten(0, 1)) if candidates.clean.shape[1] else None
+        images = from_uint8(candidates.images.flatten(0, 1))
         rewards = {}
         for label, model in self.models.items():
             if isinstance(model, LatentRewardModel):
                 scores = self._score_latents(model, candidates, texts)
             else:
-                assert images is not None, "a pixel reward needs the candidates' clean latents"
+                assert len(images) == len(texts), "a pixel reward needs the candidates' images"
                 scores = model.score(images, texts)
             rewards[label] = scores.unflatten(0, (groups, count))
         return rewards
@@ -53,6 +61,7 @@ class Reward:
         timestep = (
             candidates.timestep if self.config.preference.reward_timestep == "current" else candidates.next_timestep
         )
+        assert self.family is not None, "latent rewards read the teacher's text embeddings"
         return model.score(latents, full(timestep, latents), texts, self.family)
 
 

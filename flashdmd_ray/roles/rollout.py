@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Candidates, Prompts, PublishedWeights, noise
+from flashdmd_ray.batch import Candidates, Prompts, PublishedWeights, noise, to_uint8
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import backward_simulation, complete, full, transition
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
@@ -60,17 +60,24 @@ class Rollout:
         x0 = predict_x0(noisy, full(self.timesteps[high], noisy))
         mean, std = transition(self.schedule, x0, self.timesteps[high + 1])
         values = mean[:, None] + std * noise(prompts.indices, (count, *shape), seed, "candidates")
-        clean = self._carry_on(values, high + 1, conditioning, prompts, seed)
+        if self.config.needs_images:
+            images = self._decode(self._carry_on(values, high + 1, conditioning, prompts, seed))
+        else:
+            images = torch.zeros((len(values), 0, 3, *self.family.image_size), dtype=torch.uint8)
         return Candidates(
-            prompts, noisy, values, clean, self.timesteps[high], self.timesteps[high + 1], weights.version
+            prompts, noisy, values, images, self.timesteps[high], self.timesteps[high + 1], weights.version
         )
+
+    def _decode(self, clean: Tensor) -> Tensor:
+        """Images uint8 (B, K, 3, H, W) of latents (B, K, C, h, w); `preference.decode_batch` at a time, whatever B and K."""
+        parts = clean.flatten(0, 1).split(self.config.preference.decode_batch)
+        images = torch.cat([to_uint8(self.family.decode(part)) for part in parts])
+        return images.unflatten(0, clean.shape[:2])
 
     def _carry_on(
         self, values: Tensor, step_index: int, conditioning: Conditioning, prompts: Prompts, seed: int
     ) -> Tensor:
-        """Each candidate as a clean latent, for the pixel rewards; empty (B, 0, C, h, w) when no reward needs it."""
-        if all(reward.kind == "latent" for reward in self.config.rewards):
-            return values[:, :0]
+        """Each candidate as a clean latent, float32 (B, K, C, h, w)."""
         groups, count = values.shape[:2]
         flat = values.flatten(0, 1)
         predict_x0 = bind(self.network, self.schedule, conditioning.repeat_interleave(count))

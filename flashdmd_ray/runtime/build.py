@@ -26,9 +26,10 @@ ROLES: Roles = {
     "rollout": {"rollouts": "flashdmd_ray.roles.rollout:Rollout"},
     "reward": {"rewards": "flashdmd_ray.roles.reward:Reward"},
 }
-"""Worker group -> name of the role in `Runtime` -> "module:Class". Roles of one group live in the same processes: EMA
-coupling moves all weights at every step, which is a local operation only because the generator and the score
-estimator are neighbours."""
+"""Worker group -> name of the role in `Runtime` -> "module:Class"; "reward" stands for every pool of rewards.
+
+Roles of one group live in the same processes: EMA coupling moves all weights at every step, which is a local operation
+only because the generator and the score estimator are neighbours."""
 
 LATENT_ADVERSARY: Roles = {
     "learner": {
@@ -53,20 +54,25 @@ def worker_groups(config: Config, roles: Roles | None = None) -> list[WorkerGrou
     """The processes this configuration needs: without preference updates there is nothing to roll out or to reward."""
     roles = roles_for(config) if roles is None else roles
     needed = [name for name in roles if name in STATEFUL or config.preference.updates]
-    groups = []
-    for name in needed:
-        placed = getattr(config.placement, name)
-        groups.append(
-            WorkerGroup(
-                name=name,
-                roles=roles[name],
-                workers=placed.workers,
-                cpus=placed.cpus,
-                gpus=placed.gpus,
-                stateful=name in STATEFUL,
-            )
-        )
-    return groups
+    return [
+        _worker_group(config, name, roles[kind])
+        for kind in needed
+        for name in (config.reward_pools if kind == "reward" else (kind,))
+    ]
+
+
+def _worker_group(config: Config, name: str, roles: Mapping[str, str]) -> WorkerGroup:
+    placed = config.placed(name)
+    return WorkerGroup(
+        name=name,
+        roles=roles,
+        workers=placed.workers,
+        cpus=placed.cpus,
+        gpus=placed.gpus,
+        stateful=name in STATEFUL,
+        key=config.placement_key(name),
+        sees=config.for_pool(name) if "rewards" in roles else config,
+    )
 
 
 def build_runtime(config: Config, roles: Roles | None = None, say: Callable[[str], None] = log.info) -> Runtime:
@@ -90,6 +96,10 @@ def _build_local(config: Config, groups: Sequence[WorkerGroup], say: Callable[[s
     say(f"loading {', '.join(role for group in groups for role in group.roles)} in this process")
     limit_threads(config.placement.threads)
     built: dict[str, Any] = {}
+    rewards: dict[str, Any] = {}
     for group in groups:
-        built |= create_roles(group.roles, config, rank=0, world_size=1)
-    return LocalRuntime({name: at_border(role) for name, role in built.items()})
+        roles = {name: at_border(role) for name, role in create_roles(group, rank=0, world_size=1).items()}
+        if "rewards" in roles:
+            rewards[group.name] = roles.pop("rewards")
+        built |= roles
+    return LocalRuntime(built, rewards)

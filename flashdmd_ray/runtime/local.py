@@ -21,13 +21,14 @@ class LocalRuntime:
     Calls that the Ray runtime runs at the same time run here one after the other, with equal results.
     """
 
-    def __init__(self, roles: Mapping[str, Any]) -> None:
-        """roles: by the attribute names of `Runtime`; a job without preference updates has no rollouts and no rewards."""
+    def __init__(self, roles: Mapping[str, Any], rewards: Mapping[str, Any] | None = None) -> None:
+        """roles: by the attribute names of `Runtime`; rewards: by pool. A job without preference updates has no rollouts
+        and no rewards."""
         self.generator = roles.get("generator")
         self.score = roles.get("score")
         self.discriminator = roles.get("discriminator")
         self.rollouts = roles.get("rollouts")
-        self.rewards = roles.get("rewards")
+        self.rewards: Mapping[str, Any] = rewards or {}
         self.step: int | None = None
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> PublishedWeights:

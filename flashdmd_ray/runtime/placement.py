@@ -28,6 +28,10 @@ class WorkerGroup:
 
     Otherwise a pool of interchangeable members.
     """
+    key: str
+    """The setting that places it."""
+    sees: Config
+    """The configuration its roles are built from."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +42,19 @@ class Node:
     gpus: int
 
 
-def create_roles(paths: Mapping[str, str], config: Config, rank: int, world_size: int) -> dict[str, Any]:
+def create_roles(group: WorkerGroup, rank: int, world_size: int) -> dict[str, Any]:
     """Build the roles of one process, in order. Raises what a role raises (ValueError for missing or corrupt weights).
 
     A role class is built by `from_config(config, rank, world_size)`, or, when it shares a network with another role of
     its process, by `from_neighbours(roles)` with the roles built before it.
     """
     roles: dict[str, Any] = {}
-    for name, path in paths.items():
+    for name, path in group.roles.items():
         kind = role_class(path)
         if hasattr(kind, "from_neighbours"):
             roles[name] = kind.from_neighbours(roles)
         else:
-            roles[name] = kind.from_config(config, rank=rank, world_size=world_size)
+            roles[name] = kind.from_config(group.sees, rank=rank, world_size=world_size)
     return roles
 
 
@@ -78,7 +82,7 @@ def _no_room(group: WorkerGroup, groups: Sequence[WorkerGroup], nodes: Sequence[
     needs = ", ".join(f"{g.name} {g.workers} x ({_amount(g.gpus, 'GPU')}, {_amount(g.cpus, 'CPU')})" for g in groups)
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
     return (
-        f"placement.{group.name}: a worker with {_amount(group.gpus, 'GPU')} and {_amount(group.cpus, 'CPU')} finds no room; "
+        f"{group.key}: a worker with {_amount(group.gpus, 'GPU')} and {_amount(group.cpus, 'CPU')} finds no room; "
         f"the job needs {needs}, the cluster has {_amount(gpus, 'GPU')} and {_amount(cpus, 'CPU')} on {_amount(len(nodes), 'node')}; "
         "lower the workers, gpus or cpus of placement, or add machines"
     )
@@ -86,11 +90,9 @@ def _no_room(group: WorkerGroup, groups: Sequence[WorkerGroup], nodes: Sequence[
 
 def _check_gpu_share(group: WorkerGroup) -> None:
     if group.gpus > 1 and group.gpus != int(group.gpus):
-        raise ValueError(f"placement.{group.name}.gpus: above 1 it must be a whole number, got {group.gpus:g}")
+        raise ValueError(f"{group.key}.gpus: above 1 it must be a whole number, got {group.gpus:g}")
     if group.stateful and group.workers > 1 and 0 < group.gpus < 1:
-        raise ValueError(
-            f"placement.{group.name}.gpus: two ranks cannot share a GPU (NCCL refuses); use 1, or one worker"
-        )
+        raise ValueError(f"{group.key}.gpus: two ranks cannot share a GPU (NCCL refuses); use 1, or one worker")
 
 
 def _take(free: list[tuple[float, list[float]]], group: WorkerGroup) -> bool:

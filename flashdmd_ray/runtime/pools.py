@@ -78,7 +78,7 @@ class Pool:
     def resize(self, workers: int) -> None:
         """Grow or shrink; no call is lost. Raises ValueError when `workers` is below 1 or finds no room."""
         if workers < 1:
-            raise ValueError(f"placement.{self._group.name}.workers: a pool needs at least 1 worker, got {workers}")
+            raise ValueError(f"{self._group.key}.workers: a pool needs at least 1 worker, got {workers}")
         self._check_size(workers)
         with self._changed:
             self._size = workers
@@ -91,7 +91,8 @@ class Pool:
         hangs or fails."""
         (role,) = self._group.roles
         call = Call(role, method, self._current_step())
-        timeout = self._config.deadlines.call_s
+        deadlines = self._config.deadlines
+        timeout = deadlines.reward_s if role == "rewards" else deadlines.call_s
         for replays_left in reversed(range(self._config.deadlines.retries + 1)):
             member = self._take(call)
             try:

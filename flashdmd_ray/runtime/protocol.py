@@ -34,7 +34,8 @@ class Runtime(Protocol):
     score: Any
     discriminator: Any
     rollouts: Any
-    rewards: Any
+    rewards: Mapping[str, Any]
+    """One for each pool of rewards, by its name."""
     step: int | None
     """Set by the driver at the start of each step, so that errors can name it."""
 

@@ -1,4 +1,4 @@
-"""The roles in Ray actors: two stateful groups and two pools."""
+"""The roles in Ray actors: two stateful groups and the pools."""
 
 from __future__ import annotations
 
@@ -50,12 +50,16 @@ class RayRuntime:
         except BaseException:
             self.close()
             raise
-        handles = {role: self._handle(group.name, role) for group in groups for role in group.roles}
+        handles = {
+            role: self._handle(group.name, role) for group in groups for role in group.roles if role != "rewards"
+        }
         self.generator = handles.get("generator")
         self.score = handles.get("score")
         self.discriminator = handles.get("discriminator")
         self.rollouts = handles.get("rollouts")
-        self.rewards = handles.get("rewards")
+        self.rewards: Mapping[str, Any] = {
+            g.name: self._handle(g.name, "rewards") for g in groups if "rewards" in g.roles
+        }
 
     def _start(self, group: WorkerGroup, groups: Sequence[WorkerGroup], config: Config) -> StatefulGroup | Pool:
         if group.stateful:

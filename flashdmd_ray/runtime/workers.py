@@ -66,7 +66,7 @@ class Worker:
             from flashdmd_ray.engine import init_process_group
 
             init_process_group(rank, world_size, address, port, self._config.deadlines.call_s)
-        self._roles = create_roles(self._group.roles, self._config, rank, world_size)
+        self._roles = create_roles(self._group, rank, world_size)
         if self._config.data.decode == "ray":
             from flashdmd_ray.runtime.data_stream import decode_on_ray
 
@@ -91,7 +91,7 @@ class Worker:
         expected = max(1, int(self._group.gpus))
         if torch.cuda.device_count() != expected:
             raise ValueError(
-                f"placement.{self._group.name}.gpus: Ray gave this worker {expected}, but torch sees {torch.cuda.device_count()}; "
+                f"{self._group.key}.gpus: Ray gave this worker {expected}, but torch sees {torch.cuda.device_count()}; "
                 f"check the driver and CUDA_VISIBLE_DEVICES on that machine"
             )
 

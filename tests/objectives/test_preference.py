@@ -164,18 +164,19 @@ def test_a_reward_that_is_not_finite_drops_its_group_and_never_counts_as_zero(br
     assert margin[1] == 0
 
 
-def test_a_logged_reward_decides_nothing():
-    good, logged = normal((2, 4), 0), torch.full((2, 4), NAN)
-    combined, kept = combine_rewards({"good": good, "logged": logged}, {"good": 1.0, "logged": 0.0})
+def test_a_held_out_reward_decides_nothing():
+    good, held_out = normal((2, 4), 0), torch.full((2, 4), NAN)
+    combined, kept = combine_rewards({"good": good, "held_out": held_out}, {"good": 1.0})
     assert torch.equal(combined, combine_rewards({"good": good}, {"good": 1.0})[0])
     assert kept.all()
 
 
-def test_rewards_and_weights_must_name_the_same_models():
-    with pytest.raises(ValueError, match="different models"):
+def test_every_weight_has_its_reward_and_is_above_0():
+    with pytest.raises(ValueError, match=r"weights for \['b'\], but rewards of \['a'\]"):
         combine_rewards({"a": normal((1, 2), 0)}, {"a": 1.0, "b": 1.0})
-    with pytest.raises(ValueError, match="no reward has a weight"):
-        combine_rewards({"a": normal((1, 2), 0)}, {"a": 0.0})
+    for weights in ({}, {"a": 0.0}):
+        with pytest.raises(ValueError, match="every weight must be above 0"):
+            combine_rewards({"a": normal((1, 2), 0)}, weights)
 
 
 # Pairs

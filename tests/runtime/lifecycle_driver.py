@@ -11,7 +11,7 @@ roles = {"reward": TOYS["reward"]}
 
 
 def attempt(runtime: Runtime) -> None:
-    print("worker", runtime.rewards.pids().item(), flush=True)
+    print("worker", runtime.rewards["reward"].pids().item(), flush=True)
     while "wait" in sys.argv:
         time.sleep(0.1)
 

@@ -21,66 +21,66 @@ def rewards(**settings) -> Runtime:
 @pytest.fixture(scope="module")
 def two(ray_cluster: None) -> Iterator[Runtime]:
     """A reward pool of two workers, shared by the tests below: it heals."""
-    runtime = rewards(placement__reward__workers=2, deadlines__call_s=2.0, deadlines__retries=1)
+    runtime = rewards(placement__reward__workers=2, deadlines__reward_s=2.0, deadlines__retries=1)
     yield runtime
     runtime.close()
 
 
 @pytest.mark.parametrize("how", ["die", "hang", "fail"])
 def test_a_call_is_replayed(two: Runtime, how: str, tmp_path: Path) -> None:
-    assert two.rewards.fails_first(tmp_path / "marker", how) > 0
+    assert two.rewards["reward"].fails_first(tmp_path / "marker", how) > 0
 
 
 def test_retries_are_bounded(two: Runtime) -> None:
     with pytest.raises(RoleFailed, match=r"rewards\.raises .*failed: RuntimeError"):
-        two.rewards.raises(RuntimeError)
+        two.rewards["reward"].raises(RuntimeError)
     two.step = 3
     with pytest.raises(WorkerLost, match=r"rewards\.dies at step 3: reward-\d+ is gone"):
-        two.rewards.dies()
-    assert two.rewards.sleeps(0.0) == 0.0
+        two.rewards["reward"].dies()
+    assert two.rewards["reward"].sleeps(0.0) == 0.0
 
 
 def test_errors_about_the_input_are_not_replayed(two: Runtime) -> None:
     with pytest.raises(ValueError, match="raised in rank 0") as caught:
-        two.rewards.raises(ValueError)
+        two.rewards["reward"].raises(ValueError)
     assert str(caught.value) == "raised in rank 0"
 
 
 def test_an_idle_worker_that_died_is_replaced(two: Runtime) -> None:
-    (pid,) = two.rewards.pids().tolist()
+    (pid,) = two.rewards["reward"].pids().tolist()
     os.kill(pid, signal.SIGKILL)
-    answers = two.parallel(*[lambda: two.rewards.pids().item()] * 4)
+    answers = two.parallel(*[lambda: two.rewards["reward"].pids().item()] * 4)
     assert pid not in answers
 
 
 def test_calls_from_several_threads_use_all_workers_and_the_size_may_change(two: Runtime) -> None:
     def together(calls: int) -> set[int]:
         def one() -> int:
-            two.rewards.sleeps(0.3)
-            return two.rewards.pids().item()
+            two.rewards["reward"].sleeps(0.3)
+            return two.rewards["reward"].pids().item()
 
         return set(two.parallel(*[one] * calls))
 
-    two.rewards.pool.setup()  # waits until all members are up
+    two.rewards["reward"].pool.setup()  # waits until all members are up
     assert len(together(6)) == 2
     running = two.background(lambda: together(12))
     time.sleep(0.2)
-    two.rewards.resize(3)
+    two.rewards["reward"].resize(3)
     assert len(running.result(timeout=30)) >= 2
-    two.rewards.pool.setup()
+    two.rewards["reward"].pool.setup()
     assert len(together(9)) == 3
     running = two.background(lambda: together(6))
     time.sleep(0.2)
-    two.rewards.resize(1)
+    two.rewards["reward"].resize(1)
     running.result(timeout=30)
     assert len(together(3)) == 1
-    two.rewards.resize(2)
-    two.rewards.pool.setup()
+    two.rewards["reward"].resize(2)
+    two.rewards["reward"].pool.setup()
 
 
 def test_a_pool_cannot_be_resized_beyond_the_cluster(two: Runtime) -> None:
     with pytest.raises(ValueError, match=r"placement\.reward: .*finds no room"):
-        two.rewards.resize(100_000)
+        two.rewards["reward"].resize(100_000)
     with pytest.raises(ValueError, match="at least 1 worker"):
-        two.rewards.resize(0)
-    assert two.rewards.pool.size == 2
+        two.rewards["reward"].resize(0)
+    assert two.rewards["reward"].pool.size == 2

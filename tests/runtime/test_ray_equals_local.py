@@ -39,7 +39,7 @@ def toy_training(runtime: Runtime, steps: int = 3) -> list[Any]:
             lambda f=fakes, t=timesteps: runtime.discriminator.update(f, t),
         )
         found = candidates.result()
-        rewards = runtime.rewards.score(found)["toy"]
+        rewards = runtime.rewards["reward"].score(found)["toy"]
         rows = torch.arange(BATCH)
         winners, losers = found.values[rows, rewards.argmax(1)], found.values[rows, rewards.argmin(1)]
         pairs = PreferencePairs(

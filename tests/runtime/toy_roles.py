@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashdmd_ray.batch import Candidates, Latents, PreferencePairs, Prompts, PublishedWeights, noise
+from flashdmd_ray.batch import Candidates, Latents, PreferencePairs, Prompts, PublishedWeights, noise, to_uint8
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.weights import checksum
 
@@ -27,7 +27,10 @@ TOYS = {
 
 def toy_config(runtime: str = "ray", **settings: Any) -> Config:
     """A configuration with a short deadline for calls; settings: dotted keys with '__' for the dot."""
-    tree: dict[str, Any] = {"runtime": runtime, "deadlines": {"call_s": 20.0, "start_s": 600.0, "retries": 2}}
+    tree: dict[str, Any] = {
+        "runtime": runtime,
+        "deadlines": {"call_s": 20.0, "reward_s": 20.0, "start_s": 600.0, "retries": 2},
+    }
     for key, value in settings.items():
         *parents, last = key.split("__")
         branch = tree
@@ -150,7 +153,7 @@ class Rollout(Toy):
         assert checksum(weights.tensors) == weights.checksum
         drawn = noise(prompts.indices, (3, *SHAPE), seed, f"candidates/{high}")
         values = drawn * weights.tensors["weight"]
-        return Candidates(prompts, values[:, 0], values, values, 999, 749, weights.version)
+        return Candidates(prompts, values[:, 0], values, to_uint8(values), 999, 749, weights.version)
 
 
 class Reward(Toy):
