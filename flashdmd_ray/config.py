@@ -10,7 +10,7 @@ import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,6 +32,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
     )
+
+
+_Section = TypeVar("_Section", bound=Section)
 
 
 def _plain_name(name: str) -> str:
@@ -689,20 +692,26 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     if not isinstance(tree, dict):
         raise ValueError(f"{source}: expected keys and values at the top level, found a {type(tree).__name__}")
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return parse_config(tree)
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
     """Validate a nested mapping. Raises ValueError like `load_config`."""
+    return validated(Config, tree)
+
+
+def validated(section: type[_Section], tree: Mapping[str, Any]) -> _Section:
+    """`tree` as a section of settings. Raises ValueError, one line per problem, naming the key and the remedy."""
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        lines = dict.fromkeys(_describe(detail) for detail in error.errors())
+        lines = dict.fromkeys(_describe(section, detail) for detail in error.errors())
         raise ValueError("\n".join(lines)) from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `key.sub=value` (a YAML value) in a nested mapping. Raises ValueError when it is not of that form."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
@@ -720,19 +729,19 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[parts[-1]] = value
 
 
-def _describe(detail: ErrorDetails) -> str:
+def _describe(section: type[Section], detail: ErrorDetails) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         parents, key = detail["loc"][:-1], str(detail["loc"][-1])
-        return f"{where}: unknown key{suggestion(key, _keys_at(parents))}"
+        return f"{where}: unknown key{suggestion(key, _keys_at(section, parents))}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
 
 
-def _keys_at(location: Sequence[int | str]) -> list[str]:
-    section: Any = Config
+def _keys_at(root: type[Section], location: Sequence[int | str]) -> list[str]:
+    section: Any = root
     named = False  # the next part is a name of the user's, in a mapping of sections
     for part in location:
         if isinstance(part, int) or named:

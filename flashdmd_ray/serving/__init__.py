@@ -1,0 +1,4 @@
+"""A Ray Serve application that draws with exported students: an OpenAI-compatible images API. See docs/serving.md.
+
+`app.py` wires the deployments, `api.py` is what clients see, `generator.py` draws. Importing this package imports neither torch nor Ray.
+"""

@@ -1,0 +1,78 @@
+"""The Serve application: an ingress that speaks HTTP, and generator replicas that draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from starlette.applications import Starlette
+
+from flashdmd_ray.runtime.environment import worker_environment
+from flashdmd_ray.serving.api import build_api
+from flashdmd_ray.serving.generator import Generator, load_hook
+from flashdmd_ray.serving.keys import read_keys
+from flashdmd_ray.serving.settings import ServeSettings, parse_settings
+from flashdmd_ray.serving.studio import RayStudio
+
+GENERATOR, INGRESS = "Generator", "Ingress"
+
+
+def build_app(args: Mapping[str, Any]) -> Application:
+    """The application of `settings.ServeSettings`, for `serve run`, `serve deploy` and jobs/serve.py.
+
+    Raises ValueError, one line per problem, for arguments that make no sense.
+    """
+    settings = parse_settings(args)
+    return _ingress(settings).bind(_generator(settings).bind(settings))
+
+
+def _generator(settings: ServeSettings) -> serve.Deployment:
+    replica = settings.replica
+    scaling: dict[str, Any] = {"num_replicas": replica.count}
+    if replica.most is not None and replica.most > replica.count:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": replica.count,
+                "max_replicas": replica.most,
+                "target_ongoing_requests": replica.target_requests,
+                "upscale_delay_s": 3.0,
+                "downscale_delay_s": 120.0,
+            }
+        }
+    return serve.deployment(
+        Generator,
+        name=GENERATOR,
+        max_ongoing_requests=max(2 * replica.batch, 8),
+        max_queued_requests=settings.queue,
+        graceful_shutdown_timeout_s=replica.drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=5.0,
+        ray_actor_options={
+            "num_cpus": replica.cpus,
+            "num_gpus": replica.gpus,
+            "runtime_env": {"env_vars": worker_environment(replica.threads, replica.gpus)},
+        },
+        **scaling,
+    )
+
+
+def _ingress(settings: ServeSettings) -> serve.Deployment:
+    def asgi() -> Starlette:
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(GENERATOR, app_name=context.app_name)
+        studio = RayStudio(handle, settings)
+        return build_api(settings, studio, read_keys(settings.keys_file), load_hook(settings.prompt_filter))
+
+    return serve.deployment(
+        serve.ingress(asgi)(),
+        name=INGRESS,
+        num_replicas=settings.ingress,
+        # Its own queue is counted in the application, which answers in OpenAI's shape; what is beyond is Serve's.
+        max_ongoing_requests=2 * settings.queue + 100,
+        max_queued_requests=settings.queue,
+        graceful_shutdown_timeout_s=settings.replica.drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        ray_actor_options={"num_cpus": 0.1},
+    )

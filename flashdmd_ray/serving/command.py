@@ -1,0 +1,119 @@
+"""`serve.py EXPORT_OR_RUN ...`: Ray, Serve and the application on this machine, until SIGTERM or Ctrl-C.
+
+Exit codes: 0 stopped in order, 1 failed, 2 an option or a model is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flashdmd_ray.cli import FAILED, brief, prepare_process, refuse, say
+from flashdmd_ray.config import apply_override
+from flashdmd_ray.serving.keys import VARIABLE, is_loopback, read_keys
+from flashdmd_ray.serving.settings import ServeSettings, parse_settings
+
+APPLICATION = "flashdmd_ray"
+START_S = 900.0
+
+
+def serve_command(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = parse(arguments)
+    prepare_process()
+    try:
+        settings = parse_settings(settings_tree(options.models, options.set))
+        check_address(options.host, settings)
+    except ValueError as error:
+        return refuse(error)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        return run(settings, options.host, options.port, stop)
+    except ValueError as error:
+        return refuse(error)
+    except Exception as error:
+        say(f"failed: {brief(error)}")
+        return FAILED
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="serve.py",
+        description="Serve exported students by an OpenAI-compatible images API.",
+        epilog="Every key of --set is explained in flashdmd_ray/serving/settings.py.",
+    )
+    parser.add_argument(
+        "models",
+        metavar="[NAME=]EXPORT_OR_RUN",
+        nargs="+",
+        help="an export, a run folder or models:/name@alias; without NAME it is called after its folder",
+    )
+    parser.add_argument("--set", metavar="key=value", nargs="+", action="extend", default=[])
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    return parser.parse_args(arguments)
+
+
+def settings_tree(models: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `build_app`. Raises ValueError for two models of one name."""
+    tree: dict[str, Any] = {"models": {}}
+    for text in models:
+        name, source = name_source(text)
+        if name in tree["models"]:
+            raise ValueError(f"two models are called '{name}': name them, for example a={source}")
+        tree["models"][name] = source
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
+def name_source(text: str) -> tuple[str, str]:
+    """'NAME=SOURCE', or a source that gives its own name: runs/demo and runs/demo/export are 'demo'."""
+    name, separator, source = text.partition("=")
+    if separator and "/" not in name:
+        return name, source
+    if text.startswith("models:/"):
+        return text.removeprefix("models:/").split("@")[0].split("/")[0], text
+    path = Path(text).resolve()
+    return (path.parent if path.name in ("export", "lora", "kohya") else path).name, str(path)
+
+
+def check_address(host: str, settings: ServeSettings) -> None:
+    """Without keys the service stays on this machine. Raises ValueError otherwise."""
+    if not read_keys(settings.keys_file) and not is_loopback(host):
+        raise ValueError(
+            f"--host {host}: whoever reaches this machine could draw; set {VARIABLE} or keys_file, or listen on 127.0.0.1"
+        )
+
+
+def run(settings: ServeSettings, host: str, port: int, stop: threading.Event) -> int:
+    """Serve until `stop` is set. Raises ValueError for a model that cannot be served."""
+    from flashdmd_ray.runtime.environment import use_loopback
+
+    use_loopback(os.environ)
+
+    from ray import serve
+
+    from flashdmd_ray.runtime.cluster import Cluster
+    from flashdmd_ray.serving.app import build_app
+
+    application = build_app(settings.model_dump(mode="json"))
+    print(f"starting Ray and loading {', '.join(settings.models)}", flush=True)
+    cluster = Cluster.join()
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        serve.run(application, name=APPLICATION, route_prefix="/")
+        print(f"ready: http://{host}:{port}/", flush=True)
+        stop.wait()
+        print("stopping: requests that are here are finished", flush=True)
+    finally:
+        serve.shutdown()
+        cluster.leave()
+    return 0

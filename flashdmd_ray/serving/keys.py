@@ -1,0 +1,94 @@
+"""Bearer keys: where they come from, and who a request comes from. Keys are compared in constant time and never logged."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flashdmd_ray.serving.errors import ApiError
+
+VARIABLE = "FLASHDMD_API_KEYS"
+SHORTEST = 16
+
+
+def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The keys of FLASHDMD_API_KEYS (separated by commas or white space) and of `file`. Raises ValueError for one that is too short to
+    be secret, and for a file that cannot be read or has none."""
+    keys = environment.get(VARIABLE, "").replace(",", " ").split()
+    for key in keys:
+        _check(VARIABLE, key)
+    if file is not None:
+        keys += _read(file)
+    return tuple(dict.fromkeys(keys))
+
+
+def _read(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise ValueError(f"keys_file: cannot read {file} ({reason}); one key per line") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise ValueError(f"keys_file: {file} has no key; put one on each line, or set keys_file to null")
+    for key in keys:
+        _check(f"keys_file: {file}", key)
+    return keys
+
+
+def _check(where: str, key: str) -> None:
+    if len(key) < SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            f"{where}: a key must be at least {SHORTEST} printable ASCII characters without spaces; "
+            "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        )
+
+
+class Doorkeeper:
+    """Who may come in. With keys: who has one. Without: who connects from this machine."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = [key.encode() for key in keys]
+        self._names = [hashlib.sha256(key).hexdigest()[:8] for key in self._keys]
+
+    @property
+    def needs_key(self) -> bool:
+        return bool(self._keys)
+
+    def admit(self, authorization: str | None, client: str | None) -> str:
+        """A name for whoever it is, for rate limits and logs: of a key a part of its hash, else the address. Raises ApiError."""
+        if not self._keys:
+            if not is_loopback(client):
+                raise ApiError(
+                    403,
+                    f"This service has no API keys and answers loopback clients only. Its operator can set {VARIABLE} or keys_file.",
+                    "no_keys_configured",
+                )
+            return client or "local"
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            raise self._refuse("Send an API key in the header: Authorization: Bearer YOUR_KEY")
+        found = None
+        for key, name in zip(self._keys, self._names, strict=True):  # all of them, whatever matched
+            if hmac.compare_digest(given.strip().encode("utf-8", "surrogatepass"), key):
+                found = name
+        if found is None:
+            raise self._refuse("This API key is not known.")
+        return found
+
+    def _refuse(self, message: str) -> ApiError:
+        return ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def is_loopback(address: str | None) -> bool:
+    """Whether a peer's or a server's address is of this machine alone; names other than localhost are not looked up."""
+    if address is None:
+        return False
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"

@@ -1,0 +1,206 @@
+"""POST /v1/images/generations: its fields, what of them a model can do, and the JSON schema that says exactly that."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from flashdmd_ray.config import suggestion
+from flashdmd_ray.serving.errors import ApiError
+from flashdmd_ray.serving.messages import SEEDS, DrawOrder, ModelInfo, parse_size, size_text
+from flashdmd_ray.serving.settings import LimitSettings
+
+QUALITY = 90
+"""Of webp and jpeg, where `output_compression` is not given."""
+RANDOM_SEEDS = 2**32
+"""Seeds that are drawn here stay below: exact in JavaScript's numbers too."""
+
+
+def _whole(value: Any) -> Any:
+    """JSON does not tell 4 from 4.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class ImageRequest(BaseModel):
+    """OpenAI's request, and the extensions that diffusion servers share: seed, num_inference_steps, guidance_scale, negative_prompt.
+
+    A field that this service has no use for is accepted with the value that means nothing, and refused with any other.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    prompt: Annotated[str, Field(strict=True, min_length=1)]
+    """What to draw."""
+    model: str | None = None
+    """A name of GET /v1/models; null is the default model."""
+    n: Annotated[Whole, Field(ge=1)] | None = 1
+    """Images; image i is the one of `seed + i`."""
+    size: str | None = "auto"
+    """WIDTHxHEIGHT in pixels; auto is the size the model was trained at."""
+    seed: Annotated[Whole, Field(ge=0, lt=SEEDS)] | None = None
+    """Same model version, prompt, size, steps and seed: same bytes. null draws one; the response says which."""
+    num_inference_steps: Annotated[Whole, Field(ge=1)] | None = None
+    """Denoising steps; null is what the model was trained for."""
+    response_format: Literal["b64_json"] | None = "b64_json"
+    """Images come in the response; the service stores none, so there are no URLs."""
+    output_format: Literal["png", "webp", "jpeg"] | None = "png"
+    output_compression: Annotated[Whole, Field(ge=0, le=100)] | None = None
+    """Quality of webp and jpeg, 100 is best; png has no loss and takes none but 100."""
+    user: Annotated[str, Field(max_length=256)] | None = None
+    """Of the client's users; not used."""
+    safety_identifier: Annotated[str, Field(max_length=256)] | None = None
+    """Successor of `user`; not used."""
+    negative_prompt: Literal[""] | None = None
+    """Few-step students have no guidance that a negative prompt could act on."""
+    guidance_scale: Number | None = None
+    """Students have none (0 or 1); of a teacher, its own."""
+    quality: Literal["auto", "standard", "medium", "high", "hd", "low"] | None = "auto"
+    """Not used: there is one."""
+    background: Literal["auto", "opaque"] | None = "auto"
+    moderation: Literal["auto", "low"] | None = "auto"
+    """Not used: the operator's filters hold."""
+    style: Literal["vivid", "natural"] | None = None
+    """Not used."""
+    stream: Literal[False] | None = False
+    """Images come all at once."""
+    partial_images: Annotated[Whole, Field(ge=0, le=0)] | None = None
+
+
+HINTS = {
+    "response_format": "the service stores no images, so it has no URLs to give; use 'b64_json'",
+    "negative_prompt": "a few-step student has no guidance that a negative prompt could act on; leave it out",
+    "stream": "images come all at once; leave it out",
+    "partial_images": "images come all at once; leave it out",
+    "background": "images have no transparency; leave it out",
+}
+
+
+def parse_request(tree: Mapping[str, Any], limits: LimitSettings) -> ImageRequest:
+    """The checked fields. Raises ApiError (400) with the first field that is wrong as its `param`."""
+    try:
+        request = ImageRequest.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error) from None
+    if len(request.prompt) > limits.prompt_characters:
+        raise invalid("prompt", f"is {len(request.prompt)} characters long; at most {limits.prompt_characters}")
+    if not request.prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in request.prompt):
+        raise invalid("prompt", "holds half of a surrogate pair, which is no character")
+    return request
+
+
+def _explain(error: ValidationError) -> ApiError:
+    unknown_first = sorted(
+        error.errors(), key=lambda detail: detail["type"] != "extra_forbidden"
+    )  # a typo explains more
+    detail = unknown_first[0]
+    field = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        shown = field if len(field) <= 100 else field[:100] + "..."
+        message = f"Unknown parameter: '{shown}'{suggestion(field[:100], list(ImageRequest.model_fields))}"
+        return ApiError(400, message, "unknown_parameter", shown)
+    if detail["type"] == "missing":
+        return ApiError(400, f"Missing required parameter: '{field}'.", "missing_required_parameter", field)
+    return invalid(field, HINTS.get(field, detail["msg"][0].lower() + detail["msg"][1:]))
+
+
+def invalid(field: str, reason: str) -> ApiError:
+    return ApiError(400, f"Invalid '{field}': {reason}.", "invalid_value", field)
+
+
+def make_order(
+    request: ImageRequest, model: ModelInfo, limits: LimitSettings, patience_s: float, random: Callable[[], int]
+) -> DrawOrder:
+    """What `model` is to draw. random() -> a seed, where the request has none. Raises ApiError (400) for what it cannot do."""
+    size = model.sizes[0] if request.size in (None, "auto") else parse_size(str(request.size))
+    if size not in model.sizes:
+        raise invalid("size", f"{model.name} draws {', '.join(map(size_text, model.sizes))}")
+    steps = request.num_inference_steps or model.steps[0]
+    if steps not in model.steps:
+        raise invalid("num_inference_steps", f"{model.name} takes {_listed(model.steps)}")
+    count, most = request.n or 1, most_images(model, limits)
+    if count > most:
+        raise invalid("n", f"at most {most} images of {model.name} per request")
+    if request.guidance_scale is not None and request.guidance_scale not in guidances(model):
+        use = "a few-step student has no guidance; use 0 or 1, or leave it out"
+        raise invalid(
+            "guidance_scale", use if model.kind == "student" else f"{model.name} has {model.guidance_scale:g}"
+        )
+    image_format = request.output_format or "png"
+    if image_format == "png" and request.output_compression not in (None, 100):
+        raise invalid("output_compression", "png has no loss; use webp or jpeg, or leave it out")
+    first = random() if request.seed is None else request.seed
+    seeds = tuple((first + i) % SEEDS for i in range(count))
+    quality = QUALITY if request.output_compression is None else request.output_compression
+    return DrawOrder(model.name, request.prompt, seeds, steps, size, image_format, quality, patience_s)
+
+
+def random_seed() -> int:
+    return secrets.randbelow(RANDOM_SEEDS)
+
+
+def guidances(model: ModelInfo) -> tuple[float, ...]:
+    """Values of guidance_scale that mean what the model does anyway."""
+    return (0.0, 1.0) if model.guidance_scale is None else (model.guidance_scale,)
+
+
+def most_images(model: ModelInfo, limits: LimitSettings) -> int:
+    """Per request, at any of the model's sizes."""
+    largest = max(height * width for height, width in model.sizes)
+    return min(limits.images, limits.pixels // largest)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *first, last = map(str, sorted(numbers))
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def request_schema(models: Sequence[ModelInfo], default: str, limits: LimitSettings) -> dict[str, Any]:
+    """JSON schema of exactly the bodies that are accepted now: one alternative for each model and kind of format."""
+    plain = ImageRequest.model_json_schema()
+    plain["properties"]["prompt"]["maxLength"] = limits.prompt_characters
+    alternatives = []
+    for model in models:
+        names: list[str | None] = [model.name, *model.aliases]
+        for lossless in (True, False):
+            alternatives.append(_alternative(plain, model, names, lossless, model.name == default, limits))
+    return {"anyOf": alternatives}
+
+
+def _alternative(
+    plain: Mapping[str, Any],
+    model: ModelInfo,
+    names: list[str | None],
+    lossless: bool,
+    is_default: bool,
+    limits: LimitSettings,
+) -> dict[str, Any]:
+    schema = copy.deepcopy(dict(plain))
+    schema["title"] = f"{model.name}, {'png' if lossless else 'webp or jpeg'}"
+    fields, required = schema["properties"], ["prompt"]
+    formats = ["png", None] if lossless else ["webp", "jpeg"]
+    allowed: dict[str, list[Any]] = {
+        "model": [*names, None] if is_default else names,
+        "size": [*map(size_text, model.sizes), "auto", None],
+        "num_inference_steps": [*sorted(model.steps), None],
+        "guidance_scale": [*guidances(model), None],
+        "output_format": formats,
+    }
+    if lossless:
+        allowed["output_compression"] = [100, None]
+    else:
+        required.append("output_format")
+    if not is_default:
+        required.append("model")
+    for name, values in allowed.items():
+        kept = {key: fields[name][key] for key in ("title", "description") if key in fields[name]}
+        fields[name] = {"enum": values} | kept
+    fields["n"]["anyOf"][0]["maximum"] = most_images(model, limits)
+    return schema | {"required": required}

@@ -1,0 +1,148 @@
+"""Every setting of the service, typed: the `args` of `build_app` and the keys of `jobs/serve.py --set`. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from flashdmd_ray.config import PositiveFloat, PositiveInt, Section, suggestion, validated
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+TEACHER = ":teacher"
+"""What follows a student's name in the name of the teacher it was distilled from."""
+HOOK = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class LimitSettings(Section):
+    """What one request, and one key, may ask for. What is larger is refused before anything is drawn."""
+
+    body_bytes: PositiveInt = 65_536
+    """Of a request's body; more is answered with 413."""
+    body_seconds: PositiveFloat = 10.0
+    """For a request's body to arrive; later is answered with 408."""
+    prompt_characters: PositiveInt = 1000
+    """Of a prompt. Text encoders read about 75 tokens, whatever is longer."""
+    images: Annotated[int, Field(strict=True, ge=1, le=10)] = 10
+    """Of one request (`n`)."""
+    pixels: PositiveInt = 16 * 1024 * 1024
+    """Of all images of one request together: bounds `n` for large models."""
+    images_per_minute: PositiveFloat | None = None
+    """For each key (without keys: each client address), in the long run; null is no limit. Counted by each ingress replica alone."""
+    burst: PositiveInt = 60
+    """Images that a key may ask for at once after a pause, with `images_per_minute`."""
+
+
+class ReplicaSettings(Section):
+    """The processes that draw."""
+
+    count: PositiveInt = 1
+    """How many there always are. With two, the other one draws on when one is lost."""
+    most: PositiveInt | None = None
+    """How many there may be under load; null is `count`: no autoscaling."""
+    target_requests: PositiveFloat = 8.0
+    """Unanswered requests per replica that autoscaling aims at."""
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    """CPUs that Ray reserves for each."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of each: 1, or a fraction to share one. With 0 it computes on the CPU."""
+    threads: PositiveInt = 1
+    """torch threads of each. Small models are faster with two replicas of one thread than with one of two."""
+    batch: Annotated[int, Field(strict=True, ge=1, le=256)] = 16
+    """Most images in one forward."""
+    start_s: PositiveFloat = 600.0
+    """Within this time a replica must have loaded and warmed up all models."""
+    drain_s: PositiveFloat = 30.0
+    """A replica that is to go first finishes what it has, for this long at most."""
+
+
+class ServeSettings(Section):
+    models: Annotated[dict[str, str], Field(min_length=1)]
+    """Name -> where it comes from: a directory that `jobs/export.py` wrote (a pipeline or a LoRA), a run folder (its export, or the
+    newest checkpoint while it has none), or `models:/name@alias` or `models:/name/version` of an MLflow registry."""
+    default: str | None = None
+    """The model of a request that names none; null is the first."""
+    aliases: dict[str, str] = Field(default_factory=dict)
+    """Other name -> name in `models`, for example gpt-image-1 for clients that cannot be told a name."""
+    teachers: bool = True
+    """Offer the teacher that a student was distilled from as `<name>:teacher`, where it can be found."""
+    teacher_steps: Annotated[int, Field(strict=True, ge=1, le=100)] = 25
+    """Denoising steps of teachers."""
+    teacher_guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    """Classifier-free guidance of teachers; 1 is none. The demo's pictures use 2."""
+    bases: dict[str, str] = Field(default_factory=dict)
+    """Name of a base in an export's flashdmd.json -> directory or hub id of that pipeline, where the name alone is not enough."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations."""
+    registry: str | None = None
+    """Tracking URI of the MLflow registry; null is MLflow's own default (MLFLOW_TRACKING_URI)."""
+    watch_s: PositiveFloat | None = 5.0
+    """Every so often each source is looked at, and a new version takes the old one's place; null: only at the start."""
+    cache: Path | None = None
+    """Folder for copies of what is served, so that a version outlives its source; null is ~/.cache/flashdmd_ray/serving."""
+    replica: ReplicaSettings = ReplicaSettings()
+    limits: LimitSettings = LimitSettings()
+    queue: PositiveInt = 64
+    """Requests in the service, drawn or waiting, per ingress replica; more are answered with 429."""
+    ingress: PositiveInt = 1
+    """Ingress replicas: processes that speak HTTP and draw nothing."""
+    deadline_s: PositiveFloat = 60.0
+    """For one request, waiting and retries included; later is answered with 504."""
+    keys_file: Path | None = None
+    """File with one API key per line ('#' begins a comment), beside those of FLASHDMD_API_KEYS. Without any key only loopback clients
+    are served."""
+    prompt_filter: str | None = None
+    """`module:function` that is called with each prompt and returns None, or why it is refused. None is shipped."""
+    image_checker: str | None = None
+    """`module:function` that is called with each image (PIL) and returns None, or why it is withheld. None is shipped."""
+    log_prompts: bool = False
+    """Write prompts to the log of the ingress."""
+
+    @field_validator("models")
+    @classmethod
+    def _plain_names(cls, models: dict[str, str]) -> dict[str, str]:
+        for name, source in models.items():
+            if not MODEL_NAME.fullmatch(name):
+                raise ValueError(f"'{name}' must be up to 64 letters, digits, '.', '_' or '-'")
+            if not source.strip():
+                raise ValueError(f"'{name}' has no source")
+        return models
+
+    @field_validator("aliases")
+    @classmethod
+    def _plain_aliases(cls, aliases: dict[str, str]) -> dict[str, str]:
+        for alias in aliases:
+            if not MODEL_NAME.fullmatch(alias):
+                raise ValueError(f"'{alias}' must be up to 64 letters, digits, '.', '_' or '-'")
+        return aliases
+
+    @field_validator("prompt_filter", "image_checker")
+    @classmethod
+    def _import_path(cls, hook: str | None) -> str | None:
+        if hook is not None and not HOOK.fullmatch(hook):
+            raise ValueError(f"'{hook}' must be module:function")
+        return hook
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        for key, name in [("default", self.default), *((f"aliases.{a}", name) for a, name in self.aliases.items())]:
+            if name is not None and name not in self.models:
+                raise ValueError(f"{key}: no model '{name}'{suggestion(name, list(self.models))}")
+        if taken := set(self.aliases) & set(self.models):
+            raise ValueError(f"aliases.{min(taken)}: is a model's own name; choose another")
+        if self.replica.most is not None and self.replica.most < self.replica.count:
+            raise ValueError(f"replica.most: {self.replica.most} is less than replica.count, {self.replica.count}")
+        return self
+
+    @property
+    def default_model(self) -> str:
+        """The model of a request that names none."""
+        return self.default or next(iter(self.models))
+
+
+def parse_settings(tree: Mapping[str, Any]) -> ServeSettings:
+    """The arguments of `build_app`. Raises ValueError, one line per problem, naming the key and the remedy."""
+    return validated(ServeSettings, tree)

@@ -1,0 +1,211 @@
+"""The API over a generator in this process: what is accepted, what is refused, and in which words."""
+
+import base64
+import io
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from starlette.testclient import TestClient
+
+from flashdmd_ray.serving.api import build_api
+from flashdmd_ray.serving.generator import Generator
+from flashdmd_ray.serving.settings import parse_settings
+from tests.serving.exports import export_demo
+
+PROMPT = "a red 4 on a gray background"
+KEY = "a-key-that-is-long-enough"
+GENERATE = "/v1/images/generations"
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    return export_demo(tmp_path_factory.mktemp("served") / "demo")
+
+
+@pytest.fixture(scope="module")
+def settings(export):
+    return parse_settings({"models": {"demo": str(export)}, "aliases": {"gpt-image-1": "demo"}, "teacher_steps": 3})
+
+
+@pytest.fixture(scope="module")
+def generator(settings):
+    return Generator(settings)
+
+
+@pytest.fixture(scope="module")
+def client(settings, generator):
+    return TestClient(build_api(settings, generator, ()), client=("127.0.0.1", 5000))
+
+
+def post(client, **body):
+    return client.post(GENERATE, json={"prompt": PROMPT, **body})
+
+
+def pictures(response):
+    assert response.status_code == 200, response.text
+    return [base64.b64decode(item["b64_json"]) for item in response.json()["data"]]
+
+
+def error(response):
+    assert response.headers["content-type"] == "application/json"
+    (key,) = response.json()
+    assert key == "error"
+    found = response.json()["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    return found
+
+
+def test_images_are_those_of_plain_diffusers(client, export):
+    """The export's own snippet and the service draw the same picture from one seed."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(export, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    call = json.loads((export / "flashdmd.json").read_text())["call"]
+    theirs = pipeline(PROMPT, generator=torch.Generator().manual_seed(7), output_type="pt", **call).images[0]
+    (ours,) = pictures(post(client, seed=7))
+    difference = torch.tensor(list(Image.open(io.BytesIO(ours)).tobytes())).view(24, 24, 3) - 255 * theirs.permute(
+        1, 2, 0
+    )
+    assert difference.abs().max() < 0.51
+
+
+def test_image_i_has_seed_plus_i(client):
+    response = post(client, seed=11, n=3)
+    assert [item["seed"] for item in response.json()["data"]] == [11, 12, 13]
+    assert len(set(pictures(response))) == 3
+
+
+def test_without_a_seed_the_response_says_which(client):
+    first = post(client)
+    (drawn,) = pictures(first)
+    assert pictures(post(client, seed=first.json()["data"][0]["seed"])) == [drawn]
+    assert pictures(post(client)) != [drawn]
+
+
+@pytest.mark.parametrize(("output_format", "magic"), [("png", b"\x89PNG"), ("webp", b"RIFF"), ("jpeg", b"\xff\xd8")])
+def test_formats(client, output_format, magic):
+    (image,) = pictures(post(client, output_format=output_format, seed=1))
+    assert image.startswith(magic)
+    assert Image.open(io.BytesIO(image)).size == (24, 24)
+
+
+def test_sizes_and_steps(client):
+    response = post(client, size="28x20", num_inference_steps=1, seed=1)
+    (image,) = pictures(response)
+    assert Image.open(io.BytesIO(image)).size == (28, 20)
+    assert (response.json()["size"], response.json()["num_inference_steps"]) == ("28x20", 1)
+
+
+def test_the_teacher_draws_on_demand(client):
+    response = post(client, model="demo:teacher", seed=1, guidance_scale=2.0)
+    pictures(response)
+    assert response.json()["model"] == "demo:teacher"
+    assert response.json()["num_inference_steps"] == 3
+
+
+def test_an_alias_is_the_model(client):
+    assert pictures(post(client, model="gpt-image-1", seed=5)) == pictures(post(client, model="demo", seed=5))
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"response_format": "url"}, "response_format", "b64_json"),
+        ({"negative_prompt": "ugly"}, "negative_prompt", "no guidance"),
+        ({"guidance_scale": 7.5}, "guidance_scale", "use 0 or 1"),
+        ({"model": "demo:teacher", "guidance_scale": 1}, "guidance_scale", "has 2"),
+        ({"num_inference_steps": 3}, "num_inference_steps", "takes 1, 2 or 4"),
+        ({"size": "1x100000"}, "size", "draws 24x24"),
+        ({"size": "24x٢٤"}, "size", "draws 24x24"),
+        ({"n": 10**9}, "n", "at most 10"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": True}, "n", "integer"),
+        ({"n": "2"}, "n", "integer"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"seed": 2**63}, "seed", "less than"),
+        ({"seed": 1.5}, "seed", "integer"),
+        ({"prompt": ""}, "prompt", "at least 1 character"),
+        ({"prompt": "x" * 1001}, "prompt", "at most 1000"),
+        ({"prompt": 4}, "prompt", "string"),
+        ({"output_compression": 50}, "output_compression", "webp or jpeg"),
+        ({"output_format": "gif"}, "output_format", "'png', 'webp' or 'jpeg'"),
+        ({"stream": True}, "stream", "all at once"),
+        ({"num_inference_step": 4}, "num_inference_step", "did you mean 'num_inference_steps'?"),
+    ],
+)
+def test_refusals_name_the_parameter(client, body, param, said):
+    response = post(client, **body)
+    assert response.status_code == 400
+    assert error(response)["param"] == param
+    assert said in error(response)["message"]
+
+
+def test_neutral_values_of_unused_fields_are_accepted(client):
+    unused = {"negative_prompt": "", "guidance_scale": 0, "quality": "auto", "stream": False, "user": "u", "n": 1.0}
+    assert len(pictures(post(client, **unused, output_compression=100, style=None))) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"", 400),
+        (b"[]", 400),
+        (b'{"prompt": NaN}', 400),
+        (b'{"prompt": "x"', 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 50_000, 400),
+        (b'{"prompt": "\\ud800"}', 400),
+        (b'{"prompt": "' + b"x" * 10_000_000 + b'"}', 413),
+    ],
+)
+def test_bodies_that_are_no_request(client, content, status):
+    response = client.post(GENERATE, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == status
+    assert error(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("prompt", ["\U0001f600" * 20, "\x00\x07\x1b[31m", "‮", " ", "x" * 1000])
+def test_odd_prompts_are_drawn(client, prompt):
+    assert len(pictures(post(client, prompt=prompt, num_inference_steps=1))) == 1
+
+
+def test_pages_that_are_not_there(client):
+    for method, path, status in [("GET", "/nope", 404), ("GET", "/v1/models/x", 404), ("DELETE", "/healthz", 405)]:
+        response = client.request(method, path)
+        assert (response.status_code, error(response)["type"]) == (status, "invalid_request_error")
+    assert "GET" in client.delete("/healthz").headers["allow"]
+    assert post(client, model="nope").status_code == 404
+    assert client.post(GENERATE, content=b"prompt=x").status_code == 415
+
+
+def test_models(client):
+    listed = client.get("/v1/models").json()
+    assert [model["id"] for model in listed["data"]] == ["demo", "demo:teacher"]
+    assert client.get("/v1/models/gpt-image-1").json() == listed["data"][0]
+    assert listed["data"][0]["num_inference_steps"] == [1, 2, 4]
+    assert listed["data"][0]["sizes"] == ["24x24", "28x20", "20x28"]
+
+
+def test_keys_and_request_ids(settings, generator):
+    client = TestClient(build_api(settings, generator, ("another-key-long-enough", KEY)))
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": f"Basic {KEY}"},
+        {"authorization": "Bearer é"},
+    ):
+        response = client.get("/v1/models", headers={name: value.encode() for name, value in headers.items()})
+        assert (response.status_code, error(response)["code"]) == (401, "invalid_api_key")
+        assert response.headers["www-authenticate"] == "Bearer"
+    allowed = {"authorization": f"Bearer {KEY}", "x-request-id": "mine-1"}
+    assert client.get("/v1/models", headers=allowed).headers["x-request-id"] == "mine-1"
+    assert len(client.get("/v1/models", headers=allowed | {"x-request-id": "a b\n"}).headers["x-request-id"]) == 32
+    assert client.get("/healthz").status_code == 200
+
+
+def test_without_keys_only_this_machine_is_served(settings, generator):
+    client = TestClient(build_api(settings, generator, ()), client=("192.0.2.1", 5000))
+    response = client.get("/v1/models")
+    assert (response.status_code, error(response)["code"]) == (403, "no_keys_configured")
