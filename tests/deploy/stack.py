@@ -1,0 +1,198 @@
+"""The services of docker-compose.yml as processes of this machine.
+
+A container gives a service a host name, ports, mounted volumes and secrets, and an image. Here these become the loopback address, free
+ports, folders and files of a temporary directory, and the environment of this interpreter. Commands, variables and health checks are
+otherwise those of the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from compose_file import ROOT, ComposeFile, Service, read
+from dockerfile import parse
+
+BIN = Path(sys.executable).parent
+START_S = 240.0
+"""Limit for a service to become healthy on a busy machine; the file's own limits are for machines of one's own."""
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+@dataclass
+class Running:
+    """One container of a service, as a process."""
+
+    name: str
+    service: Service
+    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+    health_command: list[str]
+    log: Path
+
+    def is_healthy(self) -> bool:
+        assert self.process.poll() is None, f"{self.name} ended:\n{self.log.read_text()[-5000:]}"
+        limit = 2 * self.service.healthcheck.timeout  # cores are shared here
+        try:
+            check = subprocess.run(
+                self.health_command, env=self.environment, capture_output=True, timeout=limit, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        return check.returncode == 0
+
+    def wait_until_healthy(self) -> None:
+        give_up = time.monotonic() + START_S
+        while not self.is_healthy():
+            assert time.monotonic() < give_up, f"{self.name} is not healthy:\n{self.log.read_text()[-5000:]}"
+            time.sleep(0.5)
+
+
+@dataclass
+class Stack:
+    """What `docker compose up` starts."""
+
+    directory: Path
+    file: ComposeFile
+    running: dict[str, Running] = field(default_factory=dict)
+    ports: dict[tuple[str, int], int] = field(default_factory=dict)
+    """(container, port in the container) -> port of the loopback address."""
+
+    @classmethod
+    def create(cls) -> Stack:
+        directory = Path(
+            tempfile.mkdtemp(prefix="fd-", dir="/tmp")
+        )  # short: Ray's sockets are below it, 107 characters at most
+        file = read()
+        (directory / "secrets").mkdir(mode=0o700)
+        for name in file.secrets:
+            (directory / "secrets" / name).write_text(secrets.token_hex(32))
+        for name in file.volumes:
+            (directory / name).mkdir()
+        return cls(directory, file)
+
+    def secret(self, name: str) -> str:
+        return (self.directory / "secrets" / name).read_text()
+
+    def port(self, container: str, inside: int) -> int:
+        return self.ports.setdefault((container, inside), free_ports(1)[0])
+
+    def here(self, text: str, container: str) -> str:
+        """A word of a command or variable with what the container would give it replaced."""
+        text = text.replace("/run/secrets/", f"{self.directory}/secrets/")
+        for volume in self.file.volumes:
+            text = re.sub(rf"(?<![\w.-])/{volume}(?=[/\s]|$)", f"{self.directory}/{volume}", text)
+        text = re.sub(r"(?<![\w.-])/app(?=/|$)", str(ROOT), text)
+        for host in self.file.services:
+            text = re.sub(
+                rf"\b{host}:(\d+)", lambda match, host=host: f"127.0.0.1:{self.port(host, int(match[1]))}", text
+            )
+        text = re.sub(
+            r"127\.0\.0\.1:(\d{4,5})", lambda match: f"127.0.0.1:{self.local(container, int(match[1]))}", text
+        )
+        text = re.sub(r"(port=)(\d+)$", lambda match: f"{match[1]}{self.local(container, int(match[2]))}", text)
+        return text.replace("0.0.0.0", "127.0.0.1")
+
+    def local(self, container: str, port: int) -> int:
+        """The port that stands for `port` of this container; what already is one of ours stays."""
+        return port if port in self.ports.values() else self.port(container, port)
+
+    def environment(self, container: str, service: Service) -> dict[str, str]:
+        image = parse(ROOT / "deploy/Dockerfile").environment(service.build.target)
+        image.pop("PATH", None)
+        machine = {
+            "PATH": os.pathsep.join([str(BIN), "/usr/local/bin", "/usr/bin", "/bin"]),
+            "HOME": str(self.directory),
+            "RAY_TMPDIR": str(self.directory),
+            # Ray replaces 127.0.0.1 by an interface's address unless told otherwise; and these machines are busy.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
+            "RAY_gcs_server_port_wait_time_s": "180",
+            "OMP_NUM_THREADS": "1",
+        }
+        machine |= {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+        return machine | image | {key: self.here(value, container) for key, value in service.environment.items()}
+
+    def start(self, name: str, number: int = 1) -> Running:
+        """Start one container of a service whose dependencies are healthy."""
+        service = self.file.services[name]
+        container = name if number == 1 else f"{name}-{number}"
+        for dependency in service.depends_on:
+            assert self.running[dependency].is_healthy()
+        command = [self.here(word, container) for word in service.command]
+        if command[:2] == ["ray", "start"]:
+            command.append("--node-ip-address=127.0.0.1")
+            if "--head" in command:
+                command.append(f"--ray-client-server-port={free_ports(1)[0]}")
+            else:
+                command[:1] = ["python", str(Path(__file__).with_name("loopback_ray.py"))]
+        environment = self.environment(container, service)
+        log = self.directory / f"{container}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [shutil.which(command[0], path=environment["PATH"]) or command[0], *command[1:]],
+                env=environment,
+                cwd=ROOT,
+                stdout=output,
+                stderr=output,
+            )
+        health = [self.here(word, container) for word in service.healthcheck.command]
+        health[0] = str(BIN / health[0])
+        self.running[container] = Running(container, service, process, environment, health, log)
+        return self.running[container]
+
+    def execute(self, container: str, command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+        """As `docker compose exec`."""
+        environment = self.running[container].environment
+        words = [self.here(word, container) for word in command]
+        words[0] = shutil.which(words[0], path=environment["PATH"]) or words[0]
+        return subprocess.run(
+            words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    def stop(self) -> dict[str, int | None]:
+        """As `docker compose stop`: SIGTERM, the newest service first. Exit status of each; None if it outlived its grace period."""
+        newest_first = list(reversed(self.running.values()))
+        for one in newest_first:
+            one.process.terminate()
+        give_up = time.monotonic() + max(one.service.stop_grace_period for one in newest_first)
+        while any(one.process.poll() is None for one in newest_first) and time.monotonic() < give_up:
+            time.sleep(0.1)
+        return {one.name: one.process.returncode for one in newest_first}
+
+    def left_behind(self) -> list[psutil.Process]:
+        """Processes that were started in this stack's environment and still run."""
+        return [
+            process
+            for process in psutil.process_iter()
+            if _environment(process).get("RAY_TMPDIR") == str(self.directory)
+        ]
+
+    def remove(self) -> None:
+        for process in self.left_behind():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
