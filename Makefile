@@ -11,7 +11,7 @@ TEST_PROCESSES ?= 2
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lock clean
+.PHONY: help install demo serve test check format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install ## the main job on the shipped demo: distillation and preference RL on real images
 	$(BIN)/python jobs/joint_train.py
+
+serve: install ## what `make demo` made, as an image API with a page at http://127.0.0.1:8000
+	$(BIN)/python jobs/serve.py runs/demo
 
 test: install ## all tests
 	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
