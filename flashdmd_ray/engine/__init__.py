@@ -7,10 +7,10 @@ from torch import nn
 from flashdmd_ray.config import EngineConfig, OptimizerConfig
 from flashdmd_ray.engine.base import Engine
 from flashdmd_ray.engine.loading import Source, in_turn, skeleton
-from flashdmd_ray.engine.processes import free_port, init_process_group
+from flashdmd_ray.engine.processes import free_port, init_process_group, world_size
 from flashdmd_ray.engine.torch_engine import TorchEngine
 
-__all__ = ["Engine", "build_engine", "free_port", "in_turn", "init_process_group", "skeleton"]
+__all__ = ["Engine", "build_engine", "free_port", "in_turn", "init_process_group", "skeleton", "world_size"]
 
 
 def build_engine(

@@ -46,7 +46,7 @@ class Engine(ABC):
             if p.dtype != torch.float32:
                 raise ValueError(f"{role}: parameter {name!r} is {p.dtype}: load the network in float32 to train it")
         self.device = device_of(module)
-        receive(module, source, self._keep)
+        receive(module, source, self._room, self._keep)
         self._moments: dict[str, dict[str, Any]] = {}  # by objective: AdamW's own state of the flat masters
         self._updates: dict[str, int] = {}
         self._loss_is_finite: Tensor | None = None  # of the backwards that wait for their update
@@ -54,6 +54,10 @@ class Engine(ABC):
         self._complete = True  # no micro-batch of the coming update is missing
         self._masters: Tensor  # flat fp32 weights, or this rank's slice of them
         self._optimizer: torch.optim.Optimizer  # over [self._masters]
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Memory for a parameter that arrives, with its shape and dtype."""
+        return torch.empty(like.shape, dtype=like.dtype, device=self.device)
 
     # ---- what a kind of engine provides
 

@@ -64,8 +64,7 @@ class DeepSpeedEngine(Engine):
             if exact:
                 full, exact[index] = exact[index], torch.empty(0)
             else:
-                like = torch.empty(self.layout.shapes[index], device="meta")
-                full = arrive(name, like, source, p.device)
+                full = arrive(name, torch.empty(self.layout.shapes[index], device=p.device), source)
             self._store(self._masters, index, full)
 
     def _keep(self, parameter: nn.Parameter) -> None:
@@ -128,7 +127,17 @@ class DeepSpeedStage3Engine(DeepSpeedEngine):
     ) -> None:
         self._skeleton = skeleton(module)  # before DeepSpeed changes the module: what `copy` fills
         self._first: Any = None  # the first parameter that was sliced: it can slice the others
+        self._arrivals = torch.empty(0)
         super().__init__(module, settings, config, role, source)
+        self._arrivals = torch.empty(0)
+
+    def _room(self, like: Tensor) -> Tensor:
+        """One piece of memory for all parameters, of which only slices stay: with memory of its own for each, the allocator would leave
+        holes as large as the parameters between the slices."""
+        assert like.dtype == torch.float32, f"{self.role}: a skeleton is float32, not {like.dtype}"
+        if not len(self._arrivals):
+            self._arrivals = torch.empty(max(p.numel() for p in self.module.parameters()), device=self.device)
+        return self._arrivals[: like.numel()].view(like.shape)
 
     @cached_property
     def _starts(self) -> list[int]:

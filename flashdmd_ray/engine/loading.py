@@ -57,16 +57,19 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def receive(module: nn.Module, source: Source | None, keep: Callable[[nn.Parameter], None]) -> None:
+def receive(
+    module: nn.Module, source: Source | None, room: Callable[[Tensor], Tensor], keep: Callable[[nn.Parameter], None]
+) -> None:
     """Give every rank the parameters and buffers of rank 0, one at a time.
 
     source: what a skeleton is filled with, read on rank 0 only; None for a network that has its weights already, which are then overwritten
-    by those of rank 0. keep: called with each parameter as soon as its weights are there, before the next one arrives.
+    by those of rank 0. room: memory for a parameter of a skeleton, with its shape and dtype. keep: called with each parameter as soon as
+    its weights are there, before the next one arrives.
     """
-    device = device_of(module)
     for name, p in module.named_parameters():
         if p.is_meta:
-            torch.utils.swap_tensors(p, nn.Parameter(arrive(name, p, source, device), requires_grad=p.requires_grad))
+            full = arrive(name, room(p), source)
+            torch.utils.swap_tensors(p, nn.Parameter(full, requires_grad=p.requires_grad))
         elif world_size() > 1:
             dist.broadcast(p.detach(), src=0)
         keep(p)
@@ -75,9 +78,8 @@ def receive(module: nn.Module, source: Source | None, keep: Callable[[nn.Paramet
             dist.broadcast(buffer, src=0)
 
 
-def arrive(name: str, like: Tensor, source: Source | None, device: torch.device) -> Tensor:
-    """One full parameter from the source of rank 0, on every rank, with the shape and dtype of `like`."""
-    full = torch.empty(like.shape, dtype=like.dtype, device=device)
+def arrive(name: str, full: Tensor, source: Source | None) -> Tensor:
+    """Fill `full` with one parameter from the source of rank 0, on every rank."""
     if rank() == 0:
         assert source is not None, "a skeleton needs a source of weights on rank 0"
         full.copy_(source[name])

@@ -12,7 +12,7 @@ from flashdmd_ray.batch import Latents, Prediction, PreferencePairs, Prompts, no
 from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import PredictX0, backward_simulation, complete, full, transition
-from flashdmd_ray.engine import Engine, build_engine
+from flashdmd_ray.engine import Engine
 from flashdmd_ray.engine.average import WeightAverage
 from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family
@@ -27,7 +27,7 @@ from flashdmd_ray.roles.networks import (
     noise_stream,
     save_engine,
     save_shared,
-    trained_network,
+    trained_engine,
 )
 from flashdmd_ray.storage import Location
 
@@ -57,8 +57,7 @@ class Generator(Saved):
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Generator:
         family = group_family(config, "learner")
-        network = trained_network(config, family, "generator")
-        return cls(config, family, build_engine(config.engine, network, config.generator, role="generator"))
+        return cls(config, family, trained_engine(config, family, "generator", config.generator, "generator"))
 
     @property
     def device(self) -> torch.device:

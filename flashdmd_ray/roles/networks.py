@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Prompts, noise
 from flashdmd_ray.checkpoint import PartFile, save_part, save_tensors
-from flashdmd_ray.config import Config, ModelConfig
+from flashdmd_ray.config import Config, ModelConfig, OptimizerConfig
 from flashdmd_ray.data.precompute import use_embeddings
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.diffusion.sampling import PredictX0
 from flashdmd_ray.diffusion.schedule import NoiseSchedule
-from flashdmd_ray.engine import Engine
+from flashdmd_ray.engine import Engine, build_engine, in_turn, skeleton, world_size
 from flashdmd_ray.models import FAMILIES, family_class
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
@@ -60,9 +61,12 @@ def _shared_family(model: ModelConfig, device: torch.device) -> Family:
 def group_family(config: Config, group: str, parts: Collection[str] = PARTS) -> Family:
     """The family of a worker group's roles, on the group's device; it looks prompts up in `data.embeddings` before it encodes them.
 
-    Raises ValueError when those embeddings were made for something else.
+    Ranks with GPUs load one after the other: host memory holds one copy. Raises ValueError when those embeddings were made for something
+    else.
     """
-    family = load_family(config.model, parts, device_of(config, group))
+    device = device_of(config, group)
+    with nullcontext() if device.type == "cpu" else in_turn():
+        family = load_family(config.model, parts, device)
     if "text" in parts:
         use_embeddings(family, config.data, config.model)
     return family
@@ -83,6 +87,21 @@ def trained_network(config: Config, family: Family, role: TrainedRole) -> Denois
     if role in config.lora.networks:
         return AdaptedDenoiser(family.teacher, config.lora, config.seed, config.engine.gradient_checkpointing)
     return family.denoiser(gradient_checkpointing=config.engine.gradient_checkpointing)
+
+
+def trained_engine(config: Config, family: Family, role: TrainedRole, settings: OptimizerConfig, name: str) -> Engine:
+    """The engine that trains a role from where `trained_network` starts.
+
+    Ranks of ZeRO stage 3 never hold a whole float32 network: they get the teacher's weights one parameter at a time.
+    """
+    sharded = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3 and world_size() > 1
+    if not sharded or role in config.lora.networks:
+        return build_engine(config.engine, trained_network(config, family, role), settings, role=name)
+    network = skeleton(family.teacher).requires_grad_(True).train()
+    assert isinstance(network, Denoiser)
+    if config.engine.gradient_checkpointing:
+        network.network.enable_gradient_checkpointing()
+    return build_engine(config.engine, network, settings, role=name, source=family.teacher.state_dict())
 
 
 def student_network(config: Config, family: Family, weights: Mapping[str, Tensor]) -> Denoiser:

@@ -11,13 +11,13 @@ from flashdmd_ray.batch import Latents, Prompts, noise
 from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import guided
-from flashdmd_ray.engine import Engine, build_engine
+from flashdmd_ray.engine import Engine
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.objectives.matching import distribution_matching_gradient
 from flashdmd_ray.objectives.score import denoising_loss
 from flashdmd_ray.roles.drawing import draw_samples, teacher_sampler
 from flashdmd_ray.roles.generator import Generator
-from flashdmd_ray.roles.networks import Metrics, bind, group_family, save_engine, trained_network
+from flashdmd_ray.roles.networks import Metrics, bind, group_family, save_engine, trained_engine
 from flashdmd_ray.storage import Location
 
 
@@ -33,8 +33,7 @@ class ScoreEstimator(Saved):
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> ScoreEstimator:
         family = group_family(config, "learner")
-        network = trained_network(config, family, "score")
-        return cls(config, family, build_engine(config.engine, network, config.score, role="score estimator"))
+        return cls(config, family, trained_engine(config, family, "score", config.score, "score estimator"))
 
     @property
     def device(self) -> torch.device:
