@@ -1,0 +1,133 @@
+"""What Ray costs: the same calls and the same distillation step in worker processes and in this process, one rank each.
+
+    python benchmarks/ray_overhead.py [--calls 200] [--seconds 150] [--batch 32] [--json FILE]
+
+Calls go to a role that gives back what it gets, with what a call carries in the demo and at SDXL's size. The step is the demo's
+distillation. "in turn" makes the calls of a step one after the other, as the local runtime does: the difference is what the way there and
+back costs. "as it runs" lets independent calls overlap. A round makes the step in each way, the next round in the opposite order; ratios
+are taken within a round, of seconds and of the CPU seconds of all processes together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rounds import Way, compare, describe, measure_rounds
+
+from flashdmd_ray.batch import Draws, Latents, Prompts
+from flashdmd_ray.config import load_config
+from flashdmd_ray.data import build_images
+from flashdmd_ray.driver import distil
+from flashdmd_ray.runtime import Runtime, build_runtime
+
+PAYLOADS = {"nothing": None, "demo, 32 x (4, 8, 8)": (32, 4, 8, 8), "SDXL, 8 x (4, 128, 128)": (8, 4, 128, 128)}
+
+
+class Echo:
+    """A role without work."""
+
+    @classmethod
+    def from_config(cls, config: Any, rank: int = 0, world_size: int = 1) -> Echo:
+        return cls()
+
+    def echo(self, value: Any) -> Any:
+        return value
+
+
+class InTurn:
+    """A runtime whose parallel calls run one after the other."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.generator, self.score, self.discriminator = runtime.generator, runtime.score, runtime.discriminator
+
+    def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
+        return [call() for call in calls]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument(
+        "--seconds", type=float, default=150.0, help="for the step: as many rounds as fit, three at least"
+    )
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = {"calls": measure_calls(options.calls), "step": measure_step(options.seconds, options.batch)}
+    for name, taken in found["calls"].items():
+        print(f"a call with {name:26s} {taken} ms (median, 90th percentile)")
+    for name, figures in found["step"].items():
+        print(f"step, {name:16s} {describe(figures)}")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure_calls(calls: int) -> dict[str, str]:
+    """Through Ray, less the same in this process: median and 90th percentile, in milliseconds."""
+    runtime = build_runtime(load_config(None, ["runtime=ray"]), {"learner": {"generator": "ray_overhead:Echo"}})
+    try:
+        return {name: overhead(runtime.generator, payload(shape), calls) for name, shape in PAYLOADS.items()}
+    finally:
+        runtime.close()
+
+
+def payload(shape: tuple[int, ...] | None) -> Latents | None:
+    if shape is None:
+        return None
+    texts = ("a red 4 left of a green 7 on a gray background",) * shape[0]
+    return Latents(torch.randn(shape), Prompts(texts, torch.arange(shape[0])))
+
+
+def overhead(role: Any, value: Any, calls: int) -> str:
+    here, taken = Echo(), []
+    for number in range(calls + 10):
+        started = time.perf_counter()
+        role.echo(value)
+        between = time.perf_counter()
+        here.echo(value)
+        if number >= 10:
+            taken.append(1000 * (2 * between - started - time.perf_counter()))
+    cuts = statistics.quantiles(taken, n=10)
+    return f"{statistics.median(taken):.2f}, {cuts[-1]:.2f}"
+
+
+def measure_step(seconds: float, batch: int) -> dict[str, dict[str, object]]:
+    """`compare` with the local runtime."""
+    settings = ["preference.updates=0", "evaluation.ema=0", f"batch={batch}"]
+    config = load_config(None, ["runtime=local", *settings])
+    local, on_ray = build_runtime(config), build_runtime(load_config(None, ["runtime=ray", *settings]))
+    try:
+        data = build_images(config.data, config.seed)
+
+        def step_of(runtime: Any) -> Way:
+            return lambda number: distil(config, runtime, data, Draws(config.seed, number))
+
+        ways = {"local": step_of(local), "ray, in turn": step_of(InTurn(on_ray)), "ray, as it runs": step_of(on_ray)}
+        rounds = measure_rounds(ways, seconds, cpu_seconds)
+    finally:
+        on_ray.close()
+    return {way: compare(rounds, way, "local") for way in ways if way != "local"}
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process and everything it started."""
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+if __name__ == "__main__":
+    main()
