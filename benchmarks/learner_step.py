@@ -1,21 +1,28 @@
-"""What the roles, the engine and the driver cost: our distillation step against a straight-line torch script of the same work.
+"""What a training step costs, and what the roles, the engine and the driver add to it.
 
-    python benchmarks/learner_step.py [--pairs 15] [--threads 1] [--json FILE]
+    python benchmarks/learner_step.py [--seconds 150] [--batch 8] [--threads 1] [--json FILE]
+    python benchmarks/learner_step.py --preset sdxl --random-weights [--steps 3] [--set key=value ...] [--json FILE]
 
-One process, the demo's networks, batch 32, the two steps in turn; the ratio of each pair and the median of the ratios are printed, for
-Flash-DMD (TTUR 1) and for the DMD2 preset (TTUR 5), and the time of Flash-DMD at TTUR 1 against DMD2 at TTUR 5 per generator update.
+Without a preset: our distillation step against a straight-line torch script of the same work, in one process, on the demo's networks. A
+round makes the same step four times: Flash-DMD (TTUR 1) and the DMD2 preset (TTUR 5), each with our roles and as a script; the next round
+makes them in the opposite order. Ratios are taken within a round, the median over the rounds is printed with its quartiles: of seconds,
+and of CPU seconds, which say more on a busy machine.
+
+With a preset: a joint training step of jobs/configs/sdxl_lora_80gb.yaml on one GPU, by verb of each role, see full_size.py. The models are
+the recipe's, or with --random-weights random ones of their size. tiny: small random ones, on a CPU too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from full_size import measure_full_size, show
+from rounds import Way, compare, describe, measure_rounds
 from straight_line import DMD2, TIMESTEPS, FlashDMD
 
 from flashdmd_ray.batch import Draws
@@ -28,33 +35,55 @@ from flashdmd_ray.roles.networks import load_family
 from flashdmd_ray.runtime.build import build_runtime
 
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
-COMMON = ["runtime=local", "preference.updates=0", "evaluation.ema=0"]
+COMMON = ["runtime=local", "preference.updates=0", "evaluation.ema=0", "matching.guidance_scale=2.0"]
+"""Distillation alone, and equal teachers for both algorithms: the demo's scale of 1 would save Flash-DMD a forward."""
+
+COMPARED = {
+    "flash_dmd": ("flash_dmd", "flash_dmd script"),
+    "dmd2": ("dmd2", "dmd2 script"),
+    "flash_dmd against dmd2": ("flash_dmd", "dmd2"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--preset", choices=["sdxl", "tiny"])
+    parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--steps", type=int, default=3, help="with a preset: steps that are timed")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="key=value", help="with a preset: changes to the recipe"
+    )
+    parser.add_argument("--seconds", type=float, default=150.0, help="as many rounds as fit, three at least")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    threads = f"placement.threads={options.threads}"
-    flash, dmd2 = flash_dmd([*COMMON, threads]), baseline([*COMMON, threads])
-    torch.set_num_threads(options.threads)
-    found = {"flash_dmd": compare(*flash, options.pairs), "dmd2": compare(*dmd2, options.pairs)}
-    found["flash_dmd_against_dmd2"] = compare(flash[0], dmd2[0], options.pairs)
-    for name, figures in found.items():
-        print(
-            f"{name:24s} ratio {figures['ratio']:.3f}  ({figures['ours']:.3f} s against {figures['other']:.3f} s, medians)"
-        )
+    try:
+        found = compare_with_script(options) if options.preset is None else full_size(options)
+    except ValueError as error:
+        sys.exit(f"learner_step.py: {error}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-Step = Callable[[int], object]
+def full_size(options: argparse.Namespace) -> dict[str, object]:
+    found = measure_full_size(options.preset, options.random_weights, options.steps, options.set)
+    show(found)
+    return found
 
 
-def flash_dmd(overrides: list[str]) -> tuple[Step, Step]:
-    """(our step, the straight-line step) of the shipped demo."""
+def compare_with_script(options: argparse.Namespace) -> dict[str, object]:
+    overrides = [*COMMON, f"placement.threads={options.threads}", f"batch={options.batch}"]
+    rounds = measure_rounds(flash_dmd(overrides) | baseline(overrides), options.seconds, time.process_time)
+    found: dict[str, object] = {name: compare(rounds, *pair) for name, pair in COMPARED.items()}
+    print(f"{len(rounds)} rounds, batch {options.batch}")
+    for name, figures in found.items():
+        print(f"{name:24s} {describe(figures)}")
+    return found
+
+
+def flash_dmd(overrides: list[str]) -> dict[str, Way]:
+    """Our step and the straight-line step of the shipped demo."""
     config = load_config(CONFIGS / "demo.yaml", overrides)
     runtime, data = build_runtime(config), build_images(config.data, config.seed)
     family = load_family(config.model)
@@ -68,10 +97,10 @@ def flash_dmd(overrides: list[str]) -> tuple[Step, Step]:
         texts, reals, _, high = batch_of(config, data, step, "predict", 0)
         return script.step(texts, reals, high)
 
-    return ours, theirs
+    return {"flash_dmd": ours, "flash_dmd script": theirs}
 
 
-def baseline(overrides: list[str]) -> tuple[Step, Step]:
+def baseline(overrides: list[str]) -> dict[str, Way]:
     """The same of the DMD2 preset."""
     config = load_config(CONFIGS / "demo_dmd2.yaml", overrides)
     runtime, data = build_runtime(config), build_images(config.data, config.seed)
@@ -87,7 +116,7 @@ def baseline(overrides: list[str]) -> tuple[Step, Step]:
         purposes = ["predict", *(f"critics/{update}" for update in range(1, config.ttur))]
         return script.step([batch_of(config, data, step, purpose, i) for i, purpose in enumerate(purposes)])
 
-    return ours, theirs
+    return {"dmd2": ours, "dmd2 script": theirs}
 
 
 def batch_of(
@@ -100,25 +129,6 @@ def batch_of(
     high, _ = draw_noise_levels(config, Draws(config.seed, step), purpose)
     assert high < len(TIMESTEPS)
     return data.prompts(purpose, step * config.batch + rows), reals.images, reals.captions, high
-
-
-def compare(ours: Step, other: Step, pairs: int) -> dict[str, float]:
-    """Medians of the two and of the ratio pair by pair; one pair first that does not count."""
-    times = []
-    for step in range(pairs + 1):
-        order = (ours, other) if step % 2 else (other, ours)
-        seconds = {}
-        for function in order:
-            started = time.perf_counter()
-            function(step)
-            seconds[function] = time.perf_counter() - started
-        times.append((seconds[ours], seconds[other]))
-    counted = times[1:]
-    return {
-        "ratio": statistics.median(a / b for a, b in counted),
-        "ours": statistics.median(a for a, _ in counted),
-        "other": statistics.median(b for _, b in counted),
-    }
 
 
 if __name__ == "__main__":
