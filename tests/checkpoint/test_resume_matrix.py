@@ -1,0 +1,37 @@
+"""Resuming on other ranks and ZeRO stages, whole networks and adapters: a cell of the full matrix for each kind of training and stage,
+all of which `python benchmarks/resume_matrix.py` prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CELLS = [(mode, stage) for mode in ("full", "lora") for stage in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    file = tmp_path_factory.mktemp("matrix") / "rows.json"
+    command = [sys.executable, ROOT / "benchmarks" / "resume_matrix.py", "--quick", "--json", file]
+    ended = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900
+    )
+    assert file.exists(), ended.stdout + ended.stderr
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.timeout(960)
+@pytest.mark.parametrize(("mode", "stage"), CELLS)
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(rows: list[dict[str, object]], mode: str, stage: int) -> None:
+    (row,) = [row for row in rows if (row["mode"], row["stage"]) == (mode, stage)]
+    assert row["good"], row
+
+
+def test_every_change_of_ranks_is_among_the_cells(rows: list[dict[str, object]]) -> None:
+    assert {row["ranks"] for row in rows} == {"1->2", "2->1", "2->2"}
