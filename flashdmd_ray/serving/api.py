@@ -17,16 +17,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.errors import ApiError, error_response
 from flashdmd_ray.serving.keys import Doorkeeper
 from flashdmd_ray.serving.limits import RateLimit, read_json
 from flashdmd_ray.serving.messages import Drawn, DrawOrder, ModelInfo, Refused, size_text
+from flashdmd_ray.serving.metrics import Metrics
 from flashdmd_ray.serving.middleware import RequestScope, state_of
 from flashdmd_ray.serving.openapi import describe_api
 from flashdmd_ray.serving.requests import ImageRequest, make_order, parse_request, random_seed
 from flashdmd_ray.serving.settings import ServeSettings
 
-log = logging.getLogger("flashdmd_ray.serving")
+log = logging.getLogger(LOGGER)
 
 PromptFilter = Callable[[str], str | None]
 """prompt -> None, or why it is refused."""
@@ -46,17 +48,19 @@ def build_api(
     settings: ServeSettings, studio: Studio, keys: Sequence[str], prompt_filter: PromptFilter | None = None
 ) -> Starlette:
     """The application, for any ASGI server."""
-    api = Api(settings, studio, prompt_filter)
+    doorkeeper = Doorkeeper(keys)
+    api = Api(settings, studio, doorkeeper.needs_key, prompt_filter)
     routes = [
         Route("/v1/images/generations", api.generate, methods=["POST"]),
         Route("/v1/models", api.list_models, methods=["GET"]),
         Route("/v1/models/{model:path}", api.get_model, methods=["GET"]),
         Route("/healthz", api.health, methods=["GET"]),
+        Route("/metrics", api.metrics_page, methods=["GET"]),
         Route("/openapi.json", api.openapi, methods=["GET"]),
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(RequestScope, doorkeeper=Doorkeeper(keys))],
+        middleware=[Middleware(RequestScope, doorkeeper=doorkeeper, metrics=api.metrics)],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error},
     )
     app.router.redirect_slashes = False  # a redirect would be one more answer to document
@@ -66,12 +70,16 @@ def build_api(
 class Api:
     """The routes, over one studio."""
 
-    def __init__(self, settings: ServeSettings, studio: Studio, prompt_filter: PromptFilter | None) -> None:
+    def __init__(
+        self, settings: ServeSettings, studio: Studio, needs_key: bool, prompt_filter: PromptFilter | None
+    ) -> None:
         self._settings = settings
         self._limits = settings.limits
         self._studio = studio
+        self._needs_key = needs_key
         self._prompt_filter = prompt_filter
-        self._waiting = 0
+        self._inside = 0
+        self.metrics = Metrics()
         per_minute = self._limits.images_per_minute
         self._rate = None if per_minute is None else RateLimit(per_minute, self._limits.burst)
 
@@ -102,9 +110,13 @@ class Api:
         await self._studio.models()
         return json_response({"status": "ok"})
 
+    async def metrics_page(self, request: Request) -> Response:
+        """Figures for Prometheus."""
+        return self.metrics.page(await self._studio.models())
+
     async def openapi(self, request: Request) -> Response:
         """This API as an OpenAPI document, with the models that are there now."""
-        return json_response(describe_api(await self._studio.models(), self._settings))
+        return json_response(describe_api(await self._studio.models(), self._settings, self._needs_key))
 
     async def _find(self, name: str | None) -> ModelInfo:
         wanted = self._settings.default_model if name is None else name
@@ -124,19 +136,24 @@ class Api:
             log.info("request %s: prompt %r", state_of(request).request_id, asked.prompt)
 
     async def _draw(self, order: DrawOrder) -> Drawn:
-        if self._waiting >= self._settings.queue:
+        if self._inside >= self._settings.queue:
             raise queue_full()
-        self._waiting += 1
         try:
+            self._count(+1)
             drawn = await asyncio.wait_for(self._studio.draw(order), order.patience_s)
         except TimeoutError:
             message = f"The images were not ready within {order.patience_s:g} s."
             raise ApiError(504, message, "deadline_exceeded") from None
         finally:
-            self._waiting -= 1
+            self._count(-1)
         if isinstance(drawn, Refused):
             raise ApiError(drawn.status, drawn.message, drawn.code, drawn.param)
+        self.metrics.drawn(order, drawn)
         return drawn
+
+    def _count(self, change: int) -> None:
+        self._inside += change
+        self.metrics.inside(self._inside)
 
 
 def queue_full() -> ApiError:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.student import Artist, Sample, Size
 
-log = logging.getLogger("flashdmd_ray.serving")
+log = logging.getLogger(LOGGER)
 
 
 @dataclass
@@ -117,20 +118,22 @@ class DrawingThread:
 
     def _choose(self, group: Sequence[Job]) -> list[tuple[Job, Sample]]:
         """The samples of the next forward, in the order in which their jobs came."""
+        most = min(self._most, group[0].artist.most(group[0].size))
         chosen: list[tuple[Job, Sample]] = []
         for job in group:
             if not job.samples:
                 job.began = time.monotonic()
                 job.samples = [job.artist.begin(job.prompt, seed, job.steps, job.size) for seed in job.seeds]
             chosen += [(job, sample) for sample in job.samples if not sample.finished]
-            if len(chosen) >= self._most:
+            if len(chosen) >= most:
                 break
-        return chosen[: self._most]
+        return chosen[:most]
 
     def _finish(self, artist: Artist, done: Sequence[Job]) -> None:
         """Decode what ended with this forward; a job never waits for samples of another."""
         samples = [sample for job in done for sample in job.samples]
-        pieces = [artist.decode(samples[start : start + self._most]) for start in range(0, len(samples), self._most)]
+        most = min(self._most, artist.most(done[0].size))
+        pieces = [artist.decode(samples[start : start + most]) for start in range(0, len(samples), most)]
         self._remove(done)
         for job, images in zip(done, torch.cat(pieces).split([len(job.samples) for job in done]), strict=True):
             job.ended = time.monotonic()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import threading
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ from flashdmd_ray.cli import FAILED, brief, prepare_process, refuse, say
 from flashdmd_ray.config import apply_override
 from flashdmd_ray.serving.keys import VARIABLE, is_loopback, read_keys
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
+from flashdmd_ray.serving.sources import open_source
 
 APPLICATION = "flashdmd_ray"
-START_S = 900.0
 
 
 def serve_command(arguments: Sequence[str] | None = None) -> int:
@@ -29,15 +30,16 @@ def serve_command(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = parse_settings(settings_tree(options.models, options.set))
         check_address(options.host, settings)
+        for source in settings.models.values():
+            open_source(source, settings.registry)
     except ValueError as error:
         return refuse(error)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     try:
-        return run(settings, options.host, options.port, stop)
+        return run(settings, options.host, options.port)
     except ValueError as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception as error:
         say(f"failed: {brief(error)}")
         return FAILED
@@ -93,8 +95,8 @@ def check_address(host: str, settings: ServeSettings) -> None:
         )
 
 
-def run(settings: ServeSettings, host: str, port: int, stop: threading.Event) -> int:
-    """Serve until `stop` is set. Raises ValueError for a model that cannot be served."""
+def run(settings: ServeSettings, host: str, port: int) -> int:
+    """Serve until SIGTERM or Ctrl-C. Raises ValueError for a model that cannot be served."""
     from flashdmd_ray.runtime.environment import use_loopback
 
     use_loopback(os.environ)
@@ -108,8 +110,17 @@ def run(settings: ServeSettings, host: str, port: int, stop: threading.Event) ->
     print(f"starting Ray and loading {', '.join(settings.models)}", flush=True)
     cluster = Cluster.join()
     try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-        serve.run(application, name=APPLICATION, route_prefix="/")
+        # Requests have a line of ours in the log; Serve's own would be a second and a third.
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": host, "port": port},
+            logging_config={"enable_access_log": False},
+        )
+        try:
+            serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
+        except RuntimeError as error:
+            raise ValueError(_reason(str(error) + _status(serve.status()))) from None
+        stop = _until_stopped()
         print(f"ready: http://{host}:{port}/", flush=True)
         stop.wait()
         print("stopping: requests that are here are finished", flush=True)
@@ -117,3 +128,23 @@ def run(settings: ServeSettings, host: str, port: int, stop: threading.Event) ->
         serve.shutdown()
         cluster.leave()
     return 0
+
+
+def _until_stopped() -> threading.Event:
+    """Set by the first SIGTERM or Ctrl-C from now on; before, they end the command where it is."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _status(status: Any) -> str:
+    """What Serve knows about the application's deployments."""
+    application = status.applications.get(APPLICATION)
+    return "" if application is None else "\n".join(found.message for found in application.deployments.values())
+
+
+def _reason(text: str) -> str:
+    """The line that a replica ended with, out of Serve's report of it."""
+    said = re.findall(r"ValueError: (.+)", text)
+    return said[0] if said else " ".join(text.split())[:600]

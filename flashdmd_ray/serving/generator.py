@@ -12,10 +12,12 @@ from torch import Tensor
 
 from flashdmd_ray.runtime.environment import limit_threads
 from flashdmd_ray.serving.batching import DrawingThread, Job
-from flashdmd_ray.serving.catalogue import Version, load_version
+from flashdmd_ray.serving.catalogue import Version
 from flashdmd_ray.serving.images import encode_picture, to_picture
 from flashdmd_ray.serving.messages import Drawn, DrawOrder, ModelInfo, Refused
+from flashdmd_ray.serving.rehearsal import Rehearsal
 from flashdmd_ray.serving.settings import ServeSettings
+from flashdmd_ray.serving.shelf import Shelf
 
 ImageChecker = Callable[[Image.Image], str | None]
 """image -> None, or why it is withheld."""
@@ -30,13 +32,12 @@ class Generator:
         self._settings = settings
         self._check: ImageChecker | None = load_hook(settings.image_checker)
         self._thread = DrawingThread(settings.replica.batch)
-        self._versions: dict[str, Version] = {}
-        for name, source in settings.models.items():
-            self._versions[name] = load_version(name, source, settings)
+        self._shelf = Shelf(settings, Rehearsal(settings.replica.batch))
+        self._shelf.fill()
 
     async def models(self) -> Sequence[ModelInfo]:
         """What can be asked for now."""
-        return [info for version in self._versions.values() for info in version.infos]
+        return self._shelf.infos()
 
     async def draw(self, order: DrawOrder) -> Drawn | Refused:
         """Images of one prompt. When the caller is cancelled, drawing stops before the next denoising step."""
@@ -60,11 +61,18 @@ class Generator:
             raise RuntimeError("the drawing thread has ended")
 
     def _find(self, order: DrawOrder) -> tuple[Version, Job] | Refused:
-        for version in self._versions.values():
-            if order.model in version.artists:
-                artist = version.artists[order.model]
-                return version, Job(artist, order.prompt, order.seeds, order.steps, order.size)
-        return Refused(404, f"The model '{order.model}' does not exist.", "model_not_found", "model")
+        found = self._shelf.find(order.model)
+        if found is None:
+            return Refused(404, f"The model '{order.model}' does not exist.", "model_not_found", "model")
+        version, info = found
+        # The ingress has checked this against the version that was there a moment ago.
+        for param, asked, offered in (
+            ("size", order.size, info.sizes),
+            ("num_inference_steps", order.steps, info.steps),
+        ):
+            if asked not in offered:
+                return Refused(400, f"Invalid '{param}': {info.name} has another version now.", "invalid_value", param)
+        return version, Job(version.artists[order.model], order.prompt, order.seeds, order.steps, order.size)
 
     def _encode(self, order: DrawOrder, pixels: Tensor) -> list[bytes] | Refused:
         pictures = [to_picture(image) for image in pixels]

@@ -12,10 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.errors import ApiError
 from flashdmd_ray.serving.keys import Doorkeeper
+from flashdmd_ray.serving.metrics import Metrics
 
-log = logging.getLogger("flashdmd_ray.serving")
+log = logging.getLogger(LOGGER)
 
 OPEN_PATHS = {"/", "/healthz", "/openapi.json"}
 """Answered without a key: they tell nothing that is secret, and load balancers and browsers have none."""
@@ -42,8 +44,9 @@ def state_of(request: Request) -> RequestState:
 class RequestScope:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper) -> None:
+    def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._doorkeeper = doorkeeper
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,6 +68,7 @@ class RequestScope:
                 message = f"The service failed; its log tells more about request {state.request_id}."
                 await ApiError(500, message, "internal_error").response()(scope, receive, answer.send)
         finally:
+            self._metrics.answered(scope["path"], answer.status, answer.seconds)
             _log(scope, state, answer)
 
 
@@ -82,15 +86,15 @@ class _Answer:
         return self.status != 0
 
     @property
-    def milliseconds(self) -> int:
-        return round(1000 * (time.monotonic() - self._began))
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self._request_id
-            headers["openai-processing-ms"] = str(self.milliseconds)
+            headers["openai-processing-ms"] = str(round(1000 * self.seconds))
             headers["cache-control"] = headers.get("cache-control", "no-store")
             headers["x-content-type-options"] = "nosniff"
         await self._send(message)
@@ -111,8 +115,8 @@ def _log(scope: Scope, state: RequestState, answer: _Answer) -> None:
         "request %s: %s %s -> %s in %d ms (client %s)",
         state.request_id,
         scope["method"],
-        scope["path"][:200],
+        ascii(scope["path"][:200]),  # a path is the client's text: no line breaks of its own
         answer.status or "no answer",
-        answer.milliseconds,
+        1000 * answer.seconds,
         state.client or "-",
     )

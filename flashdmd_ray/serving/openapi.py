@@ -19,8 +19,22 @@ _RETRY_AFTER = {
 }
 
 
-def describe_api(models: Sequence[ModelInfo], settings: ServeSettings) -> dict[str, Any]:
-    """The document as a JSON tree."""
+def describe_api(models: Sequence[ModelInfo], settings: ServeSettings, needs_key: bool) -> dict[str, Any]:
+    """The document as a JSON tree. needs_key: whether the service has keys."""
+    paths = {
+        "/v1/images/generations": {"post": _generate(models, settings)},
+        "/v1/models": {"get": _get("listModels", "The models that can be asked for", "ModelList")},
+        "/v1/models/{model}": {"get": _get_model(models)},
+        "/metrics": {"get": _metrics()},
+        "/healthz": {"get": _open(_get("health", "200 when images can be drawn", "Health"))},
+        "/openapi.json": {"get": _open(_get("openapi", "This document", "Document"))},
+    }
+    absent = (
+        "403" if needs_key else "401"
+    )  # who has no key is told so, or, where there are none, that the service is private
+    for path in paths.values():
+        for operation in path.values():
+            operation["responses"].pop(absent, None)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -29,15 +43,9 @@ def describe_api(models: Sequence[ModelInfo], settings: ServeSettings) -> dict[s
             "description": "Few-step image generation, compatible with OpenAI's images API. Errors have OpenAI's shape.",
         },
         "servers": [{"url": "/"}],
-        "paths": {
-            "/v1/images/generations": {"post": _generate(models, settings)},
-            "/v1/models": {"get": _get("listModels", "The models that can be asked for", "ModelList")},
-            "/v1/models/{model}": {"get": _get_model(models)},
-            "/healthz": {"get": _open(_get("health", "200 when images can be drawn", "Health"))},
-            "/openapi.json": {"get": _open(_get("openapi", "This document", "Document"))},
-        },
+        "paths": paths,
         "components": {"schemas": SCHEMAS, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "security": [{"key": []}, {}],
+        "security": [{"key": []}] if needs_key else [],
     }
 
 
@@ -60,6 +68,12 @@ def _get_model(models: Sequence[ModelInfo]) -> dict[str, Any]:
     parameter = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "enum": names}}
     operation = _get("getModel", "One model, by name or alias", "Model", (401, 403, 404, 500, 503))
     return operation | {"parameters": [parameter]}
+
+
+def _metrics() -> dict[str, Any]:
+    operation = _get("metrics", "Figures for Prometheus", "Health")
+    operation["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    return operation
 
 
 def _open(operation: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
+Whole = BeforeValidator(_whole)
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
@@ -41,18 +41,18 @@ class ImageRequest(BaseModel):
     """What to draw."""
     model: str | None = None
     """A name of GET /v1/models; null is the default model."""
-    n: Annotated[Whole, Field(ge=1)] | None = 1
+    n: Annotated[int, Field(strict=True, ge=1), Whole] | None = 1
     """Images; image i is the one of `seed + i`."""
     size: str | None = "auto"
     """WIDTHxHEIGHT in pixels; auto is the size the model was trained at."""
-    seed: Annotated[Whole, Field(ge=0, lt=SEEDS)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=0, lt=SEEDS), Whole] | None = None
     """Same model version, prompt, size, steps and seed: same bytes. null draws one; the response says which."""
-    num_inference_steps: Annotated[Whole, Field(ge=1)] | None = None
+    num_inference_steps: Annotated[int, Field(strict=True, ge=1), Whole] | None = None
     """Denoising steps; null is what the model was trained for."""
     response_format: Literal["b64_json"] | None = "b64_json"
     """Images come in the response; the service stores none, so there are no URLs."""
     output_format: Literal["png", "webp", "jpeg"] | None = "png"
-    output_compression: Annotated[Whole, Field(ge=0, le=100)] | None = None
+    output_compression: Annotated[int, Field(strict=True, ge=0, le=100), Whole] | None = None
     """Quality of webp and jpeg, 100 is best; png has no loss and takes none but 100."""
     user: Annotated[str, Field(max_length=256)] | None = None
     """Of the client's users; not used."""
@@ -71,7 +71,7 @@ class ImageRequest(BaseModel):
     """Not used."""
     stream: Literal[False] | None = False
     """Images come all at once."""
-    partial_images: Annotated[Whole, Field(ge=0, le=0)] | None = None
+    partial_images: Annotated[int, Field(strict=True, ge=0, le=0), Whole] | None = None
 
 
 HINTS = {

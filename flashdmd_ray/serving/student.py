@@ -16,6 +16,7 @@ from flashdmd_ray.diffusion.sampling import guided, trailing_timesteps
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.roles.networks import bind
+from flashdmd_ray.serving.numerics import filled_size
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -39,6 +40,12 @@ class Sample:
     def timestep(self) -> int:
         return self.timesteps[self.done]
 
+    def copy(self) -> Sample:
+        """The same sample, with a generator of its own in the same state."""
+        generator = torch.Generator()
+        generator.set_state(self.generator.get_state())
+        return dataclasses.replace(self, generator=generator)
+
 
 class Artist(ABC):
     """One network on its family's text encoders, VAE and schedule."""
@@ -47,6 +54,8 @@ class Artist(ABC):
         self.family = family
         self.network = network
         self.schedule = family.schedule
+        self.batches: dict[Size, tuple[int, ...]] = {}
+        """By image size, the batch sizes that give a sample the same bits (`numerics.agreeing_sizes`), ascending. Others are filled up."""
 
     @abstractmethod
     def timesteps(self, steps: int) -> tuple[int, ...]:
@@ -62,30 +71,55 @@ class Artist(ABC):
         noisy = self._noise(generator, size)
         return Sample(self.conditioning(prompt, size), generator, self.timesteps(steps), noisy)
 
-    @torch.no_grad()
+    def most(self, size: Size) -> int:
+        """Samples of an image size in one forward; 1 where nothing was measured."""
+        return self.batches.get(size, (1,))[-1]
+
     def advance(self, samples: Sequence[Sample]) -> None:
-        """One denoising step of each sample; all are of one size, none is finished."""
-        noisy = torch.stack([sample.noisy for sample in samples])
-        timesteps = torch.tensor([sample.timestep for sample in samples], device=noisy.device)
-        conditioning = Conditioning.concat([sample.conditioning for sample in samples])
-        for sample, row in zip(samples, self._next(samples, noisy, timesteps, conditioning), strict=True):
+        """One denoising step of each sample: at most `most`, all of one image size, none finished."""
+        rows = self.step(self._fill(samples))
+        for sample, row in zip(samples, rows, strict=False):
             sample.noisy = row
             sample.done += 1
 
-    @torch.no_grad()
     def decode(self, samples: Sequence[Sample]) -> Tensor:
-        """Pixels uint8 (B, H, W, 3), on the CPU, of finished samples of one size."""
+        """Pixels uint8 (B, H, W, 3), on the CPU, of at most `most` finished samples of one image size."""
+        return self.pixels(self._fill(samples))[: len(samples)]
+
+    @torch.no_grad()
+    def step(self, samples: Sequence[Sample]) -> Tensor:
+        """What the samples are after their next step, float32 (B, C, h, w): one forward of just this batch. Draws their noise."""
+        noisy = torch.stack([sample.noisy for sample in samples])
+        timesteps = torch.tensor([sample.timestep for sample in samples], device=noisy.device)
+        return self._next(samples, noisy, timesteps, Conditioning.concat([sample.conditioning for sample in samples]))
+
+    @torch.no_grad()
+    def pixels(self, samples: Sequence[Sample]) -> Tensor:
+        """As `decode`, of just this batch."""
         images = self.family.decode(torch.stack([sample.noisy for sample in samples]))
         # As diffusers makes them: to [0, 1] first.
         return (images / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+    def _fill(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples, and copies of the last one up to a batch size that was found to agree."""
+        size = filled_size(len(samples), self.batches.get(self._image_size(samples[0]), (1,)))
+        extra = [samples[-1].copy() for _ in range(size - len(samples))]
+        return [*samples, *extra]
+
+    def _image_size(self, sample: Sample) -> Size:
+        return (sample.noisy.shape[1] * self.scale, sample.noisy.shape[2] * self.scale)
+
+    @property
+    def scale(self) -> int:
+        """Pixels that a latent spans."""
+        return self.family.image_size[0] // self.family.latent_shape[1]
 
     def conditioning(self, prompt: str, size: Size) -> Conditioning:
         """Of one prompt, one row; embeddings are cached by prompt."""
         return resized(self.family, self.family.encode([prompt]), size)
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
-        pixels = self.family.image_size[0] // self.family.latent_shape[1]
-        return (self.family.latent_shape[0], size[0] // pixels, size[1] // pixels)
+        return (self.family.latent_shape[0], size[0] // self.scale, size[1] // self.scale)
 
     def _noise(self, generator: torch.Generator, size: Size) -> Tensor:
         # With the batch dimension, as pipelines draw it.
@@ -133,7 +167,7 @@ class Teacher(Artist):
         return trailing_timesteps(steps, self.schedule.num_timesteps)
 
     def _next(self, samples: Sequence[Sample], noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        size = (noisy.shape[2] * self._pixels, noisy.shape[3] * self._pixels)
+        size = self._image_size(samples[0])
         unconditional = resized(self.family, self.family.unconditional(len(samples)), size)
         predict_x0 = guided(
             bind(self.network, self.schedule, conditioning),
@@ -144,10 +178,6 @@ class Teacher(Artist):
         a, s = self._column(self.schedule.coefficients(timesteps))
         a_next, s_next = self._column(self._next_coefficients(samples, noisy.device))
         return a_next * x0 + s_next * ((noisy - a * x0) / s)
-
-    @property
-    def _pixels(self) -> int:
-        return self.family.image_size[0] // self.family.latent_shape[1]
 
     def _next_coefficients(self, samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tensor]:
         last = [sample.done + 1 == len(sample.timesteps) for sample in samples]

@@ -12,12 +12,13 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
+from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.api import queue_full
 from flashdmd_ray.serving.errors import ApiError
 from flashdmd_ray.serving.messages import Drawn, DrawOrder, ModelInfo, Refused
 from flashdmd_ray.serving.settings import ServeSettings
 
-log = logging.getLogger("flashdmd_ray.serving")
+log = logging.getLogger(LOGGER)
 
 FRESH_S = 1.0
 """How old the list of models may be."""

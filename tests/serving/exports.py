@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from flashdmd_ray.config import LoraConfig
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.export import CardFacts, export_pipeline
+from flashdmd_ray.lora_export import export_lora
+from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.sdxl import SDXL
 
 TIMESTEPS = (999, 749, 499, 249)
@@ -23,3 +28,14 @@ def export_demo(out: Path, change: float = 1.0) -> Path:
     family = SDXL.from_pretrained(str(weights_path("teacher")))
     weights = {name: tensor * change for name, tensor in family.teacher.state_dict().items()}
     return export_pipeline(family, weights, TIMESTEPS, out, FACTS)
+
+
+def export_demo_lora(out: Path, change: float) -> Path:
+    """A LoRA on the demo's teacher that turns its images; as large as `change`."""
+    family = SDXL.from_pretrained(str(weights_path("teacher")), parts=["denoiser"])
+    lora = LoraConfig(networks=("generator",), rank=4)
+    adapted = AdaptedDenoiser(family.teacher, lora, seed=1)
+    weights = {
+        name: change * torch.ones_like(t) if ".lora_B." in name else t for name, t in adapted.state_dict().items()
+    }
+    return export_lora(family, lora, weights, TIMESTEPS, out, FACTS, "lora")

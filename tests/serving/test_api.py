@@ -27,7 +27,10 @@ def export(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(export):
-    return parse_settings({"models": {"demo": str(export)}, "aliases": {"gpt-image-1": "demo"}, "teacher_steps": 3})
+    cache = str(export.parent / "cache")
+    return parse_settings(
+        {"models": {"demo": str(export)}, "aliases": {"gpt-image-1": "demo"}, "teacher_steps": 3, "cache": cache}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,138 @@
+"""A long run of the service while its replicas are killed.
+
+    python benchmarks/serve_soak.py [--requests 20000] [--seconds 600] [--kill-every 20]
+
+Whichever comes first ends it. Bars: no answer above 499, no request lost, memory at the end at most 5 % above that after a tenth of the
+run (of the ingress, the proxy and the controller; a generator that was replaced starts anew), and a kill adds at most one second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+from serve_load import Answer, export_demo, keep_asking, median, percentile, running_service
+
+PERIOD_S = 2.0
+
+
+class Killer(threading.Thread):
+    """Kills one generator replica every so often, never the last that is up; remembers when."""
+
+    def __init__(self, every: float) -> None:
+        super().__init__(daemon=True)
+        self._every = every
+        self._stop = threading.Event()
+        self.kills: list[float] = []
+
+    def run(self) -> None:
+        import ray
+
+        while not self._stop.wait(self._every):
+            names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+            generators = [name for name in names if "#Generator#" in name]
+            if len(generators) > 1:
+                ray.kill(ray.get_actor(generators[len(self.kills) % len(generators)], namespace="serve"))
+                self.kills.append(time.monotonic())
+
+    def end(self) -> None:
+        self._stop.set()
+
+
+class Memory(threading.Thread):
+    """Private memory of the service's processes by what they are, in MiB, every PERIOD_S."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._stop = threading.Event()
+        self.seen: list[Mapping[str, float]] = []
+
+    def run(self) -> None:
+        while not self._stop.wait(PERIOD_S):
+            self.seen.append(self._now())
+
+    def end(self) -> None:
+        self._stop.set()
+
+    def _now(self) -> Mapping[str, float]:
+        found: Counter[str] = Counter()
+        for process in psutil.Process().children(recursive=True):
+            try:
+                title = " ".join(process.cmdline())
+                kind = next(
+                    (word for word in ("Ingress", "ProxyActor", "ServeController", "Generator") if word in title), None
+                )
+                if kind is not None:
+                    found[kind] += process.memory_full_info().uss / 2**20
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+
+def report(answers: list[Answer], killer: Killer, memory: Memory) -> None:
+    counts = Counter(answer.status for answer in answers)
+    print(f"{len(answers)} requests: {dict(counts)} (bar: no 5xx, none lost: status 0)")
+    touched = [
+        answer
+        for answer in answers
+        if any(answer.sent <= kill <= answer.sent + answer.seconds for kill in killer.kills)
+    ]
+    others = [answer.seconds for answer in answers if answer not in set(touched)]
+    print(f"latency: median {median(others):.2f} s, p99 {percentile(others, 0.99):.2f} s, longest {max(others):.2f} s")
+    if touched:
+        slow = [answer.seconds for answer in touched]
+        added = [seconds - median(others) for seconds in slow]
+        print(
+            f"{len(killer.kills)} kills, {len(touched)} requests under way: at most {max(added):.2f} s over the median (bar: 1)"
+        )
+    start, end = memory.seen[len(memory.seen) // 10], memory.seen[-1]
+    for kind in sorted(end):
+        if kind != "Generator" or not killer.kills:
+            growth = end[kind] / start[kind] - 1
+            print(f"memory of {kind}: {start[kind]:.0f} -> {end[kind]:.0f} MiB, {100 * growth:+.1f} % (bar: 5)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument(
+        "--kill-every", type=float, default=20.0, metavar="SECONDS", help="0: never (default: %(default)s)"
+    )
+    parser.add_argument("--clients", type=int, default=8)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        args = {
+            "models": {"demo": str(export_demo(root / "demo"))},
+            "teachers": False,
+            "cache": str(root / "cache"),
+            "replica": {"count": 2, "batch": 16, "threads": 1},
+        }
+        with running_service(args) as url:
+            killer, memory = Killer(options.kill_every or float("inf")), Memory()
+            memory.start()
+            if options.kill_every:
+                killer.start()
+
+            def done(number: int, passed: float) -> bool:
+                return number >= options.requests or passed >= options.seconds
+
+            def body(number: int) -> Mapping[str, object]:
+                return {"prompt": f"a red {number % 10} on a gray background, {number}", "seed": number}
+
+            answers = asyncio.run(keep_asking(url, options.clients, done, body))
+            killer.end()
+            memory.end()
+        report(answers, killer, memory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The same bits for a sample whatever is drawn beside it.
+
+Libraries choose kernels by the shape of a whole batch, and kernels round differently: on CPUs a sample alone and the same sample among
+others differ in the last bits, which now and then is a pixel. What each library does is not promised anywhere, so it is measured when a
+model is loaded: only batch sizes that give one sample the same bits, at either end of the batch, are used (`agreeing_sizes`), and smaller
+batches are filled up. `steady` makes more sizes agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 15, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Batch sizes that are tried. Those just below powers of two are there because libraries change kernels at such numbers."""
+ROWS, IMAGES = 16, 2
+"""A CPU's kernels for fewer rows of a linear layer, or fewer images of a convolution, are others."""
+
+
+class SteadyLinear(nn.Linear):
+    """Few rows are filled up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        if rows >= ROWS:
+            return super().forward(x)
+        filled = F.pad(x.reshape(rows, -1), (0, 0, 0, ROWS - rows))
+        return super().forward(filled)[:rows].reshape(*x.shape[:-1], -1)
+
+
+class SteadyConv2d(nn.Conv2d):
+    """One image is doubled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) >= IMAGES:
+            return super().forward(x)
+        return super().forward(x.expand(IMAGES, -1, -1, -1).contiguous())[: len(x)]
+
+
+def steady(module: nn.Module) -> None:
+    """Let the layers of `module` compute small batches with the kernels of larger ones, for a few percent more time. For CPUs."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = SteadyLinear  # the layer stays the object that others hold
+        elif type(layer) is nn.Conv2d:
+            layer.__class__ = SteadyConv2d
+
+
+def agreeing_sizes(fingerprint: Callable[[int], bytes | None], most: int) -> tuple[int, ...]:
+    """The batch sizes, ascending, that give a sample the same bits: the largest such set of CANDIDATES up to `most`.
+
+    fingerprint(size) -> the bits of one sample in a batch of that size, None when they depend on its place there.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for size in (size for size in CANDIDATES if size <= most):
+        bits = fingerprint(size)
+        if bits is not None:
+            groups.setdefault(bits, []).append(size)
+    assert groups, "a batch of one has no other place"
+    chosen: list[int] = max(groups.values(), key=lambda sizes: (len(sizes), -sizes[0]))
+    return tuple(chosen)
+
+
+def filled_size(count: int, sizes: Sequence[int]) -> int:
+    """The smallest of `sizes` that holds `count` samples."""
+    return next(size for size in sizes if size >= count)
+
+
+def shapes_of(modules: Mapping[str, nn.Module]) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
+    """What decides which kernels are used, of some modules."""
+    return tuple(
+        (f"{part}.{name}", parameter.shape, parameter.dtype)
+        for part, module in modules.items()
+        for name, parameter in module.named_parameters()
+    )

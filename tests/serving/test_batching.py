@@ -1,0 +1,182 @@
+"""The drawing thread: who shares forwards, who goes first, and when it stops."""
+
+import threading
+
+import pytest
+import torch
+
+from flashdmd_ray.demo import weights_path
+from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.serving.batching import DrawingThread, Job
+from flashdmd_ray.serving.catalogue import Version
+from flashdmd_ray.serving.messages import ModelInfo
+from flashdmd_ray.serving.numerics import agreeing_sizes, filled_size, steady
+from flashdmd_ray.serving.rehearsal import Rehearsal
+from flashdmd_ray.serving.student import Student, Teacher
+from tests.serving.exports import TIMESTEPS
+
+SIZE = (24, 24)
+WAIT_S = 30
+
+
+class Watched(Student):
+    """Remembers its forwards, and holds the next one back until it may go."""
+
+    def __init__(self, family) -> None:
+        super().__init__(family, family.teacher, TIMESTEPS)
+        self.batches = {SIZE: (1, 2, 3), (20, 28): (1,)}
+        self.forwards = []
+        self.may_go = threading.Semaphore(0)
+        self.reached = threading.Semaphore(0)
+
+    def advance(self, samples):
+        self.reached.release()
+        assert self.may_go.acquire(timeout=WAIT_S)
+        self.forwards.append([sample.timestep for sample in samples])
+        super().advance(samples)
+
+    def go(self) -> None:
+        """One forward; returns when the next one is about to begin, or there is none."""
+        assert self.reached.acquire(timeout=WAIT_S)
+        self.may_go.release()
+
+
+@pytest.fixture(scope="module")
+def family():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a replica; many small forwards on two threads wait for each other on a busy machine
+    yield SDXL.from_pretrained(str(weights_path("teacher")))
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def artist(family):
+    return Watched(family)
+
+
+@pytest.fixture
+def thread():
+    thread = DrawingThread(most=3)
+    yield thread
+    thread.close(patience_s=WAIT_S)
+    assert not thread.alive
+
+
+def job(artist, steps=2, seeds=(0,), size=SIZE):
+    return Job(artist, "a red 4", seeds, steps, size)
+
+
+def test_a_late_job_joins_at_the_next_step(thread, artist):
+    """Samples at different timesteps share a forward."""
+    early, late = job(artist), job(artist)
+    thread.add(early)
+    assert artist.reached.acquire(timeout=WAIT_S)
+    thread.add(late)
+    artist.may_go.release()
+    artist.go()
+    artist.go()
+    assert early.future.result(WAIT_S).shape == late.future.result(WAIT_S).shape == (1, 24, 24, 3)
+    assert artist.forwards == [[999], [499, 999], [499]]
+    assert (early.batch, late.batch) == (2, 2)
+    assert torch.equal(early.future.result(), late.future.result())
+
+
+def test_those_who_came_first_go_first(thread, artist):
+    jobs = [job(artist, steps=1, seeds=(0, 1)), job(artist, steps=1, seeds=(2, 3)), job(artist, steps=1)]
+    artist.may_go.release()
+    thread.add(job(artist, steps=1))
+    assert artist.reached.acquire(timeout=WAIT_S)
+    for one in jobs:
+        thread.add(one)
+    for _ in range(2):
+        artist.go()
+    results = [one.future.result(WAIT_S) for one in jobs]
+    assert [len(result) for result in results] == [2, 2, 1]
+    assert [len(forward) for forward in artist.forwards] in ([1, 3, 2], [1, 2, 3])
+
+
+def test_an_abandoned_job_ends_before_the_next_step(thread, artist):
+    left, other = job(artist, steps=4), job(artist, steps=4)
+    thread.add(left)
+    assert artist.reached.acquire(timeout=WAIT_S)
+    thread.add(other)
+    left.future.cancel()
+    artist.may_go.release()
+    for _ in range(4):
+        artist.go()
+    other.future.result(WAIT_S)
+    assert [len(forward) for forward in artist.forwards] == [1, 1, 1, 1, 1]
+    assert thread.load == 0
+
+
+def test_other_sizes_do_not_share_forwards(thread, artist):
+    artist.may_go.release(4)
+    jobs = [job(artist, steps=1), job(artist, steps=1, size=(20, 28))]
+    for one in jobs:
+        thread.add(one)
+    assert [tuple(one.future.result(WAIT_S).shape[1:3]) for one in jobs] == [(24, 24), (20, 28)]
+    assert [len(forward) for forward in artist.forwards] == [1, 1]
+
+
+def test_a_failure_is_of_its_own_jobs(thread, artist, family):
+    broken = Student(family, lambda *_: 1 / 0, TIMESTEPS)  # type: ignore[arg-type]
+    failing, fine = job(broken), job(artist, steps=1)
+    artist.may_go.release()
+    thread.add(failing)
+    thread.add(fine)
+    with pytest.raises(ZeroDivisionError):
+        failing.future.result(WAIT_S)
+    assert fine.future.result(WAIT_S).shape == (1, 24, 24, 3)
+
+
+def test_the_teacher_is_the_teachers_sampler(family):
+    from flashdmd_ray.roles.drawing import teacher_sampler
+
+    class Start:
+        def __call__(self, hop):
+            return torch.randn((1, *family.latent_shape), generator=torch.Generator().manual_seed(3))
+
+    expected = teacher_sampler(family, 5, 2.0).sample(family.encode(["a red 4"]), Start())
+    artist = Teacher(family, family.teacher, 2.0)
+    sample = artist.begin("a red 4", 3, 5, SIZE)
+    while not sample.finished:
+        artist.advance([sample])
+    torch.testing.assert_close(sample.noisy, expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_has_the_same_bits_in_every_batch(family):
+    """Measured sizes, on the demo's own network: alone, among others, at other steps."""
+    artist = Student(family, family.teacher, TIMESTEPS)
+    steady(family.teacher.network)
+    steady(family.vae)
+    version = Version("demo", "0", {"demo": artist}, {"demo": info(SIZE)})
+    Rehearsal(most=4)(version)
+    assert artist.most(SIZE) > 1, "nothing shares a forward on this machine"
+
+    def draw(*seeds):
+        samples = [artist.begin(f"a red {seed}", seed, 2, SIZE) for seed in seeds]
+        early = artist.begin("another one", 99, 2, SIZE)
+        artist.advance([early])
+        for start in range(0, len(samples), artist.most(SIZE)):
+            chunk = samples[start : start + artist.most(SIZE)]
+            while not chunk[0].finished:
+                artist.advance(chunk if len(chunk) == artist.most(SIZE) or early.finished else [*chunk, early])
+        return [(sample.noisy, artist.decode([sample])) for sample in samples]
+
+    alone = {seed: draw(seed)[0] for seed in range(3)}
+    for seeds in ((0, 1), (2, 1, 0), (0, 1, 2) * 3):
+        for seed, (latents, pixels) in zip(seeds, draw(*seeds), strict=True):
+            assert torch.equal(latents, alone[seed][0])
+            assert torch.equal(pixels, alone[seed][1])
+
+
+def info(*sizes):
+    return ModelInfo("demo", "0", 0, "student", "", (4, 2, 1), sizes, None)
+
+
+def test_the_largest_agreeing_set_of_sizes_is_used():
+    assert agreeing_sizes(lambda size: b"alone" if size == 1 else b"others", most=8) == (2, 3, 4, 6, 8)
+    assert agreeing_sizes(lambda size: None if size > 1 else b"", most=8) == (1,)
+    assert agreeing_sizes(lambda size: bytes([size]), most=8) == (1,)
+    assert agreeing_sizes(lambda size: bytes([size % 2]), most=16) == (2, 4, 6, 8, 12, 16)
+    assert [filled_size(count, (2, 4, 8)) for count in (1, 2, 3, 8)] == [2, 2, 4, 8]

@@ -1,0 +1,61 @@
+"""Requests made from the OpenAPI document: every answer is one that it names, and no valid request is refused."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from flashdmd_ray.export import export_pipeline
+from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.serving.api import build_api
+from flashdmd_ray.serving.generator import Generator
+from flashdmd_ray.serving.settings import parse_settings
+from tests.serving.exports import FACTS
+from tests.tiny import save_sdxl
+
+KEY = "a-key-that-is-long-enough"
+EXAMPLES = 40
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """The API over a tiny model, in a thread."""
+    root = tmp_path_factory.mktemp("fuzzed")
+    family = SDXL.from_pretrained(str(save_sdxl(root / "base")))
+    export = export_pipeline(family, family.teacher.state_dict(), (999, 499), root / "export", FACTS)
+    tree = {
+        "models": {"tiny": str(export)},
+        "aliases": {"other": "tiny"},
+        "bases": {FACTS.base: str(root / "base")},
+        "teacher_steps": 2,
+        "cache": str(root / "cache"),
+    }
+    settings = parse_settings(tree)
+    server = uvicorn.Server(
+        uvicorn.Config(build_api(settings, Generator(settings), (KEY,)), port=0, log_level="error", lifespan="off")
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(timeout=20)
+
+
+def test_the_document_is_true(url, tmp_path):
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", "all"]
+    command += ["--header", f"Authorization: Bearer {KEY}", "--phases", "fuzzing", "--max-examples", str(EXAMPLES)]
+    command += ["--seed", "1", "--continue-on-failure", "--no-color", "--suppress-health-check", "all"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "No issues found" in done.stdout, done.stdout[-3000:]

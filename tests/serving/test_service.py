@@ -1,0 +1,220 @@
+"""The service on Ray Serve, over HTTP: one application for all of these tests."""
+
+import base64
+import concurrent.futures
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import openai
+import pytest
+import ray
+import requests
+from ray import serve
+
+from flashdmd_ray.serving.app import build_app
+from tests.serving.exports import export_demo, export_demo_lora
+
+PROMPT = "a red 4 on a gray background"
+QUEUE = 12
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Service:
+    """The running application. live: the export that the model `demo` is served from; a, b: versions to put there."""
+
+    def __init__(self, url: str, root: Path) -> None:
+        self.url = url
+        self.live, self.a, self.b, self.broken = root / "live", root / "a", root / "b", root / "broken"
+
+    def post(self, timeout: float = 60, **body) -> requests.Response:
+        body = {"prompt": PROMPT, **body}
+        return requests.post(f"{self.url}/v1/images/generations", json=body, timeout=timeout)
+
+    def draw(self, **body) -> tuple[str, list[bytes]]:
+        """(version, images)."""
+        response = self.post(**body)
+        assert response.status_code == 200, response.text
+        return response.json()["version"], [base64.b64decode(item["b64_json"]) for item in response.json()["data"]]
+
+    def model(self, name: str = "demo") -> dict:
+        return requests.get(f"{self.url}/v1/models/{name}", timeout=30).json()
+
+    def swap(self, export: Path) -> None:
+        """As jobs/export.py replaces an export: the new directory takes the place of the old."""
+        new = self.live.with_name("new")
+        shutil.copytree(export, new)
+        old = self.live.with_name("old")
+        self.live.rename(old)
+        new.rename(self.live)
+        shutil.rmtree(old)
+
+    def wait_for(self, condition, timeout: float = 60.0) -> None:
+        give_up = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < give_up, f"not within {timeout:g} s"
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def service(ray_cluster, tmp_path_factory):
+    root = tmp_path_factory.mktemp("service")
+    port = free_port()
+    service = Service(f"http://127.0.0.1:{port}", root)
+    export_demo(service.a)
+    export_demo(service.b, change=1.001)
+    shutil.copytree(service.a, service.live)
+    shutil.copytree(service.b, service.broken)
+    weights = service.broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    lora = export_demo_lora(root / "lora", 0.05)
+    args = {
+        "models": {"demo": str(service.live), "style": str(lora)},
+        "aliases": {"gpt-image-1": "demo"},
+        "replica": {"count": 2, "batch": 8, "cpus": 0.1},
+        "watch_s": 0.3,
+        "cache": str(root / "cache"),
+        "queue": QUEUE,
+        "teacher_steps": 100,
+        "deadline_s": 120.0,
+    }
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build_app(args), name="tested", route_prefix="/")
+    yield service
+    serve.shutdown()
+
+
+def test_the_openai_client_works_unchanged(service):
+    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0)
+    response = client.images.generate(model="gpt-image-1", prompt=PROMPT, n=2, size="auto", extra_body={"seed": 3})
+    assert [item.b64_json is not None for item in response.data] == [True, True]
+    assert abs(response.created - time.time()) < 60
+    assert [model.id for model in client.models.list()] == ["demo", "demo:teacher", "style", "style:teacher"]
+    assert client.models.retrieve("gpt-image-1").id == "demo"
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.generate(prompt=PROMPT, response_format="url")
+    assert refused.value.param == "response_format"
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(prompt=PROMPT, model="nope")
+
+
+def test_same_seed_same_bytes_whatever_is_drawn_beside(service):
+    """One prompt and seed alone, then many times among others of other steps, formats and models."""
+    alone = service.draw(seed=5)
+    others = [{"seed": 5}, {"seed": 1, "n": 3}, {"seed": 5}, {"seed": 2, "num_inference_steps": 2}, {"model": "style"}]
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda body: (body, service.post(**body)), others * 4))
+    assert {answer.status_code for _, answer in answers} <= {200, 429}
+    same = [answer for body, answer in answers if body == {"seed": 5} and answer.status_code == 200]
+    assert len(same) > 2
+    assert max(answer.json()["timing"]["batch"] for answer in same) > 1, "nothing was drawn beside"
+    assert {base64.b64decode(answer.json()["data"][0]["b64_json"]) for answer in same} == {alone[1][0]}
+
+
+def test_a_lora_shares_the_base_and_draws_otherwise(service):
+    _, plain = service.draw(seed=4)
+    _, styled = service.draw(seed=4, model="style")
+    _, teacher = service.draw(seed=4, model="style:teacher", timeout=120)
+    assert len({plain[0], styled[0], teacher[0]}) == 3
+
+
+def test_versions_swap_under_load_without_a_failed_request(service):
+    """Each answer names the version that made it, and equals what that version draws alone."""
+    stop, seen = [], []
+
+    def ask() -> None:
+        while not stop:
+            seen.append(service.draw(seed=8, num_inference_steps=1))
+
+    before = service.model()["version"]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(ask) for _ in range(3)]
+        try:
+            for export in (service.b, service.a):
+                old = service.model()["version"]
+                service.swap(export)
+                service.wait_for(lambda old=old: seen and seen[-1][0] != old)
+                time.sleep(2)  # both replicas
+        finally:
+            stop.append(True)
+        for client in clients:
+            client.result()
+    assert len({version for version, _ in seen}) == 2
+    assert len({(version, images[0]) for version, images in seen}) == 2
+    assert service.model()["version"] == before
+
+
+def test_a_broken_version_is_refused_and_the_old_one_stays(service):
+    before = service.model()
+    service.swap(service.broken)
+    service.wait_for(lambda: service.model()["refused"] is not None)
+    assert "unet" in service.model()["refused"]
+    assert service.draw(seed=1)[0] == before["version"]
+    service.swap(service.a)
+    service.wait_for(lambda: service.model()["refused"] is None)
+
+
+def test_a_full_queue_is_answered_in_openais_shape(service):
+    with concurrent.futures.ThreadPoolExecutor(3 * QUEUE) as pool:
+        answers = list(pool.map(lambda seed: service.post(seed=seed, n=4), range(3 * QUEUE)))
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= QUEUE
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["code"] == "queue_full"
+
+
+def test_a_client_that_leaves_ends_its_drawing(service):
+    """Hundreds of forwards that nobody waits for any more would keep both replicas busy for long."""
+    leaving = {"model": "demo:teacher", "n": 10}
+    for _ in range(4):
+        with pytest.raises(requests.exceptions.ReadTimeout):
+            service.post(timeout=0.5, **leaving)
+    began = time.monotonic()
+    service.draw(num_inference_steps=1)
+    service.draw(num_inference_steps=1)
+    assert time.monotonic() - began < 10
+    inside = requests.get(f"{service.url}/metrics", timeout=30).text
+    assert "flashdmd_requests_inside 0.0" in inside
+
+
+def test_a_killed_replica_loses_no_request(service):
+    def kill_one() -> None:
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        name = next(a["name"] for a in actors if "#Generator#" in a["name"])
+        ray.kill(ray.get_actor(name, namespace="serve"), no_restart=False)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(service.draw, seed=seed, n=4) for seed in range(12)]
+        time.sleep(0.5)
+        kill_one()
+        assert all(answer.result() for answer in answers)
+
+
+def test_metrics_count_what_was_asked(service):
+    text = requests.get(f"{service.url}/metrics", timeout=30).text
+    assert 'flashdmd_requests_total{route="/v1/images/generations",status="200"}' in text
+    version = service.model()["version"]
+    assert f'flashdmd_model_loaded{{model="demo",version="{version}"}} 1.0' in text
+
+
+def test_bodies_over_the_wire(service):
+    url, headers = f"{service.url}/v1/images/generations", {"Content-Type": "application/json"}
+    large = json.dumps({"prompt": "x" * 10_000_000})
+    for body, status in (
+        (large, 413),
+        ("[" * 10_000, 400),
+        ('{"prompt": NaN}', 400),
+        ('{"prompt": "\U0001f600"}', 200),
+    ):
+        response = requests.post(url, data=body.encode(), headers=headers, timeout=60)
+        assert response.status_code == status
+        assert response.headers["content-type"] == "application/json"
