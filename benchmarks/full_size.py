@@ -115,7 +115,7 @@ def measure_full_size(preset: str, random: bool, steps: int, overrides: Iterable
         config = load_config(RECIPE, [*map(override, changes.items()), *overrides])
         meter = Meter(device)
         seconds = run(config, meter, steps)
-        planned = {part.name: part.held and part.held.device for part in plan.parts_of(config)}
+        planned = plan.parts_of(config) if device.type == "cuda" else []
     return report(preset, config, meter, seconds, planned)
 
 
@@ -165,9 +165,7 @@ def matmul_peak(device: torch.device) -> float:
     return 10 * 2 * size**3 / best
 
 
-def report(
-    preset: str, config: Config, meter: Meter, seconds: float, planned: Mapping[str, float | None]
-) -> dict[str, Any]:
+def report(preset: str, config: Config, meter: Meter, seconds: float, planned: Iterable[plan.Part]) -> dict[str, Any]:
     peak = matmul_peak(meter.device)
 
     def figures(verbs: Iterable[Verb]) -> dict[str, float]:
@@ -196,7 +194,7 @@ def report(
             role: figures(v for n, v in meter.verbs.items() if n.split(".")[0] == role) for role in sorted(roles)
         },
         "verbs": {name: figures([verb]) for name, verb in meter.verbs.items()},
-        "planned_gib_held": {name: bytes_ and bytes_ / 2**30 for name, bytes_ in planned.items()},
+        "planned_gib_held": {part.name: part.held.device / 2**30 for part in planned if part.held is not None},
     }
 
 

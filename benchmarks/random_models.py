@@ -62,6 +62,7 @@ SIZES = {
         {
             **published.SDXL_UNET.config,
             "sample_size": 8,
+            "layers_per_block": 1,
             "block_out_channels": [32, 64, 64],
             "transformer_layers_per_block": [1, 1, 1],
             "attention_head_dim": [1, 2, 2],

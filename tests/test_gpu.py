@@ -109,7 +109,7 @@ SMALL_STEP = [
 
 
 def assert_complete(found: dict[str, Any]) -> None:
-    assert set(found["roles"]) == {"generator", "score", "discriminator", "rollouts", "reward"}
+    assert set(found["roles"]) == {"generator", "score", "discriminator", "rollouts", "pickscore"}
     for name in ("generator.predict", "generator.update", "generator.prefer", "score.gradient", "discriminator.update"):
         verb = found["verbs"][name]
         assert verb["calls"] > 0, name
