@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -201,6 +202,9 @@ def live_as_rank(cells: Cells, rank: int, ranks: int, port: int, teacher: Path, 
 def run_local(cells: Cells, teacher: Path, root: Path) -> None:
     """One process for the cells' single ranks, two for their pairs of ranks, at the same time: they read each other's checkpoints."""
     import_deepspeed(torch.device("cpu"))
+    import_module(
+        "deepspeed.runtime.zero.muon.muon_optimizer"
+    )  # by the first engine otherwise: seconds for each process
     context = multiprocessing.get_context("fork")
     arguments = [(rank, ranks, port) for ranks, port in ((1, 0), (2, free_port())) for rank in range(ranks)]
     processes = [context.Process(target=live_as_rank, args=(cells, *a, teacher, root)) for a in arguments]

@@ -27,6 +27,8 @@ import torch
 from flashdmd_ray.engine import free_port, init_process_group
 
 DEADLINE_S = 1500
+LATER = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+"""What the first optimizer and the first DeepSpeed engine of a process import: more seconds."""
 Check = Callable[[str, Path], None]
 Checks = dict[int, list[tuple[Check, Iterable[str]]]]
 """Number of ranks -> checks in their order, each with the kinds of engine it is for."""
@@ -110,6 +112,8 @@ def serve() -> None:
     from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
 
     import_deepspeed(torch.device("cpu"))
+    for name in LATER:
+        importlib.import_module(name)
     for line in sys.stdin:
         order = json.loads(line)
         children = []
