@@ -54,7 +54,6 @@ FORBIDDEN_IMPORTS = {
     "layers": ("objectives/planted.py", "from flashdmd_ray import driver\n"),
     "only runtime/": ("roles/planted.py", "def f():\n    import ray\n"),
     "only engine/": ("models/planted.py", "import deepspeed\n"),
-    "nothing imports serving": ("runtime/planted.py", "from flashdmd_ray.serving import keys\n"),
     "nothing imports jobs": ("roles/planted_too.py", "import jobs\n"),
     "configuration, plan and tracking": ("config.py", "import torch\n"),
 }
