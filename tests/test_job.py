@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flashdmd_ray import job
 from flashdmd_ray.checkpoint import latest_checkpoint, load_tensors, read_state
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.run_directory import read_metrics
+from flashdmd_ray.serving.sources import open_source
 
 STEPS = 3
 ROLES = ("generator", "score_estimator", "discriminator", "reference")
@@ -93,6 +95,16 @@ def test_the_export_draws_the_run_s_own_pictures(finished):
         list(texts), num_inference_steps=4, guidance_scale=0.0, generator=generators, output_type="pt"
     ).images
     torch.testing.assert_close(theirs * 2 - 1, ours, atol=2e-3, rtol=0)
+
+
+def test_a_run_is_served_from_its_newest_checkpoint_while_it_has_no_export(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "training", ignore=shutil.ignore_patterns("export"))
+    source = open_source(str(run))
+    assert source.signature() == f"checkpoint step-{STEPS:08d}"
+    source.fetch(tmp_path / "fetched", patience_s=300)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "fetched" / weights).read_bytes() == (finished / "export" / weights).read_bytes()
+    assert "unet" in open_source(str(finished)).signature()
 
 
 def test_the_same_command_again_says_it_is_finished(finished, capsys):

@@ -13,6 +13,7 @@ from PIL import Image
 from flashdmd_ray import tracking
 from flashdmd_ray.config import Config, TrackingConfig
 from flashdmd_ray.run_directory import RunDirectory, read_metrics
+from flashdmd_ray.serving.sources import FACTS, open_source
 from flashdmd_ray.tracking import Tracker, default_uri
 
 
@@ -53,6 +54,7 @@ def tracked(tmp_path_factory):
         (run.export / "unet").mkdir()
         (run.export / "unet" / "config.json").write_text("{}")
         (run.export / "README.md").write_text("# A student\n")
+        (run.export / FACTS).write_text("{}")
         tracker.model(run.export)
     return run, died
 
@@ -101,7 +103,17 @@ def test_the_export_with_its_card_is_the_newest_registered_version(tracked, clie
     assert version.run_id == died["run_id"]
     assert version.description == "# A student\n"
     folder = mlflow.artifacts.download_artifacts("models:/flashdmd_ray@newest", dst_path=str(tmp_path))
-    assert sorted(os.listdir(folder)) == ["README.md", "unet"]
+    assert sorted(os.listdir(folder)) == ["README.md", FACTS, "unet"]
+
+
+def test_a_service_fetches_the_registered_version(tracked, client, tmp_path):
+    run, _ = tracked
+    source = open_source("models:/flashdmd_ray@newest", default_uri(run))
+    assert source.signature() == "version 1"
+    source.fetch(tmp_path, patience_s=60)
+    assert sorted(os.listdir(tmp_path)) == ["README.md", FACTS, "unet"]
+    with pytest.raises(ValueError, match="is not in the registry"):
+        open_source("models:/flashdmd_ray@champion", default_uri(run)).signature()
 
 
 def test_files_lie_beside_the_runs_and_nowhere_else(tracked):

@@ -76,13 +76,13 @@ class RateLimit:
         now = self._clock()
         tokens, counted = self._buckets.pop(name, (self._burst, now))
         tokens = min(self._burst, tokens + (now - counted) * self._rate)
-        wanted = min(
-            float(images), self._burst
-        )  # more than the burst has to wait for a full bucket, which it then overdraws
-        self._buckets[name] = (tokens - images if tokens >= wanted else tokens, now)
+        # More than the burst has to wait for a full bucket, which it then overdraws. Sums of floats may fall just short.
+        wanted = min(float(images), self._burst) - 1e-9
+        enough = tokens >= wanted
+        self._buckets[name] = (tokens - images if enough else tokens, now)
         while len(self._buckets) > REMEMBERED:
             self._buckets.popitem(last=False)
-        if tokens < wanted:
+        if not enough:
             wait = math.ceil((wanted - tokens) / self._rate)
             raise ApiError(
                 429,
