@@ -57,7 +57,7 @@ def teacher_files(config: Config) -> ModelFiles:
     if model.vae is None:
         return files
     keys = {"config.json": ("block_out_channels", "latent_channels")}
-    vae = _inspect("model.vae", model.vae, None, ("",), keys)
+    vae = inspect_model("model.vae", model.vae, None, ("",), keys)
     known = files.parameters and vae.parameters
     parameters = {**files.parameters, VAE: vae.parameters[""]} if known else {}
     return ModelFiles(files.source, files.root, parameters)
@@ -65,13 +65,13 @@ def teacher_files(config: Config) -> ModelFiles:
 
 def _pipeline(model: ModelConfig, family: FamilyEntry, encoders: Mapping[str, str]) -> ModelFiles:
     own_vae = [] if model.vae else [VAE]
-    files = _inspect(
+    files = inspect_model(
         "model.teacher", model.teacher, family.demo, (family.denoiser, *own_vae, *encoders), _pipeline_json(family)
     )
     if files.root is None:
         return files
     _check_pipeline("model.teacher", files.root, files.source, model, family)
-    index = _read(files.root / "model_index.json")
+    index = read_json(files.root / "model_index.json")
     for folder in family.optional if model.t5 else ():
         if not (index.get(folder) or [None])[0]:
             raise ValueError(f"model.t5: {files.source} has no {folder}; set it to false")
@@ -99,7 +99,7 @@ def _single_file(model: ModelConfig, family: FamilyEntry, encoders: Mapping[str,
             )
     if model.teacher_config is not None:
         key = "model.teacher_config"
-        configs = _inspect(key, model.teacher_config, None, (), _pipeline_json(family))
+        configs = inspect_model(key, model.teacher_config, None, (), _pipeline_json(family))
         if configs.root is not None:
             _check_pipeline(key, configs.root, configs.source, model, family)
     return ModelFiles(str(path), path.parent, parameters)
@@ -117,16 +117,18 @@ def _pipeline_json(family: FamilyEntry) -> dict[str, Sequence[str]]:
 
 def _check_pipeline(key: str, root: Path, name: str, model: ModelConfig, family: FamilyEntry) -> None:
     """Raises ValueError when the pipeline is of another class, or cannot make images of `model.resolution`."""
-    found = _read(root / "model_index.json")["_class_name"]
+    found = read_json(root / "model_index.json")["_class_name"]
     if found != family.pipeline:
         raise ValueError(
             f"{key}: {name} holds a {found}, but model.family '{model.family}' is a {family.pipeline}; "
             "choose a teacher of that family"
         )
-    latent_size(model.resolution, _read(root / family.denoiser / "config.json"), _read(root / VAE / "config.json"))
+    latent_size(
+        model.resolution, read_json(root / family.denoiser / "config.json"), read_json(root / VAE / "config.json")
+    )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return tree
 
@@ -139,34 +141,10 @@ def sam_files(config: Config) -> ModelFiles:
             raise ValueError(f"model.sam: {path} does not exist; correct the path or download the checkpoint")
         floats = path.stat().st_size // 4  # an official checkpoint is float32 weights and nothing else
         return ModelFiles(str(path), path.parent, {"": floats})
-    return _inspect("model.sam", config.model.sam, "sam", ("",), {})
+    return inspect_model("model.sam", config.model.sam, "sam", ("",), {})
 
 
-def reward_files(config: Config) -> dict[str, ModelFiles]:
-    """By label, the reward models. Raises ValueError like `teacher_files`."""
-    found = {}
-    for index, reward in enumerate(config.rewards):
-        part = "latent_reward" if reward.kind == "latent" else "reward"
-        files = _inspect(f"rewards.{index}.path", reward.path, part, ("",), {})
-        if reward.kind == "latent" and files.root is not None:
-            _check_form(f"rewards.{index}.path", files, config.model.family)
-        found[reward.label] = files
-    return found
-
-
-def _check_form(key: str, files: ModelFiles, family: str) -> None:
-    """Raises ValueError for a latent reward made of another form of network than the family's."""
-    assert files.root is not None
-    forms = {entry.denoiser for entry in FAMILIES.values()}
-    found = forms & _read(files.root / "config.json").keys()
-    if found and FAMILIES[family].denoiser not in found:
-        raise ValueError(
-            f"{key}: {files.source} is a latent reward on a {found.pop()}, but model.family '{family}' has a "
-            f"{FAMILIES[family].denoiser}; choose one that was trained for this family"
-        )
-
-
-def _inspect(
+def inspect_model(
     key: str, source: str, demo_part: str | None, parts: Sequence[str], json_files: Mapping[str, Sequence[str]]
 ) -> ModelFiles:
     """demo_part: None where 'demo' means nothing. Raises ValueError, naming the configuration `key`, when weights, a config.json or
@@ -176,7 +154,7 @@ def _inspect(
     elif Path(source).is_dir():
         root, name = Path(source), source
     else:
-        snapshot = _snapshot(key, source, "" if demo_part is None else ", or use 'demo'")
+        snapshot = local_snapshot(key, source, "" if demo_part is None else ", or use 'demo'")
         if snapshot is None:
             return ModelFiles(source)
         root, name = snapshot, source
@@ -190,7 +168,7 @@ def _inspect(
         raise ValueError(f"{key}: {error}") from None
 
 
-def _snapshot(key: str, source: str, instead: str) -> Path | None:
+def local_snapshot(key: str, source: str, instead: str) -> Path | None:
     """The local copy of a hub repository; None when there is none but the hub, or `published`, knows it. Raises ValueError otherwise."""
     if not HUB_ID.fullmatch(source) or source.startswith("."):
         raise ValueError(f"{key}: no such directory: {source!r}; correct the path{instead}")

@@ -169,8 +169,93 @@ PICKSCORE = Model(
     },
     986_109_441,
 )
-REWARDS: Mapping[str, Model] = {"yuvalkirstain/PickScore_v1": PICKSCORE}
-"""Rewards in PickScore's format by their hub id."""
+CLIP_LARGE = Model(
+    {
+        "architectures": ["CLIPModel"],
+        "projection_dim": 768,
+        "text_config": {**CLIP_L_PROJECTED.config, "hidden_act": "quick_gelu"},
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+        },
+    },
+    427_616_513,
+)
+CLIP_MODELS: Mapping[str, Model] = {
+    "yuvalkirstain/PickScore_v1": PICKSCORE,
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": PICKSCORE,
+    "openai/clip-vit-large-patch14": CLIP_LARGE,
+}
+"""Of the form of CLIPModel, by their hub id."""
+
+
+@dataclass(frozen=True)
+class RewardKind:
+    """A published reward. path: where its weights are, as `rewards.N.path`. base: what they are used with; None when they need nothing.
+
+    files: what the weights file may be called in a directory or repository, the published name first; empty for those of a CLIPModel,
+    which usually hold tokenizer and image processor as well. model: of all that is loaded; None when `path` decides.
+    """
+
+    path: str
+    base: str | None = None
+    files: tuple[str, ...] = ()
+    model: Model | None = None
+
+
+IMAGEREWARD = Model(
+    {
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 16,
+        },
+        "text_config": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 35,  # tokens that are read
+            "encoder_hidden_size": 1024,
+        },
+    },
+    446_206_689,
+)
+AESTHETIC = Model({"vision_config": CLIP_LARGE.config["vision_config"]}, 304_894_177)
+MPS = Model({**PICKSCORE.config, "cross_layers": 4}, 1_104_606_721)
+_CLIP_H, _CLIP_LARGE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
+LATENT_REWARDS: Mapping[str, Model] = {
+    "casiatao/LRM/lrm_sdxl": Model({"unet": SDXL_UNET.config, "text_width": 1280, "lpo": True}, 2_065_592_961),
+    "casiatao/LRM/lrm_sd15": Model({"unet": SD15_UNET.config, "text_width": 768, "lpo": True}, 476_049_665),
+}
+"""LPO's, by owner/name/folder on the hub: the U-Net without its up path, the projections, and text encoders of their own."""
+
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_config.json")
+"""Weights and architecture in open_clip's own directory format."""
+REWARD_KINDS: Mapping[str, RewardKind] = {
+    "pickscore": RewardKind("yuvalkirstain/PickScore_v1", _CLIP_H),
+    "hpsv2": RewardKind("xswu/HPSv2", None, ("HPS_v2_compressed.pt", OPEN_CLIP_FILES[0]), PICKSCORE),
+    "hpsv2.1": RewardKind("xswu/HPSv2", None, ("HPS_v2.1_compressed.pt", OPEN_CLIP_FILES[0]), PICKSCORE),
+    "imagereward": RewardKind(
+        "THUDM/ImageReward",
+        "google-bert/bert-base-uncased",
+        ("ImageReward.pt", "ImageReward.safetensors", "model.safetensors"),
+        IMAGEREWARD,
+    ),
+    "clipscore": RewardKind(_CLIP_LARGE, _CLIP_LARGE),
+    "aesthetic": RewardKind(
+        "models/sac+logos+ava1-l14-linearMSE.pth", _CLIP_LARGE, ("sac+logos+ava1-l14-linearMSE.pth",), AESTHETIC
+    ),
+    "mps": RewardKind("RE-N-Y/mpsv1", _CLIP_H, ("model.safetensors", "MPS_overall_checkpoint.safetensors"), MPS),
+}
+"""By `rewards.N.kind`."""
 
 
 def _sam(width: int, depth: int, heads: int, every: int) -> Json:
@@ -186,5 +271,5 @@ SAM: Mapping[str, Model] = {
 }
 """Segment Anything by the name in its file, sam_<name>_*.pth; parameters with prompt encoder and mask decoder."""
 
-IDS = frozenset([*PIPELINES, *VAES, *REWARDS])
+IDS = frozenset([*PIPELINES, *VAES, *CLIP_MODELS, *(kind.path for kind in REWARD_KINDS.values())])
 """Every hub id above."""

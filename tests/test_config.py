@@ -58,7 +58,12 @@ def test_the_dump_is_the_same_configuration():
         ("placement.pools.reward.wrkers=2", "placement.pools.reward.wrkers", "did you mean 'workers'"),
         ("placement.rollout={workers: 3, max_workers: 2}", "placement.rollout", "below workers 3"),
         ("placement.learner.max_workers=2", "placement.learner.max_workers", "did you mean 'workers'"),
-        ("rewards=[{kind: hpsv2}]", "rewards.0.kind", "not implemented yet"),
+        ("rewards=[{kind: hpsv2}]", "rewards.0", "no demo weights of kind 'hpsv2'; name them, such as xswu/HPSv2"),
+        (
+            "rewards=[{kind: remote, path: x, remote: {timeout: 3}}]",
+            "rewards.0.remote.timeout",
+            "did you mean 'timeout_s'",
+        ),
         ("rewards=[{kind: latent}, {kind: latent}]", "rewards", "give each a name"),
         ("rewards=[]", "rewards", "preference.updates to 0"),
         ("placement.learner.workers=3", "placement.learner.workers", "multiple"),

@@ -36,7 +36,7 @@ DIFFUSERS: dict[str, Any] = {
 }
 MODELS = {
     f"{name}/{folder}": model for name, found in published.PIPELINES.items() for folder, model in found.parts.items()
-} | dict(published.REWARDS)
+} | dict(published.CLIP_MODELS)
 
 
 def build(model: published.Model) -> nn.Module:

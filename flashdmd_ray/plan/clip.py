@@ -1,4 +1,4 @@
-"""The cost of CLIP-form transformers in closed form: text encoders and rewards in PickScore's format."""
+"""The cost of CLIP-form transformers in closed form: text encoders and rewards on images."""
 
 from __future__ import annotations
 
@@ -29,20 +29,42 @@ def tower_flops(tower: Mapping[str, Any], tokens: int) -> float:
     return float(layers * tokens * (2 * layer + 4 * tokens * width))
 
 
-def clip_score(model: Model, image: tuple[int, int] | None) -> Use | None:
-    """A score of one image of `image` pixels and its prompt, without gradients, in float32; None when the model is unknown.
+def reward_use(kind: str, model: Model, image: tuple[int, int] | None) -> Use | None:
+    """A reward of one image of `image` pixels and its prompt, without gradients, in float32; None when the model is unknown.
 
     Bytes: the image in its original size through clamping and scaling, or one layer's tokens with their widened copy, whichever is more.
     """
+    if kind == "remote":
+        return Use(Line(0.0, 0.0), Line(0.0, 0.0), Line(0.0, 0.0))
     config = model.config or {}
-    if image is None or "vision_config" not in config or "text_config" not in config:
+    vision, text = config.get("vision_config", {}), config.get("text_config", {})
+    reads = kind != "aesthetic"
+    if (
+        image is None or "hidden_size" not in vision or (reads and "hidden_size" not in text)
+    ):  # differences from defaults
         return None
-    vision, text = config["vision_config"], config["text_config"]
-    if "hidden_size" not in vision or "hidden_size" not in text:  # written as differences from defaults
-        return None
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    embedding = 2.0 * patches * vision["hidden_size"] * 3 * vision["patch_size"] ** 2
-    flops = embedding + tower_flops(vision, patches + 1) + tower_flops(text, text["max_position_embeddings"])
-    layer = 4.0 * (patches + 1) * (4 * vision["hidden_size"] + 2 * vision["intermediate_size"])
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    embedding = 2.0 * (tokens - 1) * vision["hidden_size"] * 3 * vision["patch_size"] ** 2
+    flops = embedding + tower_flops(vision, tokens)
+    if reads:
+        words = text["max_position_embeddings"]
+        flops += tower_flops(text, words) + _between(config, tokens, words)
+    layer = 4.0 * tokens * (4 * vision["hidden_size"] + 2 * vision["intermediate_size"])
     peak = max(3.0 * PIXEL_BYTES * image[0] * image[1], layer)
-    return Use(Line(0.0, flops), Line(0.0, 0.0), Line(0.0, peak))
+    once = tower_flops(text, text["max_position_embeddings"]) if kind == "mps" else 0.0  # its condition
+    return Use(Line(once, flops), Line(0.0, 0.0), Line(0.0, peak))
+
+
+def _between(config: Mapping[str, Any], tokens: int, words: int) -> float:
+    """Attention between image and text: ImageReward's in every text layer, MPS's cross model."""
+    text = config["text_config"]
+    if width := text.get("encoder_hidden_size"):
+        own, layers = text["hidden_size"], text["num_hidden_layers"]
+        layer = 2 * words * own * own + 2 * tokens * width * own
+        return float(layers * (2 * layer + 4 * words * tokens * own))
+    if layers := config.get("cross_layers"):
+        width, head = config["projection_dim"], 64
+        cross = tokens * (2 * width + 12 * width) * width + words * 2 * head * width
+        own = tokens * (2 * width + 12 * width + 2 * head) * width
+        return float(layers * (2 * (cross + own) + 4 * tokens * (words + tokens) * width))
+    return 0.0

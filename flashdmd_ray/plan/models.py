@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray import published
-from flashdmd_ray.config import Config
-from flashdmd_ray.model_files import DENOISER, VAE, ModelFiles, reward_files, sam_files, teacher_files
+from flashdmd_ray.config import Config, RewardConfig
+from flashdmd_ray.model_files import DENOISER, VAE, ModelFiles, sam_files, teacher_files
 from flashdmd_ray.models import FAMILIES, latent_size
+from flashdmd_ray.reward_files import is_lpo, reward_files
 
 Json = Mapping[str, Any]
 OFFICIAL_SAM = re.compile(r"sam_(vit_[blh])_\w+\.pth")
@@ -73,7 +74,7 @@ def models_of(config: Config) -> Models:
         vae,
         texts,
         sam,
-        {reward.label: _reward(reward.path, rewards[reward.label]) for reward in config.rewards if rewards},
+        {reward.label: _reward(reward, rewards[reward.label]) for reward in config.rewards if rewards},
         latent,
         image,
         absent,
@@ -111,12 +112,29 @@ def _near(count: int, floats: int | None) -> bool:
     return floats is not None and 0 <= floats - count < count // 100
 
 
-def _reward(path: str, files: ModelFiles) -> Model:
-    known = published.REWARDS.get(path)
+def _reward(reward: RewardConfig, files: ModelFiles) -> Model:
+    kind, known = published.REWARD_KINDS.get(reward.kind), published.CLIP_MODELS.get(reward.path)
+    if kind is not None and kind.model is not None:
+        of_that_size = files.total == kind.model.parameters
+        return Model(files.source, kind.model.config if of_that_size else None, files.total)
+    if reward.kind == "latent" and is_lpo(reward.path):
+        return _lpo(reward.path, files)
     config = None if files.root is None else _json(files.root / "config.json")
     if known is None:
         return Model(files.source, config, files.total)
     return Model(files.source, config or known.config, files.total or known.parameters)
+
+
+def _lpo(path: str, files: ModelFiles) -> Model:
+    known = published.LATENT_REWARDS.get(path)
+    if files.root is None:
+        return Model(files.source, known.config if known else None, files.total)
+    text = _json(files.root / "text_encoder_2" / "config.json") or _json(files.root / "text_encoder" / "config.json")
+    width = (text or {}).get("projection_dim")
+    unet = _json(files.root / "unet" / "config.json")
+    return Model(
+        files.source, {"unet": unet, "text_width": width, "lpo": True} if unet and width else None, files.total
+    )
 
 
 def _json(path: Path) -> Json | None:

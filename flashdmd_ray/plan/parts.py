@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.plan import specs
 from flashdmd_ray.plan.costs import Cost, cost_of, known_cost
-from flashdmd_ray.plan.models import Models, models_of
+from flashdmd_ray.plan.models import Model, Models, models_of
 
 FLOAT = 4
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS = {"adamw": 2 * 4.0, "adamw_8bit": 2 * (1 + 4 / 256)}
 """Bytes of AdamW's two moments for each parameter and objective."""
 BUCKET = 500_000_000
@@ -81,11 +81,21 @@ def _reward_pool(config: Config, models: Models, pool: str, rewards: Sequence[Re
         model = models.rewards[reward.label]
         # A latent reward may share weights with a U-Net beside it: its own file does not hold them all.
         cost = known_cost(specs.latent_reward(config, models, reward.label))
-        count = cost.parameters if cost else model.parameters
-        parts.append(_frozen(f"reward: {reward.label}", pool, count, FLOAT, model.source))
-    if not all(reward.reads_images for reward in rewards):
+        count = cost.parameters if cost and not brings_text(model) else model.parameters
+        parts.append(_frozen(f"reward: {reward.label}", pool, count, BYTES[reward.dtype], model.source))
+    if reads_texts(models, rewards):
         parts.append(_texts(models, pool, BYTES[config.model.dtype]))
     return parts
+
+
+def brings_text(model: Model) -> bool:
+    """Whether a latent reward has text encoders of its own, as LPO's have."""
+    return bool((model.config or {}).get("lpo"))
+
+
+def reads_texts(models: Models, rewards: Sequence[RewardConfig]) -> bool:
+    """Whether one of them reads what the teacher's text encoders make."""
+    return any(not reward.reads_images and not brings_text(models.rewards[reward.label]) for reward in rewards)
 
 
 def _frozen(name: str, group: str, parameters: int | None, size: float, source: str) -> Part:

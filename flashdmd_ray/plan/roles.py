@@ -12,10 +12,10 @@ from math import ceil
 
 from flashdmd_ray.config import Config
 from flashdmd_ray.plan import specs
-from flashdmd_ray.plan.clip import PIXEL_BYTES, clip_score, text_flops
+from flashdmd_ray.plan.clip import PIXEL_BYTES, reward_use, text_flops
 from flashdmd_ray.plan.costs import Cost, cost_of
 from flashdmd_ray.plan.models import Models
-from flashdmd_ray.plan.parts import FLOAT
+from flashdmd_ray.plan.parts import FLOAT, brings_text, reads_texts
 
 SHEET = 10
 """Prompts of a sample sheet (sheet.py)."""
@@ -232,15 +232,20 @@ def _reward_pool(config: Config, models: Models, pool: str) -> list[Work] | None
     samples = preference.batch * preference.candidates
     works, rewards = [], config.reward_pools[pool]
     for reward in rewards:
+        if reward.kind == "custom":
+            continue  # nothing is known of it, and the plan says so
+        model, calls = models.rewards[reward.label], 1
         if reward.reads_images:
-            use = clip_score(models.rewards[reward.label], models.image)
+            use = reward_use(reward.kind, model, models.image)
         else:
+            calls = 2 if brings_text(model) else 1  # LPO's guidance
             cost = cost_of(specs.latent_reward(config, models, reward.label))
             use = None if cost is None else cost.uses["forward"]
         if use is None:
             return None
         images = _pixels(models, samples) if reward.reads_images else 0.0
-        works.append(Work(f"reward: {reward.label}", pool, share * use.flops(samples), images + use.peak(samples)))
-    if not all(reward.reads_images for reward in rewards):
+        flops, peak = calls * share * use.flops(samples), use.peak(min(samples, reward.batch))
+        works.append(Work(f"reward: {reward.label}", pool, flops, images + peak))
+    if reads_texts(models, rewards):
         works.append(_pool_texts(config, models, pool, share * preference.batch))
     return works

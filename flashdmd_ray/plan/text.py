@@ -41,7 +41,8 @@ def describe(config: Config, run: RunDirectory, parts: Sequence[Part]) -> str:
 
 
 def _row(part: Part) -> list[str]:
-    count = UNKNOWN if part.parameters is None else "small" if part.parameters == 0 else f"{part.parameters:,}"
+    small = part.parameters == 0 and part.trained == "yes"  # a head; a server's model has none here
+    count = UNKNOWN if part.parameters is None else "small" if small else f"{part.parameters:,}"
     return [part.name, part.group, count, part.trained, part.source]
 
 
@@ -54,6 +55,7 @@ def _costs(parts: Sequence[Part], works: Sequence[Work] | None) -> list[str]:
     rows = []
     for part in parts:
         work = done.get((part.group, part.name))
+        nothing = "0" if part.held is not None else UNKNOWN  # a reward of the user's own
         kept = (
             [UNKNOWN] * 3
             if part.held is None
@@ -64,8 +66,8 @@ def _costs(parts: Sequence[Part], works: Sequence[Work] | None) -> list[str]:
                 part.name,
                 part.group,
                 *kept,
-                _mib(work.peak) if work else "0",
-                f"{work.flops / 1e12:,.3g}" if work else "0",
+                _mib(work.peak) if work else nothing,
+                f"{work.flops / 1e12:,.3g}" if work else nothing,
             ]
         )
     host = sum(part.held.host for part in parts if part.held is not None)

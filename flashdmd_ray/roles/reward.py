@@ -10,7 +10,7 @@ from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.diffusion.sampling import full
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel
-from flashdmd_ray.models.rewards import PixelReward, build_reward
+from flashdmd_ray.models.rewards import PixelReward, reward_model
 from flashdmd_ray.roles.networks import device_of, group_family, resolve
 
 
@@ -27,7 +27,7 @@ class Reward:
         device: torch.device,
         family: Family | None = None,
     ):
-        """device: where its networks compute. family: the teacher's text encoders, for latent rewards."""
+        """device: where its networks compute. family: the teacher's, for latent rewards."""
         self.config = config
         self.models = models
         self.device = device
@@ -36,9 +36,10 @@ class Reward:
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Reward:
         device = device_of(config, "reward")
-        encodes = not all(reward.reads_images for reward in config.rewards)
-        family = group_family(config, "reward", ("text",)) if encodes else None
-        return cls(config, {reward.label: load_reward(reward).to(device) for reward in config.rewards}, device, family)
+        models = {reward.label: load_reward(reward).to(device) for reward in config.rewards}
+        latent = [model for model in models.values() if isinstance(model, LatentRewardModel)]
+        parts = () if all(model.encodes_itself for model in latent) else ("text",)
+        return cls(config, models, device, group_family(config, "reward", parts) if latent else None)
 
     @torch.no_grad()
     def score(self, candidates: Candidates) -> dict[str, Tensor]:
@@ -49,23 +50,28 @@ class Reward:
         rewards = {}
         for label, model in self.models.items():
             if isinstance(model, LatentRewardModel):
-                scores = self._score_latents(model, candidates, texts)
+                scores = self._score_latents(label, model, candidates, texts)
             else:
                 assert len(images) == len(texts), "a pixel reward needs the candidates' images"
                 scores = model.score(images, texts)
             rewards[label] = scores.unflatten(0, (groups, count))
         return rewards
 
-    def _score_latents(self, model: LatentRewardModel, candidates: Candidates, texts: list[str]) -> Tensor:
+    def _score_latents(self, label: str, model: LatentRewardModel, candidates: Candidates, texts: list[str]) -> Tensor:
         latents = candidates.values.flatten(0, 1)
         timestep = (
             candidates.timestep if self.config.preference.reward_timestep == "current" else candidates.next_timestep
         )
-        assert self.family is not None, "latent rewards read the teacher's text embeddings"
-        return model.score(latents, full(timestep, latents), texts, self.family)
+        assert self.family is not None, "latent rewards read the teacher's schedule and text embeddings"
+        size = next(reward.batch for reward in self.config.rewards if reward.label == label)
+        parts = [
+            model.score(noisy, full(timestep, noisy), texts[start : start + size], self.family)
+            for start, noisy in zip(range(0, len(texts), size), latents.split(size), strict=True)
+        ]
+        return torch.cat(parts)
 
 
 def load_reward(config: RewardConfig) -> PixelReward | LatentRewardModel:
     """The reward model of one configuration entry, frozen."""
     part = "latent_reward" if config.kind == "latent" else "reward"
-    return build_reward(config.kind, resolve(config.path, part))
+    return reward_model(config.model_copy(update={"path": resolve(config.path, part)}))

@@ -28,6 +28,8 @@ class LatentRewardModel(nn.Module, ABC):
 
     kind: ClassVar[str]
     """Attribute that holds the network's blocks, and the key of their configuration in a saved directory."""
+    encodes_itself: ClassVar[bool] = False
+    """Whether it has text encoders of its own and needs none of the family's."""
 
     def __init__(self, feature_width: int, text_width: int, token_width: int | None) -> None:
         """text_width: of the text that is compared with. token_width: of a token's state where there is no pooled embedding, else None."""

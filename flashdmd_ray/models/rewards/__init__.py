@@ -2,37 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from flashdmd_ray.config import LATER_REWARD_KINDS, suggestion
-from flashdmd_ray.models.latent_reward import LatentRewardModel, load_latent_reward
-from flashdmd_ray.models.rewards.base import ImageFeatures, PixelReward
-from flashdmd_ray.models.rewards.pickscore import PickScore
+import torch
 
+from flashdmd_ray import published
+from flashdmd_ray.config import RewardConfig, validated
+from flashdmd_ray.models.latent_reward import LatentRewardModel, load_latent_reward, load_lpo
+from flashdmd_ray.models.rewards.aesthetic import Aesthetic
+from flashdmd_ray.models.rewards.base import BatchedReward, ImageFeatures, PixelReward, RewardSource
+from flashdmd_ray.models.rewards.clip import ClipScore, PickScore
+from flashdmd_ray.models.rewards.custom import Custom
+from flashdmd_ray.models.rewards.hpsv2 import HPSv2
+from flashdmd_ray.models.rewards.imagereward import ImageReward
+from flashdmd_ray.models.rewards.mps import MPS
+from flashdmd_ray.models.rewards.remote import Remote
+from flashdmd_ray.reward_files import is_lpo
 
-def _load_latent(path: str) -> LatentRewardModel:
-    return load_latent_reward(path).requires_grad_(False).eval()
-
-
-_LOADERS: dict[str, Callable[[str], PixelReward | LatentRewardModel]] = {
-    "pickscore": PickScore.from_pretrained,
-    "latent": _load_latent,
+_PRETRAINED: Mapping[str, Callable[[RewardSource], BatchedReward]] = {
+    "pickscore": PickScore.from_source,
+    "hpsv2": HPSv2.from_source,
+    "hpsv2.1": HPSv2.from_source,
+    "imagereward": ImageReward.from_source,
+    "clipscore": ClipScore.from_source,
+    "aesthetic": Aesthetic.from_source,
+    "mps": MPS.from_source,
 }
 
 
-def build_reward(kind: str, path: str) -> PixelReward | LatentRewardModel:
-    """The frozen reward model of that kind in `path`, a directory or a hub id.
+def reward_model(settings: RewardConfig) -> PixelReward | LatentRewardModel:
+    """The frozen reward model of one entry of the configuration, on the CPU. `settings.path` is not 'demo' any more.
 
-    Raises ValueError for a kind that is unknown or not implemented yet, and when `path` holds no such model.
+    Raises ValueError, one line, when `path` holds no such model or something that it needs is not installed.
     """
-    if kind in LATER_REWARD_KINDS:
-        raise ValueError(
-            f"the reward {kind!r} is known but not implemented yet: its published weights need a pre-processing or head of"
-            f" their own; use one of {', '.join(_LOADERS)}"
-        )
-    if kind not in _LOADERS:
-        raise ValueError(f"unknown reward {kind!r}{suggestion(kind, tuple(_LOADERS))}; known: {', '.join(_LOADERS)}")
-    return _LOADERS[kind](path)
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    if settings.kind == "latent":
+        if is_lpo(settings.path):
+            return load_lpo(settings.path, settings.base, dtype)
+        return load_latent_reward(settings.path).to(dtype).requires_grad_(False).eval()
+    model = _pixel_reward(settings, dtype).requires_grad_(False).eval()
+    model.batch = settings.batch
+    return model
 
 
-__all__ = ["ImageFeatures", "LatentRewardModel", "PickScore", "PixelReward", "build_reward"]
+def _pixel_reward(settings: RewardConfig, dtype: torch.dtype) -> BatchedReward:
+    if settings.kind == "remote":
+        assert settings.remote is not None, "filled in by the configuration"
+        return Remote(settings.path, settings.remote)
+    if settings.kind == "custom":
+        return Custom.from_path(settings.path, settings.options)
+    files = published.REWARD_KINDS[settings.kind].files
+    source = RewardSource(settings.kind, settings.path, settings.base_path, dtype, files)
+    return _PRETRAINED[settings.kind](source)
+
+
+def build_reward(kind: str, path: str, **settings: Any) -> PixelReward | LatentRewardModel:
+    """As `reward_model`, from the fields of a `RewardConfig` by name.
+
+    Raises ValueError for a kind that is unknown too.
+    """
+    return reward_model(validated(RewardConfig, {"kind": kind, "path": path, **settings}))
+
+
+__all__ = [
+    "BatchedReward",
+    "ImageFeatures",
+    "LatentRewardModel",
+    "PickScore",
+    "PixelReward",
+    "build_reward",
+    "reward_model",
+]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @runtime_checkable
@@ -34,3 +36,40 @@ class ImageFeatures(Protocol):
     def features(self, images: Tensor) -> Tensor:
         """Vectors of unit length, float32 (B, F), of `images` float (B, 3, H, W) in [-1, 1]."""
         ...
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """Where one reward comes from: fields of `RewardConfig`. base: empty where the kind reads none.
+
+    files: what the weights file may be called in a directory or repository.
+    """
+
+    kind: str
+    path: str
+    base: str
+    dtype: torch.dtype
+    files: tuple[str, ...]
+
+
+class BatchedReward(nn.Module, ABC):
+    """A `PixelReward` that looks at no more than `batch` images at a time, however many it is given.
+
+    The one place where a reward's memory is bounded: kinds implement `score_batch`.
+    """
+
+    name: str = ""
+    batch: int | None = None
+    """None: all at once."""
+
+    @abstractmethod
+    def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """As `PixelReward.score`, all images at once."""
+
+    def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """See `PixelReward.score`."""
+        assert len(images) == len(texts), f"{len(images)} images for {len(texts)} texts"
+        size = self.batch or max(1, len(texts))
+        starts = range(0, len(texts), size)
+        parts = [self.score_batch(images[i : i + size], texts[i : i + size]) for i in starts]
+        return torch.cat(parts) if parts else torch.zeros(0)

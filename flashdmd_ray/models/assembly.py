@@ -1,0 +1,134 @@
+"""Weights that are published as single files: find the file, read it without executing anything, put it into a stock module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from flashdmd_ray.models.loading import load_part
+
+Built = TypeVar("Built", bound=nn.Module)
+_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(/(?P<inside>[\w./-]+))?")
+
+
+def find_file(path: str, names: Sequence[str]) -> Path:
+    """The file at `path`: itself, the first of `names` in that directory or hub repository, or 'owner/name/file' on the hub.
+
+    Raises ValueError, one line naming the path and the remedy, when there is none.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    if Path(path).is_dir():
+        found = [Path(path) / name for name in names if (Path(path) / name).is_file()]
+        if not found:
+            raise ValueError(f"{path} holds none of {', '.join(names)}; choose the file itself, or download it")
+        return found[0]
+    return Path(load_part(path, "", lambda: _download(path, names)))
+
+
+def _download(path: str, names: Sequence[str]) -> str:
+    parts = _HUB.fullmatch(path)
+    if parts is None:
+        raise ValueError("no such file or directory")
+    wanted = [parts["inside"]] if parts["inside"] else list(names)
+    for name in wanted[:-1]:
+        try:
+            return hf_hub_download(parts["repository"], name)
+        except EntryNotFoundError:
+            continue
+    return hf_hub_download(parts["repository"], wanted[-1])
+
+
+def find_directory(path: str) -> Path:
+    """The directory at `path`, or 'owner/name/folder' on the hub. Raises ValueError as `find_file` does."""
+    if Path(path).is_dir():
+        return Path(path)
+
+    def download() -> Path:
+        parts = _HUB.fullmatch(path)
+        if parts is None:
+            raise ValueError("no such directory")
+        inside = parts["inside"] or ""
+        root = snapshot_download(parts["repository"], allow_patterns=f"{inside}/*" if inside else None)
+        if not (Path(root) / inside).is_dir():
+            raise ValueError(f"the repository has no folder {inside}")
+        return Path(root) / inside
+
+    return Path(load_part(path, "", download))
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a torch file, on the CPU. Raises ValueError as `read_file` does, and without names."""
+    state = read_file(file)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file} does not hold tensors by name; choose another file")
+    return state
+
+
+def read_file(file: Path) -> Any:
+    """What a safetensors file or a torch file holds; nothing in it is executed.
+
+    Raises ValueError when it is damaged, or holds pickled objects instead of tensors.
+    """
+
+    def read() -> Any:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            raise ValueError(
+                "it is no torch file, or a pickled object, which could execute anything: convert that to safetensors first"
+            ) from error
+
+    return load_part(str(file), "", read)
+
+
+def assemble(build: Callable[[], Built], state: Mapping[str, Tensor], what: str, dtype: torch.dtype) -> Built:
+    """The module that `build` makes with exactly the weights of `state`, frozen and in evaluation mode.
+
+    Its random initial values are never computed nor allocated. Raises ValueError, naming `what`, unless names and shapes are the module's.
+    """
+    with torch.device("meta"):
+        module = build()
+    check_layout(module, state, what)
+    own = {name: state[name].to(dtype) if state[name].is_floating_point() else state[name] for name in state}
+    module.load_state_dict(own, strict=True, assign=True)
+    device = next(iter(own.values())).device
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta and device.type != "meta":
+                setattr(owner, name, _constant(name, buffer).to(device, buffer.dtype))
+    return module.to(dtype).requires_grad_(False).eval()
+
+
+def _constant(name: str, buffer: Tensor) -> Tensor:
+    """A buffer that is not saved with the weights."""
+    if name == "position_ids":
+        return torch.arange(buffer.shape[-1]).expand(buffer.shape)
+    assert name == "attn_mask", f"a buffer {name!r} that nobody can fill"
+    return torch.full(buffer.shape, float("-inf")).triu(1)
+
+
+def check_layout(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError when names or shapes of `state` are not those of the module, naming the first that differs."""
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    for kind, names in (("lacks", wanted.keys() - found.keys()), ("has an unknown", found.keys() - wanted.keys())):
+        if names:
+            raise ValueError(
+                f"{what} {kind} weight {min(names)!r} ({len(names)} in all): it is of another model; choose the right one"
+            )
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ValueError(f"{what}: {name!r} is {found[name]}, the model needs {shape}; choose the right weights")

@@ -1,0 +1,47 @@
+"""LAION's aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE): how pleasing an image is, whatever its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPVisionModelWithProjection
+
+from flashdmd_ray.models.assembly import assemble, find_file, read_weights
+from flashdmd_ray.models.loading import load_module
+from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource
+from flashdmd_ray.models.rewards.clip import preprocessing_of
+from flashdmd_ray.models.rewards.heads import LinearHead
+from flashdmd_ray.models.rewards.preprocessing import ClipPreprocessing
+
+
+class Aesthetic(BatchedReward):
+    """reward = head(image embedding of unit length). The texts are not read."""
+
+    name = "aesthetic"
+
+    def __init__(self, vision: CLIPVisionModelWithProjection, head: LinearHead, preprocessing: ClipPreprocessing):
+        super().__init__()
+        self.vision = vision
+        self.head = head
+        self.preprocessing = preprocessing
+
+    @classmethod
+    def from_source(cls, source: RewardSource) -> Self:
+        """The head from `source.path`, CLIP's image tower and processor from `source.base`. Raises ValueError as `load_part` does."""
+        vision = load_module(CLIPVisionModelWithProjection, source.base, "", source.dtype)
+        file = find_file(source.path, source.files)
+        width = vision.config.projection_dim
+        head = assemble(lambda: LinearHead(width), read_weights(file), str(file), source.dtype)
+        return cls(vision, head, preprocessing_of(source.base, vision.config.image_size))
+
+    def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Rewards float32 (B,) on the scale 1-10; most generated images get 5-6.5 from the published weights."""
+        return self.head(self.features(images).to(self.vision.dtype)).float()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Image embeddings of unit length, float32 (B, F)."""
+        pixels = self.preprocessing(images.to(self.vision.device)).to(self.vision.dtype)
+        return F.normalize(self.vision(pixel_values=pixels).image_embeds.float(), dim=-1)

@@ -1,0 +1,113 @@
+"""Rewards that are a cosine of a CLIPModel: PickScore and CLIPScore."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from flashdmd_ray.models.assembly import assemble, read_weights
+from flashdmd_ray.models.loading import load_module, load_part, load_tokenizer
+from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource
+from flashdmd_ray.models.rewards.preprocessing import ClipPreprocessing
+
+
+class ClipReward(BatchedReward):
+    """A reward computed from the towers of a CLIPModel."""
+
+    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, preprocessing: ClipPreprocessing) -> None:
+        super().__init__()
+        self.clip = clip
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing
+
+    @classmethod
+    def from_source(cls, source: RewardSource) -> Self:
+        """Read a directory or hub repository, tokenizer and image processor from `source.base`; or one file, its sizes from there too.
+
+        Raises ValueError, one line naming the path and the remedy, when something is missing, damaged or not CLIP.
+        """
+        if Path(source.path).is_file():
+            config = load_part(source.base, "", lambda: CLIPConfig.from_pretrained(source.base))
+            clip = clip_of(read_weights(Path(source.path)), config, source.path, source.dtype)
+        else:
+            clip = load_module(CLIPModel, source.path, "", source.dtype)
+        side = clip.config.vision_config.image_size
+        return cls(clip, tokenizer_of(source.base, clip.config.text_config), preprocessing_of(source.base, side))
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Token ids int64 (B, L). Always padded to full length: a causal tower is not changed by it, and keeps one shape."""
+        length = self.clip.config.text_config.max_position_embeddings
+        found = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        ids: Tensor = found.input_ids
+        return ids.to(self.clip.device)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """`images` as the vision tower reads them."""
+        return self.preprocessing(images.to(self.clip.device)).to(self.clip.dtype)
+
+    def cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Cosines float32 (B,) between each image and its text."""
+        unique = list(dict.fromkeys(texts))  # the candidates of a group share their prompt
+        rows = torch.tensor([unique.index(text) for text in texts], device=self.clip.device)
+        # The model's own call, not get_text_features: its embeddings are normalised in every transformers version.
+        output = self.clip(input_ids=self.tokens(unique), pixel_values=self.pixels(images))
+        return (output.image_embeds.float() * output.text_embeds.float()[rows]).sum(dim=-1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The image embeddings that rewards are computed from, of unit length, float32 (B, F)."""
+        embeddings = self.clip.visual_projection(self.clip.vision_model(pixel_values=self.pixels(images)).pooler_output)
+        return F.normalize(embeddings.float(), dim=-1)
+
+
+class PickScore(ClipReward):
+    """reward = exp(logit_scale) cos(text, image), as arXiv 2305.01569; any CLIPModel trained on preferences in its format."""
+
+    name = "pickscore"
+
+    def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Rewards float32 (B,), about 15-25 for the published weights."""
+        return self.clip.logit_scale.float().exp() * self.cosine(images, texts)
+
+
+class ClipScore(ClipReward):
+    """reward = max(100 cos(text, image), 0), as torchmetrics' CLIPScore; the prompt as it is, without a prefix."""
+
+    name = "clipscore"
+
+    def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Rewards float32 (B,), about 15-35 for CLIP ViT-L/14."""
+        return (100 * self.cosine(images, texts)).clamp(min=0)
+
+
+def clip_of(state: Mapping[str, Tensor], config: CLIPConfig, what: str, dtype: torch.dtype) -> CLIPModel:
+    """The CLIPModel with these weights. Raises ValueError, naming `what`, when they are of another one."""
+    weights = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}  # once saved
+    model: CLIPModel = assemble(lambda: CLIPModel(config), weights, what, dtype)
+    return model
+
+
+def tokenizer_of(path: str, text: Any) -> CLIPTokenizer:
+    """The tokenizer at `path` for a text tower with that configuration. Raises ValueError as `load_part` does."""
+    tokenizer: CLIPTokenizer = load_tokenizer(path, "", text.max_position_embeddings, text.vocab_size)
+    return tokenizer
+
+
+def preprocessing_of(path: str, side: int) -> ClipPreprocessing:
+    """The image processor at `path` for images of `side` pixels. Raises ValueError as `load_part` does."""
+
+    def load() -> ClipPreprocessing:
+        preprocessing = ClipPreprocessing.from_processor(CLIPImageProcessor.from_pretrained(path))
+        if preprocessing.crop != (side, side):
+            raise ValueError(f"its processor crops to {preprocessing.crop}, the model reads {side}x{side}")
+        return preprocessing
+
+    found: ClipPreprocessing = load_part(path, "the image processor", load)
+    return found

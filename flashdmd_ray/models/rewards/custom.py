@@ -1,0 +1,76 @@
+"""A user's own reward: a class with one method, named by its import path."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from flashdmd_ray.models.rewards.base import BatchedReward
+
+
+class Custom(BatchedReward):
+    """reward = own.score(images, texts). What the class returns is checked at every call."""
+
+    name = "custom"
+
+    def __init__(self, own: Any, path: str) -> None:
+        super().__init__()
+        self.own = own
+        """Registered as a part of this module when it is one, so that it moves along."""
+        self.path = path
+
+    @classmethod
+    def from_path(cls, path: str, options: Mapping[str, Any]) -> Self:
+        """An object of the class at "package.module:Class", built with `options` as keyword arguments.
+
+        Raises ValueError, one line, when it cannot be imported or built, or has no method score(images, texts).
+        """
+        own_class = import_class(path)
+        try:
+            own = own_class(**options)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{path} cannot be built with options {dict(options)}: {type(error).__name__}: {reason}"
+            ) from error
+        return cls(own, path)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the object too, if it can be moved."""
+        if not isinstance(self.own, nn.Module) and hasattr(self.own, "to"):
+            self.own.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Rewards float32 (B,). Raises ValueError when the class returns something else than one number for each image."""
+        scores = torch.as_tensor(self.own.score(images, list(texts)))
+        if scores.shape != (len(texts),):
+            raise ValueError(
+                f"{self.path}.score returned shape {tuple(scores.shape)} for {len(texts)} images: it must be ({len(texts)},)"
+            )
+        return scores.float().to(images.device)
+
+
+def import_class(path: str) -> Any:
+    """The class at "package.module:Class". Raises ValueError when it is not there, or has no method score(images, texts)."""
+    module_name, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # an import runs the user's code
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"cannot import the reward {path}: {type(error).__name__}: {reason}; it must be importable where workers run"
+        ) from error
+    method = getattr(found, "score", None)
+    if not inspect.isclass(found) or not callable(method):
+        raise ValueError(f"the reward {path} must be a class with a method score(images, texts)")
+    try:
+        inspect.signature(method).bind(None, None, None)
+    except TypeError:
+        raise ValueError(f"{path}.score must take (images, texts), it is score{inspect.signature(method)}") from None
+    return found

@@ -1,0 +1,78 @@
+"""HPSv2 and HPSv2.1 (arXiv 2306.09341): an open_clip ViT-H-14 tuned on preferences; reward = cos(text, image), without a logit scale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from flashdmd_ray import published
+from flashdmd_ray.models.assembly import assemble, find_file, read_weights
+from flashdmd_ray.models.loading import load_part
+from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource
+from flashdmd_ray.models.rewards.preprocessing import LongestEdgePreprocessing
+
+ARCHITECTURE = "ViT-H-14"
+
+
+class HPSv2(BatchedReward):
+    """reward = cos(text, image). The two versions differ in their weights alone and must not be compared with each other."""
+
+    def __init__(self, clip: Any, side: int, name: str) -> None:
+        """clip: an `open_clip.CLIP`. side: pixels of its images. name: "hpsv2" or "hpsv2.1"."""
+        super().__init__()
+        self.clip = clip
+        self.name = name
+        self.preprocessing = LongestEdgePreprocessing(side)
+        self.tokenize = import_open_clip(name).SimpleTokenizer(context_length=clip.context_length)
+
+    @classmethod
+    def from_source(cls, source: RewardSource) -> Self:
+        """Read the published file, or a directory in open_clip's own format, whose open_clip_config.json then says the architecture.
+
+        Raises ValueError, one line, when open_clip is not installed or the weights are not such a model's.
+        """
+        open_clip = import_open_clip(source.kind)
+        file = find_file(source.path, source.files)
+        settings = _architecture(open_clip, file)
+        clip = assemble(lambda: open_clip.CLIP(**settings), read_weights(file), str(file), source.dtype)
+        return cls(clip, settings["vision_cfg"]["image_size"], source.kind)
+
+    def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Rewards float32 (B,), about 0.20-0.34 for the published weights (benchmarks print 100 times that)."""
+        weight = self.clip.token_embedding.weight
+        unique = list(dict.fromkeys(texts))
+        rows = torch.tensor([unique.index(text) for text in texts], device=weight.device)
+        pixels = self.preprocessing(images.to(weight.device)).to(weight.dtype)
+        image = self.clip.encode_image(pixels).float()
+        text = self.clip.encode_text(self.tokenize(unique).to(weight.device)).float()
+        return torch.cosine_similarity(image, text[rows], dim=-1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Image embeddings of unit length, float32 (B, F)."""
+        weight = self.clip.token_embedding.weight
+        pixels = self.preprocessing(images.to(weight.device)).to(weight.dtype)
+        return torch.nn.functional.normalize(self.clip.encode_image(pixels).float(), dim=-1)
+
+
+def import_open_clip(kind: str) -> Any:
+    """The module. Raises ValueError when it is not installed: an optional dependency."""
+    try:
+        import open_clip
+    except ImportError:
+        raise ValueError(f"rewards of kind '{kind}' need open_clip: pip install 'flashdmd-ray[rewards]'") from None
+    return open_clip
+
+
+def _architecture(open_clip: Any, file: Path) -> dict[str, Any]:
+    weights, config = published.OPEN_CLIP_FILES
+    if file.name != weights:
+        known: dict[str, Any] = open_clip.get_model_config(ARCHITECTURE)
+        return known
+    path = file.parent / config
+    settings: dict[str, Any] = load_part(str(file.parent), config, lambda: json.loads(path.read_text())["model_cfg"])
+    return settings

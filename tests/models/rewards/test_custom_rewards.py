@@ -1,0 +1,139 @@
+"""A user's own reward by import path, and how entries of the configuration are checked."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from flashdmd_ray.config import RewardConfig, validated
+from flashdmd_ray.models.rewards import PixelReward, build_reward
+from tests.models.rewards.small_rewards import bytes_as_images, noise_bytes
+from tests.models.rewards.test_remote_rewards import example
+
+CODE = """
+import torch
+
+class Module(torch.nn.Module):
+    def __init__(self, scale=2.0):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+
+    def score(self, images, texts):
+        return self.scale * images.mean(dim=(1, 2, 3)) + torch.tensor([len(t) for t in texts])
+
+class Whole:
+    def score(self, images, texts):
+        return images.mean()
+
+class Numbers:
+    def score(self, images, texts):
+        return [1, 2, 3][: len(texts)]
+
+class Silent: ...
+
+class OneArgument:
+    def score(self, images): ...
+
+class Breaks(Whole):
+    def __init__(self):
+        raise RuntimeError("no such thing")
+
+value = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def my_rewards(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(CODE)
+    (tmp_path / "brightness.py").write_text(example("Your own reward"))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("my_rewards", "brightness"):
+        sys.modules.pop(name, None)
+
+
+IMAGES, TEXTS = bytes_as_images(noise_bytes(3, 5, 6)), ["", "a", "bc"]
+
+
+def test_a_class_with_one_method():
+    reward = build_reward("custom", "my_rewards:Module", options={"scale": 3.0}, batch=2)
+    assert isinstance(reward, PixelReward)
+    expected = 3 * IMAGES.mean(dim=(1, 2, 3)) + torch.arange(3)
+    torch.testing.assert_close(reward.score(IMAGES, TEXTS), expected)
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    assert reward.to("meta").own.scale.is_meta, "its parameters move along"
+    assert build_reward("custom", "my_rewards:Numbers").score(IMAGES, TEXTS).tolist() == [1, 2, 3]
+
+
+def test_the_example_of_the_page():
+    reward = build_reward("custom", "brightness:Brightness", options={"darker": True})
+    torch.testing.assert_close(reward.score(IMAGES, TEXTS), -IMAGES.mean(dim=(1, 2, 3)))
+    assert len(example("Your own reward").splitlines()) <= 12
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("nowhere:Class", "cannot import the reward nowhere:Class: ModuleNotFoundError"),
+        ("my_rewards:Other", "cannot import the reward my_rewards:Other: AttributeError"),
+        ("my_rewards:value", r"must be a class with a method score\(images, texts\)"),
+        ("my_rewards:Silent", r"must be a class with a method score\(images, texts\)"),
+        ("my_rewards:OneArgument", r"must take \(images, texts\), it is score\(self, images\)"),
+        ("my_rewards:Breaks", r"cannot be built with options \{\}: RuntimeError: no such thing"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(path, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        build_reward("custom", path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_answer_of_another_shape_is_refused():
+    with pytest.raises(
+        ValueError, match=r"my_rewards:Whole\.score returned shape \(\) for 3 images: it must be \(3,\)"
+    ):
+        build_reward("custom", "my_rewards:Whole").score(IMAGES, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        ({"kind": "pikscore"}, "unknown reward 'pikscore', did you mean 'pickscore'"),
+        ({"kind": "hpsv3"}, "'hpsv3' is not built in.* use kind remote"),
+        ({"kind": "hpsv2.1"}, "no demo weights of kind 'hpsv2.1'; name them, such as xswu/HPSv2"),
+        ({"kind": "hpsv2", "path": "x", "base": "y"}, "base: a reward of kind 'hpsv2' reads none"),
+        ({"kind": "remote", "path": "example.org/score"}, "needs the server's http:// or https:// address"),
+        ({"kind": "remote", "path": "file:///etc/passwd"}, "needs the server's http:// or https:// address"),
+        ({"kind": "remote", "path": "http://a:b@host/"}, "no user or password in an address"),
+        ({"kind": "remote", "path": "http://host/", "remote": {"timeout": 3}}, "did you mean 'timeout_s'"),
+        ({"kind": "remote", "path": "http://host/", "remote": {"timeout_s": 0}}, "greater than 0"),
+        ({"kind": "custom", "path": "a.b.C"}, "kind custom needs package.module:Class, got 'a.b.C'"),
+        ({"kind": "pickscore", "options": {"a": 1}}, "options: go with kind custom"),
+        ({"kind": "pickscore", "remote": {}}, "remote: goes with kind remote"),
+        ({"kind": "pickscore", "batch": 0}, "greater than or equal to 1"),
+        ({"kind": "pickscore", "dtype": "half"}, "'float32', 'bfloat16' or 'float16'"),
+    ],
+)
+def test_entries_of_the_configuration(tree, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        validated(RewardConfig, tree)
+    assert "\n" not in str(caught.value)
+
+
+def test_where_the_rest_of_a_model_comes_from(tmp_path):
+    def base(kind: str, path: str, **more: str) -> str:
+        return validated(RewardConfig, {"kind": kind, "path": path, **more}).base_path
+
+    clip_h, clip_l = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
+    assert base("pickscore", "yuvalkirstain/PickScore_v1") == clip_h
+    assert base("pickscore", "someone/other") == "someone/other"
+    assert base("pickscore", str(tmp_path)) == str(tmp_path)
+    assert base("pickscore", str(tmp_path), base="elsewhere") == "elsewhere"
+    assert base("clipscore", clip_l) == clip_l
+    assert base("aesthetic", "file.pth") == clip_l
+    assert base("mps", str(tmp_path)) == clip_h
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert base("mps", str(tmp_path)) == str(tmp_path)
+    assert base("hpsv2", "xswu/HPSv2") == base("custom", "a:B") == ""
