@@ -41,7 +41,7 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def export_command(arguments: Sequence[str] | None = None) -> int:
-    """`export.py RUN [--format FORMAT] [--checkpoint best|latest|STEP] [--out DIRECTORY]`: a checkpoint's student for others."""
+    """`export.py RUN [--format FORMAT] [--checkpoint best|latest|healthy|STEP] [--out DIRECTORY]`: a checkpoint's student for others."""
     parser = argparse.ArgumentParser(
         prog="export.py", description="Write the student of a run's checkpoint as a diffusers pipeline or a LoRA file."
     )
@@ -49,8 +49,8 @@ def export_command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint",
         default="latest",
-        metavar="best|latest|STEP",
-        help="best: by the run's checkpoint.best_metric (default: %(default)s)",
+        metavar="best|latest|healthy|STEP",
+        help="best: by the run's checkpoint.best_metric; healthy: the newest that the hack monitor found so (default: %(default)s)",
     )
     parser.add_argument(
         "--format",
@@ -115,7 +115,7 @@ def evaluate_run(run: Path, samples: int, seed: int | None) -> Mapping[str, obje
 
 
 def export_run(run: Path, which: str, out: Path | None, form: Format = "pipeline") -> Path:
-    """Export the checkpoint `which` ('best', 'latest' or a step); returns the directory.
+    """Export the checkpoint `which` ('best', 'latest', 'healthy' or a step); returns the directory.
 
     Raises ValueError when there is no such checkpoint, when it is damaged, when `out` is taken, or for a LoRA format of another run.
     """

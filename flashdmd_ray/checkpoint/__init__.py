@@ -8,7 +8,14 @@ the largest step: a run continued from an earlier step writes newer checkpoints 
 
 from flashdmd_ray.checkpoint.manifest import Part, manifests, read_manifest, read_state, verify_checkpoint
 from flashdmd_ray.checkpoint.parts import Destination, PartFile, Saved, save_part
-from flashdmd_ray.checkpoint.selection import Best, damage_explained, latest_checkpoint, latest_step, select_checkpoint
+from flashdmd_ray.checkpoint.selection import (
+    Best,
+    damage_explained,
+    latest_checkpoint,
+    latest_step,
+    newest_healthy,
+    select_checkpoint,
+)
 from flashdmd_ray.checkpoint.store import CheckpointStore, open_store
 from flashdmd_ray.checkpoint.tensors import load_tensors, save_tensors
 
@@ -24,6 +31,7 @@ __all__ = [
     "latest_step",
     "load_tensors",
     "manifests",
+    "newest_healthy",
     "open_store",
     "read_manifest",
     "read_state",

@@ -17,7 +17,13 @@ from flashdmd_ray.checkpoint.manifest import (
     verify_checkpoint,
 )
 from flashdmd_ray.config import CheckpointConfig
+from flashdmd_ray.monitor import SEVERITY
 from flashdmd_ray.storage import Location
+
+
+def newest_healthy(candidates: Iterable[Manifest]) -> Manifest | None:
+    """Of checkpoints, newest first: the first that was written while the hack monitor said so; None when there is none."""
+    return next((m for m in candidates if m.metrics.get(SEVERITY) == 0), None)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,10 @@ def damage_explained(root: Location) -> Iterator[None]:
 
 
 def select_checkpoint(root: Location, which: str, best: Best | None) -> Location:
-    """`which`: 'latest', 'best' (by `best`) or a step. Raises ValueError when there is no such checkpoint or it is damaged."""
+    """`which`: 'latest', 'best' (by `best`), 'healthy' (the newest that the hack monitor found so) or a step.
+
+    Raises ValueError when there is no such checkpoint or it is damaged.
+    """
     if which == "latest":
         latest = latest_checkpoint(root)
         if latest is None:
@@ -81,8 +90,10 @@ def select_checkpoint(root: Location, which: str, best: Best | None) -> Location
     known = manifests(root)
     if which == "best":
         return verify_checkpoint(_best(known, best, root).folder)
+    if which == "healthy":
+        return verify_checkpoint(_healthy(known, root).folder)
     if not which.isascii() or not which.isdigit():
-        raise ValueError(f"--checkpoint {which}: expected latest, best or a step such as 200")
+        raise ValueError(f"--checkpoint {which}: expected latest, best, healthy or a step such as 200")
     for manifest in known:
         if manifest.step == int(which):
             return verify_checkpoint(manifest.folder)
@@ -95,6 +106,15 @@ def _best(known: Sequence[Manifest], best: Best | None, root: Location) -> Manif
     found = best.of(known)
     if found is None:
         raise ValueError(f"--checkpoint best: no checkpoint at {root} recorded {best.metric}; name a step or latest")
+    return found
+
+
+def _healthy(known: Sequence[Manifest], root: Location) -> Manifest:
+    found = newest_healthy(known)
+    if found is None:
+        raise ValueError(
+            f"--checkpoint healthy: the hack monitor found no checkpoint at {root} healthy; name a step or latest"
+        )
     return found
 
 

@@ -25,7 +25,7 @@ from flashdmd_ray.checkpoint.manifest import (
     is_committed,
     manifests,
 )
-from flashdmd_ray.checkpoint.selection import Best
+from flashdmd_ray.checkpoint.selection import Best, newest_healthy
 from flashdmd_ray.storage import Location, RemotePath, size
 
 BEGUN = "begun.json"
@@ -33,7 +33,8 @@ BEGUN = "begun.json"
 
 
 class CheckpointStore(ABC):
-    """run: marks this run's checkpoints; no others are removed. keep: how many of the newest stay (>= 1), beside the best."""
+    """run: marks this run's checkpoints; no others are removed. keep: how many of the newest stay (>= 1), beside the best and the
+    newest that the hack monitor found healthy."""
 
     def __init__(self, root: Location, run: str, keep: int, best: Best | None) -> None:
         assert keep >= 1
@@ -64,11 +65,11 @@ class CheckpointStore(ABC):
         return self._publish(text, Manifest(begun, step, serial, self.run, metrics, files))
 
     def retire(self) -> None:
-        """Remove the complete checkpoints of this run that are neither among the newest nor the best."""
+        """Remove the complete checkpoints of this run that are neither among the newest, nor the best, nor the newest healthy one."""
         ours = [m for m in manifests(self.root) if m.run == self.run]
-        best = self.best.of(ours) if self.best else None
+        kept = (self.best.of(ours) if self.best else None, newest_healthy(ours))
         for manifest in ours[self.keep :]:
-            if manifest is not best:
+            if not any(manifest is one for one in kept):
                 self._remove(manifest.folder)
 
     @abstractmethod

@@ -123,6 +123,22 @@ def test_the_newest_of_equals_is_the_best():
     assert select_checkpoint(root, "best", LOWEST).name == "step-00000003"
 
 
+@pytest.mark.parametrize(
+    ("verdicts", "kept", "healthy"),
+    [([0, 0, 1, 2, 2], [2, 4, 5], 2), ([0, 2, 0], [2, 3], 3), ([2, 2, 2], [2, 3], None), ([None] * 3, [2, 3], None)],
+)
+def test_the_newest_healthy_one_stays(verdicts, kept, healthy):
+    root = place("memory", Path())
+    for step, verdict in enumerate(verdicts, 1):
+        write(root, step, keep=2, metrics={} if verdict is None else {"monitor/verdict": float(verdict)})
+    assert [m.step for m in reversed(manifests(root))] == kept
+    if healthy:
+        assert select_checkpoint(root, "healthy", None).name == f"step-{healthy:08d}"
+    else:
+        with pytest.raises(ValueError, match=r"the hack monitor found no checkpoint at .* healthy"):
+            select_checkpoint(root, "healthy", None)
+
+
 def test_a_checkpoint_is_chosen_by_step(root):
     for step, gap in ((10, 0.1), (20, 0.3)):
         write(root, step, metrics={"gap": gap})
@@ -130,7 +146,7 @@ def test_a_checkpoint_is_chosen_by_step(root):
     assert select_checkpoint(root, "best", Best("gap", "max")).name == "step-00000020"
     for which, best, complaint in (
         ("15", None, "holds steps 10, 20"),
-        ("newest", None, "expected latest, best or a step"),
+        ("newest", None, "expected latest, best, healthy or a step"),
         ("best", None, r"without checkpoint\.best_metric"),
         ("best", Best("other", "min"), "no checkpoint at .* recorded other"),
     ):
