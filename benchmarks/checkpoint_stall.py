@@ -34,6 +34,8 @@ WARM_UP = 3
 class Measured:
     """The loop's other half: a plain step, then a step with a save after it, the kinds of save taking turns."""
 
+    preference_rate = 1.0
+
     def __init__(self, config: Config, runtime: Runtime, root: Location, pairs: int) -> None:
         roles = (runtime.generator, runtime.score, runtime.discriminator)
         store = open_store(root, "benchmark", keep=1)

@@ -91,6 +91,8 @@ class Metered:
 class Steps:
     """Tells the driver which steps to make."""
 
+    preference_rate = 1.0
+
     def __init__(self, numbers: Iterable[int]) -> None:
         self._numbers = numbers
 

@@ -98,6 +98,8 @@ class Row:
 class Leg:
     """Some steps of a run, with checkpoints after some of them."""
 
+    preference_rate = 1.0
+
     def __init__(self, runtime: Runtime, first: int, folders: Mapping[int, Path]) -> None:
         self._runtime, self._first, self._folders = runtime, first, folders
 

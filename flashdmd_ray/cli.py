@@ -1,6 +1,7 @@
 """The command line of joint training. What a user can get wrong is said in one line before torch is imported.
 
-Exit codes: 0 done, 1 the run failed, 2 the configuration or a file it names is wrong, 130 and 143 after Ctrl-C and SIGTERM.
+Exit codes: 0 done, 1 the run failed, 2 the configuration or a file it names is wrong, 3 the hack monitor stopped it, 130 and 143 after
+Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations

@@ -24,6 +24,10 @@ from flashdmd_ray.runtime.protocol import Runtime
 class Run(Protocol):
     """What the loop reports to."""
 
+    @property
+    def preference_rate(self) -> float:
+        """What the learning rate of preference updates is multiplied with: 1, or less after the hack monitor lowered it."""
+
     def steps(self) -> Iterable[int]:
         """The steps to do: from the one after the last checkpoint, until done or interrupted."""
 
@@ -49,7 +53,7 @@ def train(config: Config, runtime: Runtime, data: ImageSource, run: Run) -> None
             answer = task.result(config.deadlines.call_s)
             rated.append(answer.metrics)
             if answer.pairs is not None:
-                rated.append(runtime.generator.prefer(answer.pairs))
+                rated.append(runtime.generator.prefer(answer.pairs, run.preference_rate))
                 updates += 1
         if config.evaluation.ema:
             runtime.generator.take_average()

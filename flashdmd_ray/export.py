@@ -42,6 +42,8 @@ class CardFacts:
     """What training took, e.g. {"generator updates": 200, "batch": 32}."""
     optimised_rewards: Sequence[str]
     """Rewards that preference learning optimised: no evidence of quality on their own."""
+    hack_monitor: str | None = None
+    """The hack monitor's words about the training; None: not watched."""
     measured: Mapping[str, Any] | None = None
     """The evaluation table (`evaluation.as_json`), of which rows named "student, ..." are this model's; None or no rows: not measured."""
     examples: Sequence[tuple[str, int]] = ()
@@ -229,7 +231,7 @@ def _card(sampler: Mapping[str, Any], facts: CardFacts, loading: str, relation: 
         ),
         _examples(sampler),
         "## Training\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.cost.items()),
-        _rewards(facts.optimised_rewards),
+        _rewards(facts.optimised_rewards, facts.hack_monitor),
         _measurements(table) if table["rows"] else "",
         (
             f"## Licence\n\n`{facts.licence}`. The weights derive from {facts.base}; its terms go on to apply. No prompt or image"
@@ -271,12 +273,13 @@ def _examples(sampler: Mapping[str, Any]) -> str:
     return "\n".join(head + rows)
 
 
-def _rewards(rewards: Sequence[str]) -> str:
+def _rewards(rewards: Sequence[str], hack_monitor: str | None) -> str:
     if not rewards:
         return "No reward model was optimised."
+    watched = "" if hack_monitor is None else f" The hack monitor's verdict on the training: {hack_monitor}."
     return (
         f"Preference learning optimised: {', '.join(rewards)}. **Scores of these models say how far they were optimised, not how"
-        " good the images are**; judge by the other columns."
+        f" good the images are**; judge by the other columns.{watched}"
     )
 
 

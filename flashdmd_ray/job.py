@@ -9,13 +9,24 @@ import math
 import time
 from collections.abc import Iterator
 
-from flashdmd_ray.checkpoint import Best, damage_explained, latest_checkpoint, latest_step, open_store, read_state
+from flashdmd_ray.checkpoint import (
+    Best,
+    damage_explained,
+    latest_checkpoint,
+    latest_step,
+    manifests,
+    newest_healthy,
+    open_store,
+    read_state,
+)
 from flashdmd_ray.checkpoint.saver import CheckpointSaver
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.data.report import note_replaced, start_report
 from flashdmd_ray.driver import train
 from flashdmd_ray.interruption import Interruption
+from flashdmd_ray.monitor import SEVERITY, HackMonitor
+from flashdmd_ray.monitor.evidence import FOLDER, Evidence
 from flashdmd_ray.progress import Progress
 from flashdmd_ray.report import report
 from flashdmd_ray.roles.networks import Metrics
@@ -24,10 +35,13 @@ from flashdmd_ray.runtime.build import build_runtime
 from flashdmd_ray.runtime.protocol import Runtime
 from flashdmd_ray.runtime.supervisor import run_supervised
 from flashdmd_ray.sheet import SampleSheet
-from flashdmd_ray.storage import checkpoint_root
+from flashdmd_ray.storage import Location, checkpoint_root
 from flashdmd_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+STOPPED_BY_MONITOR = 3
+"""Exit code of a run that its hack monitor ended."""
 
 SHOWN = {
     "matching/real_fake_gap": "gap",
@@ -40,7 +54,7 @@ SHOWN = {
 
 
 def run_job(config: Config) -> int:
-    """Train until done or interrupted, resuming what is there; returns the exit code (0, 130 or 143).
+    """Train until done, interrupted or stopped by the hack monitor, resuming what is there; returns the exit code (0, 130, 143 or 3).
 
     Raises ValueError for a run folder or checkpoint that cannot be used; other exceptions mean that the run failed.
     """
@@ -60,19 +74,34 @@ def run_job(config: Config) -> int:
     ):
         progress.say(f"resuming after step {done}" if done else f"starting {directory.path}")
 
-        def attempt(runtime: Runtime) -> None:
+        def attempt(runtime: Runtime) -> bool:
             run = TrainingRun(config, directory, runtime, tracker, progress, stop, found)
             run.restore()
             with run.saver:
                 train(config, runtime, data, run)
+            return run.monitor.wants_stop
 
-        if done < config.steps:
-            run_supervised(attempt, lambda: build_runtime(config, say=progress.say), config.deadlines.attempts)
+        hacked = done < config.steps and run_supervised(
+            attempt, lambda: build_runtime(config, say=progress.say), config.deadlines.attempts
+        )
         if latest_step(root) < config.steps:
             tracker.finish("interrupted")
-            return stop.exit_code
+            if hacked:
+                progress.say(how_to_go_on(directory, root))
+            return STOPPED_BY_MONITOR if hacked else stop.exit_code
         report(config, directory, tracker, progress.say)
     return 0
+
+
+def how_to_go_on(directory: RunDirectory, root: Location) -> str:
+    """The last line of a run that the hack monitor stopped."""
+    healthy = newest_healthy(manifests(root))
+    kept = (
+        "no checkpoint was written before"
+        if healthy is None
+        else f"{healthy.folder.name} is healthy: jobs/export.py {directory.path} --checkpoint healthy"
+    )
+    return f"stopped by the hack monitor (monitor.action); {kept}; with monitor.action=report the same command goes on"
 
 
 class TrainingRun:
@@ -110,6 +139,10 @@ class TrainingRun:
             config.deadlines.checkpoint_s,
         )
         self._sheet = SampleSheet(config, runtime)
+        self.monitor = HackMonitor(
+            config.monitor, config.optimised_rewards, [reward.label for reward in config.rewards if reward.held_out]
+        )
+        self._evidence = Evidence(directory.path / FOLDER, self._sheet)
 
     def restore(self) -> None:
         """Load every role from the newest complete checkpoint, if there is one. Raises ValueError when it is of another run."""
@@ -127,17 +160,25 @@ class TrainingRun:
             for role in self.saver.roles:
                 role.load(checkpoint)
         self.done, self.counters, self.seconds = state["step"], state["counters"], state["seconds"]
+        self.monitor.load(state["monitor"])
         self.tracker.rewind(self.done)  # steps after the checkpoint will be done, and recorded, again
 
     def steps(self) -> Iterator[int]:
-        """From the first step not yet done until the last, or until a signal asks to stop."""
-        while self.done < self.config.steps and not self.stop.requested:
+        """From the first step not yet done until the last, or until a signal or the hack monitor asks to stop."""
+        while self.done < self.config.steps and not (self.stop.requested or self.monitor.wants_stop):
+            if self.config.watched and self.done == self.config.preference.start_step:
+                self._evidence.keep_start()
             yield self.done
+
+    @property
+    def preference_rate(self) -> float:
+        return self.monitor.preference_rate
 
     def finish(self, step: int, metrics: Metrics) -> None:
         """Count, record, show; then the sample sheet and the checkpoint when due. Raises CheckpointError for one that failed meanwhile."""
         self.saver.check()
         self.done = step + 1
+        metrics = metrics | self._watch(metrics)
         self._judged.append(metrics.get(self.config.checkpoint.best_metric or "", math.nan))
         self._count(metrics)
         last = self.done == self.config.steps
@@ -148,8 +189,19 @@ class TrainingRun:
         if last or self.done % self.config.tracking.samples_every == 0:
             path = self._sheet.write(self.directory.samples / f"step-{self.done:06d}.png")
             self.tracker.image("samples", path, self.done)
-        if last or self.stop.requested or self.done % self.config.checkpoint.every == 0:
+        due = last or self.stop.requested or self.done % self.config.checkpoint.every == 0
+        if due and not self.monitor.wants_stop:
             self._checkpoint()
+
+    def _watch(self, metrics: Metrics) -> Metrics:
+        """What the hack monitor makes of the step; what is new goes to the log, with pictures when the verdict got worse."""
+        figures, news = self.monitor.observe(self.done, metrics)
+        for event in news:
+            self.progress.say(f"hack monitor, step {event.step}: {event.words}")
+            self.tracker.tag("hack_monitor", f"step {event.step}: {event.words}")
+            if event.worse:
+                self.tracker.image("hack_monitor", self._evidence.write(event.step), event.step)
+        return figures
 
     def _count(self, metrics: Metrics) -> None:
         if self.config.preference.distill:
@@ -167,8 +219,10 @@ class TrainingRun:
             "counters": dict(self.counters),
             "seconds": self.seconds,
             "settings": self._settings,
+            "monitor": self.monitor.state(),
         }
-        self.saver.save(self.done, state, self._mean_metric())
+        watched = {SEVERITY: float(self.monitor.verdict.severity)} if self.config.watched else {}
+        self.saver.save(self.done, state, self._mean_metric() | watched)
 
     def _mean_metric(self) -> dict[str, float]:
         """`checkpoint.best_metric` over the steps since the last checkpoint; warns when none of them had it."""

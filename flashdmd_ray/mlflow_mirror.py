@@ -4,9 +4,9 @@ MLflow works in this process, not in the training's: importing it and creating t
 or silent, and none of that may delay or end a training. The run folder is the truth. Metrics are read from its `metrics.jsonl`, so
 whatever a server missed is sent later, and a (key, step) that the server has is not sent twice, also when a run resumes.
 
-One JSON object per line on standard input tells the rest: {"image": [key, path, step]}, {"model": folder}, {"finish": "FINISHED"}. End of
-input without "finish" means that the training died: the run is closed as KILLED. On standard output, one line per sign of life: "ok" after
-a successful transfer, else a text for the user.
+One JSON object per line on standard input tells the rest: {"image": [key, path, step]}, {"tag": [key, text]}, {"model": folder},
+{"finish": "FINISHED"}. End of input without "finish" means that the training died: the run is closed as KILLED. On standard output, one
+line per sign of life: "ok" after a successful transfer, else a text for the user.
 """
 
 from __future__ import annotations
@@ -221,6 +221,8 @@ class Mirror:
         match order:
             case {"image": [key, path, step]}:
                 run.log_image(key, path, step)
+            case {"tag": [key, text]}:
+                run.client.set_tag(run.run_id, key, text)
             case {"model": folder}:
                 run.log_model(folder, self._registered_name)
             case {"finish": status}:

@@ -15,6 +15,7 @@ import torch
 
 from flashdmd_ray.batch import Candidates, Draws, PreferencePairs, Prompts, PublishedWeights
 from flashdmd_ray.config import Config
+from flashdmd_ray.monitor.signals import probe_signals
 from flashdmd_ray.objectives.preference import combine_rewards, pair_weights, select_pairs
 from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.runtime.protocol import Runtime, Task
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RatedPairs:
-    """The pairs of one preference update and what their making showed. `pairs` is None when no group was left to learn from."""
+    """The pairs of one preference update and what their making showed. `pairs` is None when no group was left to learn from, or when
+    nothing was to be learnt, as of a probe."""
 
     pairs: PreferencePairs | None
     metrics: Metrics
@@ -55,13 +57,19 @@ class PreferenceSource:
             self.weights = self.runtime.publish(self.runtime.generator.weights(), version=step)
 
     def request(self, draw: Draws) -> list[Task[RatedPairs]]:
-        """Start making the pairs of this step; empty when it has no preference updates."""
+        """Start making the pairs of this step, and the hack monitor's probe; empty when it has no preference updates."""
         if not self.due(draw.step):
             return []
-        return [
-            self.runtime.background(partial(self._rated_pairs, draw, update))
-            for update in range(self.config.preference.updates)
-        ]
+        updates = range(self.config.preference.updates)
+        tasks = [self.runtime.background(partial(self._rated_pairs, draw, update)) for update in updates]
+        if self.probes(draw.step):
+            tasks.append(self.runtime.background(self._probe))
+        return tasks
+
+    def probes(self, step: int) -> bool:
+        """Whether the hack monitor looks at a step that has preference updates."""
+        preference, monitor = self.config.preference, self.config.monitor
+        return monitor.enabled and (step - preference.start_step) // preference.every % monitor.every == 0
 
     def _rated_pairs(self, draw: Draws, update: int) -> RatedPairs:
         preference = self.config.preference
@@ -73,9 +81,30 @@ class PreferenceSource:
             draw.seed(f"{purpose}/noise"),
             self.weights,
         )
+        return rate(candidates, self._rewards(candidates), self.config)
+
+    def _probe(self) -> RatedPairs:
+        """The same prompts and noise at every step: what changes from one probe to the next is the generator.
+
+        From pure noise, where an error of the network is multiplied most: what goes wrong shows there first.
+        """
+        preference = self.config.preference
+        draw = Draws(self.config.seed, preference.start_step)
+        assert self.weights is not None, "request() before publish()"
+        candidates = self.runtime.rollouts.candidates(
+            self.prompts(draw, "monitor", preference.batch),
+            0,
+            draw.seed("monitor/noise"),
+            self.weights,
+            decode=True,
+        )
+        latent = [reward.label for reward in self.config.rewards if not reward.reads_images]
+        return RatedPairs(None, probe_signals(candidates.images, self._rewards(candidates), latent))
+
+    def _rewards(self, candidates: Candidates) -> dict[str, torch.Tensor]:
+        """label -> (B, K), from every pool at once."""
         answers = self.runtime.parallel(*[partial(pool.score, candidates) for pool in self.runtime.rewards.values()])
-        rewards = {label: values for answer in answers for label, values in answer.items()}
-        return rate(candidates, rewards, self.config)
+        return {label: values for answer in answers for label, values in answer.items()}
 
 
 def rate(candidates: Candidates, rewards: dict[str, torch.Tensor], config: Config) -> RatedPairs:

@@ -21,6 +21,7 @@ from flashdmd_ray.grid import write_grid
 from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.rewards import ImageFeatures, PixelReward
+from flashdmd_ray.monitor import summary
 from flashdmd_ray.roles.drawing import Sampler, draw_samples, seed_of, student_sampler, teacher_sampler
 from flashdmd_ray.roles.generator import AVERAGE
 from flashdmd_ray.roles.networks import load_family, whole_weights
@@ -69,8 +70,13 @@ def report(config: Config, directory: RunDirectory, tracker: Tracker, say: Say) 
     say(f"drawing the grid and exporting on {family.device}")
     grid = draw_comparison(config, family, network, texts, directory.path / "grid.png")
     training = read_state(checkpoint)
+    watched = hack_monitor(config, training)
+    if watched is not None:
+        say(f"hack monitor: {watched['words']}")
+        tracker.tag("hack_monitor", watched["words"])
     measured = {"rows": []} if table is None else as_json(table)
-    facts = measured | {"seed": config.seed, "training": training, "grid": texts}
+    trained = {name: value for name, value in training.items() if name != "monitor"}
+    facts = measured | {"seed": config.seed, "training": trained, "hack_monitor": watched, "grid": texts}
     card = card_facts(config, training, measured, texts)
     export_pipeline(family, weights, config.sampling.timesteps, directory.export, card)
     tracker.image("grid", grid, config.steps)
@@ -120,7 +126,7 @@ def build_yardstick(config: Config, family: Family) -> Yardstick | None:
         model = load_reward(reward)
         assert isinstance(model, PixelReward)
         rewards[reward.label] = model.to(family.device)
-    optimised = [label for label in optimised_rewards(config) if label in rewards]
+    optimised = [label for label in config.optimised_rewards if label in rewards]
     if exact:
         judge = PromptChecker.load()
         return Yardstick(
@@ -135,14 +141,14 @@ def build_yardstick(config: Config, family: Family) -> Yardstick | None:
 def pixel_rewards(config: Config) -> list[RewardConfig]:
     """The configured rewards that look at images. The packaged one knows digit scenes only: with another teacher it is left out, unless
     training optimises it."""
-    optimised = optimised_rewards(config)
+    optimised = config.optimised_rewards
     knows = config.model.teacher == "demo"
     return [r for r in config.rewards if r.reads_images and (knows or r.path != "demo" or r.label in optimised)]
 
 
-def optimised_rewards(config: Config) -> list[str]:
-    """Labels of the rewards that training raises."""
-    return [r.label for r in config.rewards if not r.held_out] if config.preference.updates else []
+def hack_monitor(config: Config, training: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The monitor's summary of the training behind a checkpoint; None when nothing was watched. training: the checkpoint's state."""
+    return summary(training["monitor"]) if config.watched else None
 
 
 def grid_seed(config: Config) -> int:
@@ -166,13 +172,15 @@ def card_facts(
 ) -> CardFacts:
     """What the model card says about the training. measured: the table as JSON values. texts: the prompts of the run's grid, whose first
     columns are the card's examples."""
+    watched = hack_monitor(config, training)
     counters = {name.replace("_", " "): value for name, value in training["counters"].items()}
     return CardFacts(
         name=f"flashdmd_ray {config.run.name}",
         base=config.model.teacher if config.model.teacher != "demo" else "digit-scenes teacher of flashdmd_ray",
         licence="apache-2.0" if config.model.teacher == "demo" else "other",
         cost=counters | {"batch": config.batch, "TTUR": config.ttur, "seconds": round(training["seconds"])},
-        optimised_rewards=optimised_rewards(config),
+        optimised_rewards=config.optimised_rewards,
+        hack_monitor=None if watched is None else watched["words"],
         measured=measured,
         examples=[(text, seed_of(grid_seed(config), index)) for index, text in enumerate(texts[:EXAMPLES])],
     )

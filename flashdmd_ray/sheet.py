@@ -39,9 +39,14 @@ class SampleSheet:
         timesteps = self.config.sampling.timesteps
         rows = [
             (teacher_label(evaluation.teacher_steps, guidance), self._teacher),
-            (student_label("student", timesteps), self.runtime.generator.draw(self.prompts, timesteps, self.seed)),
+            (student_label("student", timesteps), self.draw_student()),
         ]
         return write_grid(path, [(label, images[: len(self.texts)]) for label, images in rows], self.texts)
+
+    def draw_student(self) -> Tensor:
+        """One image of the generator for each prompt, float (N, 3, H, W) in [-1, 1]."""
+        images: Tensor = self.runtime.generator.draw(self.prompts, self.config.sampling.timesteps, self.seed)
+        return images[: len(self.texts)]
 
 
 def equal_shards(texts: Sequence[str], ranks: int) -> Prompts:

@@ -55,6 +55,10 @@ class Tracker:
         """Show an image file of the run folder under a key such as 'samples'."""
         self._order({"image": [key, self._relative(path), step]})
 
+    def tag(self, key: str, text: str) -> None:
+        """Set a text that describes the run as it is now."""
+        self._order({"tag": [key, text]})
+
     def model(self, folder: Path) -> None:
         """Log an exported pipeline of the run folder as a model, with its README.md as the card, and register it."""
         self._order({"model": self._relative(folder)})

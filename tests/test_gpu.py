@@ -21,6 +21,8 @@ SMALL = ["runtime=local", "steps=2", "batch=4", "preference.updates=1", "prefere
 
 
 class Recorder:
+    preference_rate = 1.0
+
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self.metrics: list[dict[str, float]] = []

@@ -28,6 +28,7 @@ def small(root: Path, name: str, **changes: object) -> Config:
         "run": {"dir": str(root), "name": name},
         "adversarial": {"balance": 0.3},
         "preference": {"updates": 1, "batch": 2, "start_step": 1, "threshold": 0.0},
+        "monitor": {"warmup": 2, "window": 2},
         "checkpoint": {"every": 50},
         "tracking": {"enabled": False, "samples_every": 50},
         "evaluation": {"samples": 6, "batch": 6, "teacher_steps": 2, "student_steps": [4]},

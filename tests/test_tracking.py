@@ -51,6 +51,7 @@ def tracked(tmp_path_factory):
             tracker.metrics(step, {"score/loss": step / 10, "reward": 1.0})
         tracker.image("samples", grid(run, 2), 2)
         tracker.image("samples", grid(run, 5), 5)
+        tracker.tag("hack_monitor", "step 4: suspicious")
         (run.export / "unet").mkdir()
         (run.export / "unet" / "config.json").write_text("{}")
         (run.export / "README.md").write_text("# A student\n")
@@ -87,6 +88,7 @@ def test_the_configuration_is_logged_and_what_a_resume_changed_is_a_tag(tracked,
     assert data.params["rewards.0.kind"] == "pickscore"
     assert data.params["steps"] == "4"
     assert data.tags["resumed.steps"] == "5"
+    assert data.tags["hack_monitor"] == "step 4: suspicious"
 
 
 def test_grids_are_logged_once(tracked, client):

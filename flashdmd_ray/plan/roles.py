@@ -102,6 +102,11 @@ def updates(config: Config) -> float:
     return config.preference.updates / config.preference.every
 
 
+def probes(config: Config) -> float:
+    """Rollouts of a step that only the hack monitor looks at."""
+    return 1 / (config.preference.every * config.monitor.every) if config.watched else 0.0
+
+
 def _cut(config: Config, count: int) -> int:
     """The largest of the micro-batches of an update."""
     return ceil(count / config.engine.accumulation)
@@ -207,18 +212,19 @@ def _rollout(config: Config, models: Models) -> list[Work] | None:
     forward, preference = cost.uses["forward"], config.preference
     prompts, samples = preference.batch, preference.batch * preference.candidates
     index = (config.high_noise_steps - 1) / 2  # the mean step that candidates are drawn at
-    flops = (index + 1) * forward.flops(prompts)
+    rollouts, workers = updates(config) + probes(config), config.placement.rollout.workers
+    flops = rollouts * (index + 1) * forward.flops(prompts)
     peak = forward.peak(prompts)
-    share = updates(config) / config.placement.rollout.workers
-    works = [_pool_texts(config, models, "rollout", share * prompts)]
-    if config.needs_images:
+    works = [_pool_texts(config, models, "rollout", rollouts / workers * prompts)]
+    with_images = rollouts if config.needs_images else probes(config)
+    if with_images:
         hops = 1.0 if preference.candidate_image == "one_hop" else len(config.sampling.timesteps) - 1 - index
-        flops += hops * forward.flops(samples)
+        flops += with_images * hops * forward.flops(samples)
         peak = forward.peak(samples)
         decode, at_once = vae.uses["decode"], min(samples, preference.decode_batch)
         decoded = _pixels(models, samples) / FLOAT + decode.peak(at_once)  # of those before, bytes are kept
-        works.append(Work("VAE", "rollout", share * decode.flops(samples), decoded))
-    return [Work("rollout", "rollout", share * flops, peak), *works]
+        works.append(Work("VAE", "rollout", with_images / workers * decode.flops(samples), decoded))
+    return [Work("rollout", "rollout", flops / workers, peak), *works]
 
 
 def _pool_texts(config: Config, models: Models, group: str, prompts: float) -> Work:
@@ -228,7 +234,7 @@ def _pool_texts(config: Config, models: Models, group: str, prompts: float) -> W
 
 def _reward_pool(config: Config, models: Models, pool: str) -> list[Work] | None:
     preference = config.preference
-    share = updates(config) / config.placed(pool).workers
+    share = (updates(config) + probes(config)) / config.placed(pool).workers
     samples = preference.batch * preference.candidates
     works, rewards = [], config.reward_pools[pool]
     for reward in rewards:

@@ -140,8 +140,8 @@ class Generator(Saved):
                 "generator/saturation": (coarse.abs() > 3).float().mean().item(),
             }
 
-    def prefer(self, pairs: PreferencePairs) -> Metrics:
-        """One preference update: L = -logsigmoid(beta H), averaged over the kept pairs (ALGORITHM 4)."""
+    def prefer(self, pairs: PreferencePairs, rate: float = 1.0) -> Metrics:
+        """One preference update: L = -logsigmoid(beta H), averaged over the kept pairs (ALGORITHM 4). rate: a factor of `preference.lr`."""
         assert self.reference is not None, "prefer() before freeze_reference()"
         conditioning = self.family.encode(pairs.prompts.texts)
         at = full(pairs.timestep, pairs.noisy)
@@ -158,7 +158,7 @@ class Generator(Saved):
             loss += self.engine.backward(preference_loss(part, preference.beta, pairs.weights[rows]))
             ratios.append(part.detach())
             drifts.append((mean - reference_mean).detach())
-        norm = self.engine.update("preference", lr=preference.lr, warmup=preference.warmup)
+        norm = self.engine.update("preference", lr=rate * preference.lr, warmup=preference.warmup)
         with torch.no_grad():
             ratio = torch.cat(ratios)
             # Weighted means: over all ranks together they are the means over the kept pairs, wherever those are.

@@ -48,8 +48,13 @@ class Rollout:
         self.version = weights.version
 
     @torch.no_grad()
-    def candidates(self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights) -> Candidates:
-        """K hops from one noisy latent at step index `high`: z^k = mean + std e^k (ALGORITHM 4)."""
+    def candidates(
+        self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights, decode: bool = False
+    ) -> Candidates:
+        """K hops from one noisy latent at step index `high`: z^k = mean + std e^k (ALGORITHM 4).
+
+        decode: make images even when no reward reads them.
+        """
         self.load_weights(weights)
         shape, count = self.family.latent_shape, self.config.preference.candidates
         conditioning = self.family.encode(prompts.texts)
@@ -60,7 +65,7 @@ class Rollout:
         x0 = predict_x0(noisy, full(self.timesteps[high], noisy))
         mean, std = transition(self.schedule, x0, self.timesteps[high + 1])
         values = mean[:, None] + std * noise(prompts.indices, (count, *shape), seed, "candidates")
-        if self.config.needs_images:
+        if decode or self.config.needs_images:
             images = self._decode(self._carry_on(values, high + 1, conditioning, prompts, seed))
         else:
             images = torch.zeros((len(values), 0, 3, *self.family.image_size), dtype=torch.uint8)

@@ -13,6 +13,8 @@ STEPS = 4
 
 
 class Recorded:
+    preference_rate = 1.0
+
     def __init__(self):
         self.metrics = []
 

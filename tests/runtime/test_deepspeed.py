@@ -26,6 +26,8 @@ ZERO = ["runtime=ray", "placement.learner.workers=2", "engine.kind=deepspeed", "
 
 
 class Steps:
+    preference_rate = 1.0
+
     def __init__(self, steps: range) -> None:
         self._steps = steps
 

@@ -21,6 +21,8 @@ SMALL = ["batch=4", "ttur=2", "preference.updates=1", "preference.batch=4", "pre
 class Recorded:
     """What the loop reports, kept."""
 
+    preference_rate = 1.0
+
     def __init__(self) -> None:
         self.metrics: list[Metrics] = []
 
