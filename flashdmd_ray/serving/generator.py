@@ -55,6 +55,11 @@ class Generator:
             return encoded
         return Drawn(tuple(encoded), version.version, job.queue_s, job.draw_s, job.batch)
 
+    @property
+    def load(self) -> int:
+        """Requests that are being drawn or wait."""
+        return self._thread.load
+
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         if not self._thread.alive:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 
 import pytest
 import torch
@@ -212,3 +213,73 @@ def test_without_keys_only_this_machine_is_served(settings, generator):
     client = TestClient(build_api(settings, generator, ()), client=("192.0.2.1", 5000))
     response = client.get("/v1/models")
     assert (response.status_code, error(response)["code"]) == (403, "no_keys_configured")
+
+
+def another(settings, generator, keys=(), prompt_filter=None, **changes):
+    """A client of the same generator under other settings."""
+    changed = parse_settings(settings.model_dump(mode="json") | changes)
+    return TestClient(build_api(changed, generator, keys, prompt_filter), client=("127.0.0.1", 5000))
+
+
+def test_a_deadline_is_answered_and_ends_the_drawing(settings, generator):
+    response = post(another(settings, generator, deadline_s=0.02), model="demo:teacher", n=10)
+    assert (response.status_code, error(response)["code"]) == (504, "deadline_exceeded")
+    assert error(response)["type"] == "server_error"
+    wait_until(lambda: generator.load == 0)
+
+
+def wait_until(condition):
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def test_images_per_minute_are_limited_by_key(settings, generator):
+    keys = (KEY, KEY + "2")
+    client = another(settings, generator, keys, limits={"images_per_minute": 1, "burst": 2})
+    asked = [(KEY, 2), (KEY, 1), (KEY + "2", 1)]
+    answers = [
+        client.post(GENERATE, json={"prompt": PROMPT, "n": n}, headers={"authorization": f"Bearer {key}"})
+        for key, n in asked
+    ]
+    assert [answer.status_code for answer in answers] == [200, 429, 200]
+    assert error(answers[1])["code"] == "rate_limit_exceeded"
+    assert 0 < int(answers[1].headers["retry-after"]) <= 60
+
+
+def test_limits_of_pixels_and_characters(settings, generator):
+    client = another(settings, generator, limits={"pixels": 2 * 24 * 24, "prompt_characters": 30})
+    assert post(client, n=2).status_code == 200
+    assert error(post(client, n=3))["param"] == "n"
+    assert error(post(client, prompt="x" * 31))["param"] == "prompt"
+
+
+def test_filters_of_the_operator_refuse_prompts_and_images(settings, generator, monkeypatch):
+    client = another(settings, generator, prompt_filter=lambda prompt: "no fours" if "4" in prompt else None)
+    for body, checker, said in (({}, None, "no fours"), ({"prompt": "a 7"}, lambda image: f"{image.size}", "(24, 24)")):
+        monkeypatch.setattr(generator, "_check", checker)
+        response = post(client, **body)
+        assert (response.status_code, error(response)["code"]) == (400, "content_policy_violation")
+        assert said in error(response)["message"]
+    monkeypatch.setattr(generator, "_check", lambda image: None)
+    assert post(client, prompt="a 7").status_code == 200
+
+
+def test_prompts_and_keys_are_logged_only_on_request(settings, generator, caplog):
+    caplog.set_level("INFO")
+    headers = {"authorization": f"Bearer {KEY}"}
+    for wanted in (False, True):
+        client = another(settings, generator, (KEY,), log_prompts=wanted)
+        client.post(GENERATE, json={"prompt": "a secret 9"}, headers=headers)
+        assert "/v1/images/generations" in caplog.text
+        assert ("a secret 9" in caplog.text) == wanted
+        assert KEY not in caplog.text
+
+
+def test_a_defect_is_a_500_with_its_request_id(settings, generator, monkeypatch):
+    monkeypatch.setattr(generator, "_find", lambda order: 1 / 0)
+    response = post(another(settings, generator))
+    assert response.status_code == 500
+    assert response.headers["x-request-id"] in error(response)["message"]
+    assert "division" not in response.text
