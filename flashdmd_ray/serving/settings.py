@@ -53,8 +53,6 @@ class ReplicaSettings(Section):
     """torch threads of each. Small models are faster with two replicas of one thread than with one of two."""
     batch: Annotated[int, Field(strict=True, ge=1, le=256)] = 16
     """Most images in one forward."""
-    start_s: PositiveFloat = 600.0
-    """Within this time a replica must have loaded and warmed up all models."""
     drain_s: PositiveFloat = 30.0
     """A replica that is to go first finishes what it has, for this long at most."""
 
@@ -81,6 +79,8 @@ class ServeSettings(Section):
     """Tracking URI of the MLflow registry; null is MLflow's own default (MLFLOW_TRACKING_URI)."""
     watch_s: PositiveFloat | None = 5.0
     """Every so often each source is looked at, and a new version takes the old one's place; null: only at the start."""
+    fetch_s: PositiveFloat = 600.0
+    """For a version to be copied, downloaded, or exported from a checkpoint; what takes longer is refused."""
     cache: Path | None = None
     """Folder for copies of what is served, so that a version outlives its source; null is ~/.cache/flashdmd_ray/serving."""
     replica: ReplicaSettings = ReplicaSettings()

@@ -97,7 +97,7 @@ class Shelf:
             signature = source.signature()
             if signature == place.signature or _settled(place.refused, signature):
                 return
-            self._serve(name, place, place.store.take(source, self._settings.replica.start_s))
+            self._serve(name, place, place.store.take(source, self._settings.fetch_s))
             place.refused = None
         except Exception as error:  # whatever is wrong with a new version, the old one goes on
             reason = " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__
@@ -114,7 +114,7 @@ class Shelf:
         version = self._loader.load(name, snapshot.folder)
         self._rehearse(version)
         place.version, place.signature = version, snapshot.signature
-        place.store.mark_good(snapshot, self._settings.replica.start_s)
+        place.store.mark_good(snapshot, self._settings.fetch_s)
         log.info("model %s: version %s is served, ready after %.1f s", name, version.version, time.monotonic() - began)
 
     def _fall_back(self, name: str, place: _Place) -> None:

@@ -6,6 +6,7 @@ Every sample of a batch has its own timestep, noise and prompt, so samples that 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -20,6 +21,10 @@ from flashdmd_ray.serving.numerics import filled_size
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
+
+
+ENCODING = threading.Lock()
+"""The cache of embeddings is for one thread at a time; a new version on a shared base is rehearsed beside the drawing."""
 
 
 @dataclasses.dataclass
@@ -116,7 +121,9 @@ class Artist(ABC):
 
     def conditioning(self, prompt: str, size: Size) -> Conditioning:
         """Of one prompt, one row; embeddings are cached by prompt."""
-        return resized(self.family, self.family.encode([prompt]), size)
+        with ENCODING:
+            encoded = self.family.encode([prompt])
+        return resized(self.family, encoded, size)
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         return (self.family.latent_shape[0], size[0] // self.scale, size[1] // self.scale)
@@ -168,7 +175,8 @@ class Teacher(Artist):
 
     def _next(self, samples: Sequence[Sample], noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         size = self._image_size(samples[0])
-        unconditional = resized(self.family, self.family.unconditional(len(samples)), size)
+        with ENCODING:
+            unconditional = resized(self.family, self.family.unconditional(len(samples)), size)
         predict_x0 = guided(
             bind(self.network, self.schedule, conditioning),
             bind(self.network, self.schedule, unconditional),

@@ -22,6 +22,8 @@ log = logging.getLogger(LOGGER)
 
 FRESH_S = 1.0
 """How old the list of models may be."""
+STALE_S = 30.0
+"""No replica has told its models for so long: there is none that could draw."""
 PAUSE_S = 0.1
 """Before a lost request is sent again."""
 
@@ -38,13 +40,14 @@ class RayStudio:
         self._asking: asyncio.Task[None] | None = None
 
     async def models(self) -> Sequence[ModelInfo]:
-        """At most FRESH_S old while a replica answers; the last known list while none does."""
+        """At most FRESH_S old while a replica answers; the last known list for STALE_S more."""
         if time.monotonic() - self._asked > FRESH_S and (self._asking is None or self._asking.done()):
             self._asking = asyncio.create_task(self._ask())
         if not self._models and self._asking is not None:
             await asyncio.shield(self._asking)
-        if not self._models:
-            raise ApiError(503, "The models are not loaded yet; try again in a few seconds.", "not_ready")
+        if not self._models or time.monotonic() - self._asked > STALE_S:
+            message = "No replica is ready to draw; try again in a few seconds."
+            raise ApiError(503, message, "not_ready", headers={"Retry-After": "5"})
         return self._models
 
     async def _ask(self) -> None:
