@@ -120,6 +120,7 @@ class DrawingThread:
         """The samples of the next forward, in the order in which their jobs came."""
         most = min(self._most, group[0].artist.most(group[0].size))
         chosen: list[tuple[Job, Sample]] = []
+        group[0].artist.read([job.prompt for job in group[:most] if not job.samples])
         for job in group:
             if not job.samples:
                 job.began = time.monotonic()

@@ -24,6 +24,7 @@ class Rehearsal:
     def __call__(self, version: Version) -> None:
         """Draw with every artist. Raises ValueError when one cannot, or draws values that are no numbers."""
         for name, artist in version.artists.items():
+            artist.reads_groups = _reads_groups(artist)
             for size in version.infos[name].sizes:
                 artist.batches[size] = self._batches(artist, size)
             _draw(name, artist, artist.step_counts[0] if isinstance(artist, Student) else 2)
@@ -45,6 +46,15 @@ def _bits(artist: Artist, size: Size, count: int) -> bytes | None:
     images = artist.pixels(done)
     same = torch.equal(latents[0], latents[-1]) and torch.equal(images[0], images[-1])
     return latents[0].cpu().numpy().tobytes() + images[0].numpy().tobytes() if same else None
+
+
+@torch.no_grad()
+def _reads_groups(artist: Artist) -> bool:
+    towers = artist.family.text
+    others = [f"{PROMPT} {i}" for i in range(towers.GROUP - 1)]
+    first, last = towers.encode_group([PROMPT, *others]), towers.encode_group([*others, PROMPT])
+    alone = towers.encode_group([PROMPT, *[""] * len(others)])
+    return all(torch.equal(a[0], b[-1]) and torch.equal(a[0], c[0]) for a, b, c in zip(first, last, alone, strict=True))
 
 
 def _draw(name: str, artist: Artist, steps: int) -> None:

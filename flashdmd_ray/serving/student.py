@@ -59,6 +59,8 @@ class Artist(ABC):
         self.family = family
         self.network = network
         self.schedule = family.schedule
+        self.reads_groups = False
+        """Whether a prompt's embedding was found to have the same bits at any place of an encoder's group."""
         self.batches: dict[Size, tuple[int, ...]] = {}
         """By image size, the batch sizes that give a sample the same bits (`numerics.agreeing_sizes`), ascending. Others are filled up."""
 
@@ -75,6 +77,12 @@ class Artist(ABC):
         generator = torch.Generator().manual_seed(seed)
         noisy = self._noise(generator, size)
         return Sample(self.conditioning(prompt, size), generator, self.timesteps(steps), noisy)
+
+    def read(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that will soon be drawn: together, where the place in a group of prompts makes no difference."""
+        if prompts and self.reads_groups:
+            with ENCODING:
+                self.family.encode(list(dict.fromkeys(prompts)))
 
     def most(self, size: Size) -> int:
         """Samples of an image size in one forward; 1 where nothing was measured."""

@@ -152,6 +152,7 @@ def test_a_sample_has_the_same_bits_in_every_batch(family):
     version = Version("demo", "0", {"demo": artist}, {"demo": info(SIZE)})
     Rehearsal(most=4)(version)
     assert artist.most(SIZE) > 1, "nothing shares a forward on this machine"
+    assert artist.reads_groups
 
     def draw(*seeds):
         samples = [artist.begin(f"a red {seed}", seed, 2, SIZE) for seed in seeds]
@@ -163,7 +164,10 @@ def test_a_sample_has_the_same_bits_in_every_batch(family):
                 artist.advance(chunk if len(chunk) == artist.most(SIZE) or early.finished else [*chunk, early])
         return [(sample.noisy, artist.decode([sample])) for sample in samples]
 
+    family.text.forget()
     alone = {seed: draw(seed)[0] for seed in range(3)}
+    family.text.forget()
+    artist.read(["another one", "a red 2", "a red 0", "a red 1", "a red 2"])
     for seeds in ((0, 1), (2, 1, 0), (0, 1, 2) * 3):
         for seed, (latents, pixels) in zip(seeds, draw(*seeds), strict=True):
             assert torch.equal(latents, alone[seed][0])
