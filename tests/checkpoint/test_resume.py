@@ -39,12 +39,19 @@ from tests.tiny import save_sdxl
 GAP = "matching/real_fake_gap"
 
 
-def small(folder: Path, where: str | None, steps: int, batch: int = 2) -> Config:
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sdxl(tmp_path_factory.mktemp("teacher"))
+
+
+def small(teacher: Path, folder: Path, where: str | None, steps: int, batch: int = 2) -> Config:
     return parse_config(
         {
             "steps": steps,
             "batch": batch,
             "runtime": "local",
+            "model": {"teacher": str(teacher)},
+            "rewards": [{"kind": "pickscore"}],
             "run": {"dir": str(folder), "name": "small"},
             "adversarial": {"balance": 0.3},
             "preference": {"updates": 1, "batch": 2, "start_step": 1, "threshold": 0.0},
@@ -86,17 +93,17 @@ def everything(checkpoint):
     }
 
 
-def test_resumed_from_the_store_alone_equals_never_stopped(tmp_path):
+def test_resumed_from_the_store_alone_equals_never_stopped(tmp_path, teacher):
     """Two steps into a store; the machine is lost with its run folder; another one, whose global random states differ, does the third."""
-    straight = small(tmp_path / "straight", None, steps=3)
+    straight = small(teacher, tmp_path / "straight", None, steps=3)
     expected_versions = advance(straight)
     where = f"memory://{uuid.uuid4().hex}"
-    versions = advance(small(tmp_path / "first", where, steps=2))
+    versions = advance(small(teacher, tmp_path / "first", where, steps=2))
     shutil.rmtree(tmp_path / "first")
     torch.manual_seed(99)
     random.seed(99)
     np.random.seed(99)  # noqa: NPY002 (the global state is the point)
-    second = small(tmp_path / "second", where, steps=3)
+    second = small(teacher, tmp_path / "second", where, steps=3)
     versions += advance(second)
 
     root = checkpoint_root(second, tmp_path)
@@ -118,12 +125,12 @@ def test_resumed_from_the_store_alone_equals_never_stopped(tmp_path):
     with pytest.raises(
         ValueError, match=r"was written with another configuration \(batch was 2 and is now 4\)"
     ) as refusal:
-        advance(small(tmp_path / "third", where, steps=4, batch=4))
+        advance(small(teacher, tmp_path / "third", where, steps=4, batch=4))
     assert "\n" not in str(refusal.value)
 
 
-def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path):
-    config = small(tmp_path, None, steps=30)
+def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path, teacher):
+    config = small(teacher, tmp_path, None, steps=30)
     run = RunDirectory.prepare(config.run.dir, config.run.name, config.model_dump(mode="json"))
     older, newest = write(run.checkpoints, 10), write(run.checkpoints, 20)
     (newest / PART).write_bytes(b"x" + (newest / PART).read_bytes()[1:])
@@ -140,9 +147,8 @@ def nudge(role, objective: str) -> None:
     role.engine.update(objective)
 
 
-def test_roles_hand_over_values_that_training_does_not_touch(tmp_path):
+def test_roles_hand_over_values_that_training_does_not_touch(tmp_path, teacher):
     """Weights, moments, average and reference are saved as they were when `save` returned, whatever happens before they are written."""
-    teacher = save_sdxl(tmp_path / "teacher")
     settings = {"model": {"teacher": str(teacher)}, "evaluation": {"ema": 0.9}, "generator": {"warmup": 0}}
     config = parse_config(settings)
     generator, score = Generator.from_config(config), ScoreEstimator.from_config(config)
