@@ -24,6 +24,7 @@ import torch
 from full_size import measure_full_size, show
 from rounds import Way, compare, describe, measure_rounds
 from straight_line import DMD2, TIMESTEPS, FlashDMD
+from torch.utils.flop_counter import FlopCounterMode
 
 from flashdmd_ray.batch import Draws
 from flashdmd_ray.config import Config, load_config
@@ -74,12 +75,28 @@ def full_size(options: argparse.Namespace) -> dict[str, object]:
 
 def compare_with_script(options: argparse.Namespace) -> dict[str, object]:
     overrides = [*COMMON, f"placement.threads={options.threads}", f"batch={options.batch}"]
-    rounds = measure_rounds(flash_dmd(overrides) | baseline(overrides), options.seconds, time.process_time)
+    steps = flash_dmd(overrides) | baseline(overrides)
+    operations = {name: count_operations(step) for name, step in steps.items()}
+    for name in ("flash_dmd", "dmd2"):
+        ours, script = operations[name], operations[f"{name} script"]
+        print(f"{name:24s} {ours / 1e9:.2f} GFLOP a step, the script {script / 1e9:.2f}")
+        if abs(ours / script - 1) > 1e-3:
+            raise ValueError(f"{name}: the script does other work than our step, so their times cannot be compared")
+    rounds = measure_rounds(steps, options.seconds, time.process_time)
     found: dict[str, object] = {name: compare(rounds, *pair) for name, pair in COMPARED.items()}
     print(f"{len(rounds)} rounds, batch {options.batch}")
     for name, figures in found.items():
         print(f"{name:24s} {describe(figures)}")
     return found
+
+
+def count_operations(step: Way) -> int:
+    """Floating-point operations of the matrix products and convolutions of one step, forwards and backwards. Its prompts are encoded before,
+    since whoever makes a step first encodes them for both."""
+    step(0)
+    with FlopCounterMode(display=False) as counter:
+        step(0)
+    return counter.get_total_flops()
 
 
 def flash_dmd(overrides: list[str]) -> dict[str, Way]:
