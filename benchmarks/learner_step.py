@@ -91,8 +91,10 @@ def compare_with_script(options: argparse.Namespace) -> dict[str, object]:
 
 
 def count_operations(step: Way) -> int:
-    """Floating-point operations of the matrix products and convolutions of one step, forwards and backwards. Its prompts are encoded before,
-    since whoever makes a step first encodes them for both."""
+    """Floating-point operations of one step's matrix products and convolutions, forwards and backwards.
+
+    Its prompts are encoded before: whoever makes a step first encodes them for both.
+    """
     step(0)
     with FlopCounterMode(display=False) as counter:
         step(0)
