@@ -45,7 +45,7 @@ def _generator(settings: ServeSettings) -> serve.Deployment:
         Generator,
         name=GENERATOR,
         max_ongoing_requests=max(2 * replica.batch, 8),
-        max_queued_requests=settings.queue,
+        max_queued_requests=settings.queue + 16,  # room to ask which models there are
         graceful_shutdown_timeout_s=replica.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5.0,
@@ -62,8 +62,7 @@ def _ingress(settings: ServeSettings) -> serve.Deployment:
     def asgi() -> Starlette:
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(GENERATOR, app_name=context.app_name)
-        studio = RayStudio(handle, settings)
-        return build_api(settings, studio, read_keys(settings.keys_file), load_hook(settings.prompt_filter))
+        return build_api(settings, RayStudio(handle), read_keys(settings.keys_file), load_hook(settings.prompt_filter))
 
     return serve.deployment(
         serve.ingress(asgi)(),

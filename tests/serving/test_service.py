@@ -1,5 +1,6 @@
 """The service on Ray Serve, over HTTP: one application for all of these tests."""
 
+import asyncio
 import base64
 import concurrent.futures
 import json
@@ -14,6 +15,7 @@ import ray
 import requests
 from ray import serve
 
+from flashdmd_ray.serving import studio
 from flashdmd_ray.serving.app import build_app
 from tests.serving.exports import export_demo, export_demo_lora
 
@@ -197,6 +199,19 @@ def test_a_killed_replica_loses_no_request(service):
         time.sleep(0.5)
         kill_one()
         assert all(answer.result() for answer in answers)
+
+
+def test_a_service_that_was_idle_is_ready(service, monkeypatch):
+    """Its list of models is older than what would mean that no replica answers."""
+    monkeypatch.setattr(studio, "STALE_S", 0.2)
+
+    async def ask_twice() -> list[str]:
+        asked = studio.RayStudio(serve.get_deployment_handle("Generator", app_name="tested"))
+        await asked.models()
+        await asyncio.sleep(1.5)
+        return [model.name for model in await asked.models()]
+
+    assert asyncio.run(ask_twice()) == ["demo", "demo:teacher", "style", "style:teacher"]
 
 
 def test_metrics_count_what_was_asked(service):
