@@ -337,6 +337,10 @@ class RewardConfig(Section):
         elif self.kind == "custom":
             if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", self.path):
                 raise ValueError(f"path: kind custom needs package.module:Class, got '{self.path}'")
+        elif (named := published.REWARD_FILES.get(Path(self.path).name, self.kind)) != self.kind:
+            raise ValueError(
+                f"path: that file holds a reward of kind '{named}', not '{self.kind}'; correct one of them"
+            )
         elif self.path == "demo" and self.kind not in DEMO_REWARDS:
             raise ValueError(
                 f"path: the package has no demo weights of kind '{self.kind}'; name them, such as {published.REWARD_KINDS[self.kind].path}"

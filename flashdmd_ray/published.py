@@ -256,6 +256,10 @@ REWARD_KINDS: Mapping[str, RewardKind] = {
     "mps": RewardKind("RE-N-Y/mpsv1", _CLIP_H, ("model.safetensors", "MPS_overall_checkpoint.safetensors"), MPS),
 }
 """By `rewards.N.kind`."""
+REWARD_FILES: Mapping[str, str] = {
+    kind.files[0]: name for name, kind in REWARD_KINDS.items() if kind.files and kind.files[0] != "model.safetensors"
+}
+"""Published file -> the kind that it is of: HPSv2 and HPSv2.1 differ in nothing else."""
 
 
 def _sam(width: int, depth: int, heads: int, every: int) -> Json:

@@ -73,3 +73,9 @@ class BatchedReward(nn.Module, ABC):
         starts = range(0, len(texts), size)
         parts = [self.score_batch(images[i : i + size], texts[i : i + size]) for i in starts]
         return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def unique_rows(texts: Sequence[str], device: torch.device) -> tuple[list[str], Tensor]:
+    """The different ones of `texts`, and for each text its place among them, int64 (B,): the candidates of a group share their prompt."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    return list(places), torch.tensor([places[text] for text in texts], device=device)

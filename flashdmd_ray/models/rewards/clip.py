@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from flashdmd_ray.models.assembly import assemble, read_weights
 from flashdmd_ray.models.loading import load_module, load_part, load_tokenizer
-from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource
+from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource, unique_rows
 from flashdmd_ray.models.rewards.preprocessing import ClipPreprocessing
 
 
@@ -55,8 +55,7 @@ class ClipReward(BatchedReward):
 
     def cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Cosines float32 (B,) between each image and its text."""
-        unique = list(dict.fromkeys(texts))  # the candidates of a group share their prompt
-        rows = torch.tensor([unique.index(text) for text in texts], device=self.clip.device)
+        unique, rows = unique_rows(texts, self.clip.device)
         # The model's own call, not get_text_features: its embeddings are normalised in every transformers version.
         output = self.clip(input_ids=self.tokens(unique), pixel_values=self.pixels(images))
         return (output.image_embeds.float() * output.text_embeds.float()[rows]).sum(dim=-1)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flashdmd_ray import published
 from flashdmd_ray.models.assembly import assemble, find_file, read_weights
 from flashdmd_ray.models.loading import load_part
-from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource
+from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource, unique_rows
 from flashdmd_ray.models.rewards.preprocessing import LongestEdgePreprocessing
 
 ARCHITECTURE = "ViT-H-14"
@@ -44,19 +44,20 @@ class HPSv2(BatchedReward):
 
     def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Rewards float32 (B,), about 0.20-0.34 for the published weights (benchmarks print 100 times that)."""
-        weight = self.clip.token_embedding.weight
-        unique = list(dict.fromkeys(texts))
-        rows = torch.tensor([unique.index(text) for text in texts], device=weight.device)
-        pixels = self.preprocessing(images.to(weight.device)).to(weight.dtype)
-        image = self.clip.encode_image(pixels).float()
-        text = self.clip.encode_text(self.tokenize(unique).to(weight.device)).float()
-        return torch.cosine_similarity(image, text[rows], dim=-1)
+        unique, rows = unique_rows(texts, self._weight.device)
+        text = self.clip.encode_text(self.tokenize(unique).to(self._weight.device)).float()
+        return (self.features(images) * F.normalize(text, dim=-1)[rows]).sum(dim=-1)
 
     def features(self, images: Tensor) -> Tensor:
         """Image embeddings of unit length, float32 (B, F)."""
-        weight = self.clip.token_embedding.weight
-        pixels = self.preprocessing(images.to(weight.device)).to(weight.dtype)
-        return torch.nn.functional.normalize(self.clip.encode_image(pixels).float(), dim=-1)
+        pixels = self.preprocessing(images.to(self._weight.device)).to(self._weight.dtype)
+        return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
+
+    @property
+    def _weight(self) -> Tensor:
+        """One that says where the model is and in which type."""
+        weight: Tensor = self.clip.token_embedding.weight
+        return weight
 
 
 def import_open_clip(kind: str) -> Any:

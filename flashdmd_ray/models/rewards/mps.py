@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from flashdmd_ray.models.assembly import assemble, find_file, read_weights
 from flashdmd_ray.models.loading import load_part
-from flashdmd_ray.models.rewards.base import RewardSource
+from flashdmd_ray.models.rewards.base import RewardSource, unique_rows
 from flashdmd_ray.models.rewards.clip import ClipReward, clip_of, preprocessing_of, tokenizer_of
 from flashdmd_ray.models.rewards.preprocessing import ClipPreprocessing
 
@@ -59,8 +59,7 @@ class MPS(ClipReward):
 
     def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Rewards float32 (B,), about 11-13 for the published weights."""
-        unique = list(dict.fromkeys(texts))
-        rows = torch.tensor([unique.index(text) for text in texts], device=self.clip.device)
+        unique, rows = unique_rows(texts, self.clip.device)
         words, sentences = self._read(unique)
         condition, _ = self._read([CONDITION])
         similar = torch.einsum("bid,jd->bij", words.float(), condition[0].float()).amax(dim=2)

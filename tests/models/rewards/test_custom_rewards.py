@@ -103,6 +103,10 @@ def test_an_answer_of_another_shape_is_refused():
         ({"kind": "pikscore"}, "unknown reward 'pikscore', did you mean 'pickscore'"),
         ({"kind": "hpsv3"}, "'hpsv3' is not built in.* use kind remote"),
         ({"kind": "hpsv2.1"}, "no demo weights of kind 'hpsv2.1'; name them, such as xswu/HPSv2"),
+        (
+            {"kind": "hpsv2", "path": "xswu/HPSv2/HPS_v2.1_compressed.pt"},
+            "holds a reward of kind 'hpsv2.1', not 'hpsv2'",
+        ),
         ({"kind": "hpsv2", "path": "x", "base": "y"}, "base: a reward of kind 'hpsv2' reads none"),
         ({"kind": "remote", "path": "example.org/score"}, "needs the server's http:// or https:// address"),
         ({"kind": "remote", "path": "file:///etc/passwd"}, "needs the server's http:// or https:// address"),

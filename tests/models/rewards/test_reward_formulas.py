@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import open_clip
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import BertTokenizer, CLIPModel, CLIPProcessor, CLIPVisionModelWithProjection
 
+from flashdmd_ray.models.rewards import build_reward
 from flashdmd_ray.models.rewards.mps import CONDITION
 from flashdmd_ray.models.rewards.preprocessing import (
     CLIP_MEAN,
@@ -86,6 +88,12 @@ def test_hpsv2_is_open_clips_cosine(kind, tmp_path):
         )
     torch.testing.assert_close(reward.score(images, TEXTS), (image * text).sum(-1), rtol=1e-5, atol=1e-5)
     assert reward.name == kind
+
+
+def test_without_open_clip_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # as Python marks what cannot be imported
+    with pytest.raises(ValueError, match=r"kind 'hpsv2' need open_clip: pip install 'flashdmd-ray\[rewards\]'$"):
+        build_reward("hpsv2", str(tmp_path))
 
 
 def test_aesthetic_is_one_linear_map(tmp_path):
