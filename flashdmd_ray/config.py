@@ -230,6 +230,8 @@ class PreferenceConfig(Section):
     """[open] Timestep given to a latent reward for a candidate: LPO scores x_{t-1} with the current t."""
     candidate_image: Literal["one_hop", "remaining_hops"] = "one_hop"
     """How a candidate becomes a clean image for pixel rewards: one generator forward, or all remaining hops."""
+    max_unscored: PositiveInt = 10
+    """The run ends when so many preference updates in a row had no group that all its rewards could score."""
     decode_batch: PositiveInt = 8
     """Candidates that a rollout worker decodes at a time: what bounds its memory for the VAE (1.9 GiB each at 1024 pixels)."""
 
@@ -266,6 +268,8 @@ class RewardConfig(Section):
     """Weight after normalisation within the prompt group."""
     held_out: bool = False
     """true: logged, never optimised. A judge that training does not know."""
+    unordered: str | None = None
+    """Why this reward may prefer a destroyed image to a clean one, such as 'measures brightness'; null: a run with it is refused then."""
     pool: str | None = None
     """Rewards that name the same pool share its workers and one call; null is a pool of its own, under the reward's label."""
     remote: RemoteConfig | None = None
@@ -431,6 +435,8 @@ class GroupConfig(Section):
 class PoolConfig(GroupConfig):
     max_workers: PositiveInt | None = None
     """null: always `workers`. Else the pool grows up to so many while calls wait, and shrinks back to `workers` when they do not."""
+    shrink_after_s: PositiveFloat = 60.0
+    """How long a grown pool must have been larger than its calls need. Above the time of a step: between steps no call waits."""
 
     @model_validator(mode="after")
     def _grows(self) -> Self:
@@ -441,6 +447,12 @@ class PoolConfig(GroupConfig):
         return self
 
 
+class RewardPoolConfig(PoolConfig):
+    groups_per_call: PositiveInt | None = None
+    """Prompt groups in one call of a worker; null: all of an update. Fewer let several workers share one update, and lose less with a call
+    that fails. It is the cut, never the number of workers, that a result depends on in its last bits."""
+
+
 class PlacementConfig(Section):
     learner: GroupConfig = GroupConfig()
     """Teacher, generator and score estimator; ZeRO shards over its ranks."""
@@ -448,9 +460,9 @@ class PlacementConfig(Section):
     """Decoder, SAM and heads."""
     rollout: PoolConfig = PoolConfig()
     """Candidate generation from the published weights."""
-    reward: PoolConfig = PoolConfig()
+    reward: RewardPoolConfig = RewardPoolConfig()
     """Every pool of rewards that `pools` does not name."""
-    pools: dict[str, PoolConfig] = {}
+    pools: dict[str, RewardPoolConfig] = {}
     """Single pools of rewards by name; what is not said here is as in `reward`."""
     threads: PositiveInt = 1
     """torch threads of every process, local runtime included: sums depend on it, so it is part of the configuration."""
@@ -488,6 +500,15 @@ class DeadlineConfig(Section):
     """For a checkpoint to be written; the next one, a stop and the end of the run wait for it."""
     attempts: PositiveInt = 3
     """Times the job is built anew from the last checkpoint after a learner or discriminator worker was lost."""
+
+
+class ControlConfig(Section):
+    enabled: bool = True
+    """Serve the pools of a job on Ray for jobs/scale.py, to look at and to resize (docs/operations.md)."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Whoever reaches it still needs the token in control.json of the run folder, but nothing is encrypted."""
+    port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 0
+    """0: any free one."""
 
 
 class CheckpointConfig(Section):
@@ -624,6 +645,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     placement: PlacementConfig = PlacementConfig()
     deadlines: DeadlineConfig = DeadlineConfig()
+    control: ControlConfig = ControlConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -735,6 +757,11 @@ class Config(Section):
         if group in _GROUPS:
             return f"placement.{group}"
         return f"placement.pools.{group}" if group in self.placement.pools else "placement.reward"
+
+    def pieces(self, pool: str, groups: int) -> int:
+        """Calls that so many prompt groups go to a pool of rewards in."""
+        placed = self.placement.pools.get(pool, self.placement.reward)
+        return -(-groups // (placed.groups_per_call or groups))
 
     def for_pool(self, name: str) -> Self:
         """The configuration as a worker of that reward pool sees it: with no other rewards than its own."""

@@ -49,15 +49,15 @@ def train(config: Config, runtime: Runtime, data: ImageSource, run: Run) -> None
         metrics = distil(config, runtime, data, draw) if config.preference.distill else {}
 
         rated, updates = [], 0
-        for task in requested:
-            answer = task.result(config.deadlines.call_s)
+        for answer in source.collect(requested):
             rated.append(answer.metrics)
             if answer.pairs is not None:
                 rated.append(runtime.generator.prefer(answer.pairs, run.preference_rate))
                 updates += 1
         if config.evaluation.ema:
             runtime.generator.take_average()
-        run.finish(step, metrics | average(rated) | {"preference/updates": updates})
+        counted = source.counted() | runtime.pool_metrics() | {"preference/updates": updates}
+        run.finish(step, metrics | average(rated) | counted)
 
 
 def distil(config: Config, runtime: Runtime, data: ImageSource, draw: Draws) -> Metrics:

@@ -32,6 +32,7 @@ from flashdmd_ray.report import report
 from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.run_directory import RESUME_MAY_CHANGE, RunDirectory, changed_settings, fixed_settings
 from flashdmd_ray.runtime.build import build_runtime
+from flashdmd_ray.runtime.control import open_control
 from flashdmd_ray.runtime.protocol import Runtime
 from flashdmd_ray.runtime.supervisor import run_supervised
 from flashdmd_ray.sheet import SampleSheet
@@ -77,7 +78,7 @@ def run_job(config: Config) -> int:
         def attempt(runtime: Runtime) -> bool:
             run = TrainingRun(config, directory, runtime, tracker, progress, stop, found)
             run.restore()
-            with run.saver:
+            with run.saver, open_control(config.control, runtime.pools, directory.control):
                 train(config, runtime, data, run)
             return run.monitor.wants_stop
 

@@ -26,12 +26,16 @@ from typing import IO, Any
 
 import yaml
 
+CONTROL = "control.json"
+"""Where a running job says how its pools can be reached."""
+
 RESUME_MAY_CHANGE = (
     "steps",
     "runtime",
     "run",
     "placement",
     "deadlines",
+    "control",
     "checkpoint.every",
     "checkpoint.asynchronous",
     "checkpoint.keep",
@@ -100,6 +104,11 @@ class RunDirectory:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def control(self) -> Path:
+        """Address and token of the running job, while it runs."""
+        return self.path / CONTROL
 
     @property
     def errors(self) -> Path:

@@ -224,7 +224,8 @@ def _rollout(config: Config, models: Models) -> list[Work] | None:
         decode, at_once = vae.uses["decode"], min(samples, preference.decode_batch)
         decoded = _pixels(models, samples) / FLOAT + decode.peak(at_once)  # of those before, bytes are kept
         works.append(Work("VAE", "rollout", with_images / workers * decode.flops(samples), decoded))
-    return [Work("rollout", "rollout", flops / workers, peak), *works]
+    proof = forward.flops(1) / preference.every  # with every new version, on every worker
+    return [Work("rollout", "rollout", flops / workers + proof, peak), *works]
 
 
 def _pool_texts(config: Config, models: Models, group: str, prompts: float) -> Work:
@@ -236,6 +237,7 @@ def _reward_pool(config: Config, models: Models, pool: str) -> list[Work] | None
     preference = config.preference
     share = (updates(config) + probes(config)) / config.placed(pool).workers
     samples = preference.batch * preference.candidates
+    at_once = ceil(preference.batch / config.pieces(pool, preference.batch)) * preference.candidates
     works, rewards = [], config.reward_pools[pool]
     for reward in rewards:
         if reward.kind == "custom":
@@ -249,8 +251,8 @@ def _reward_pool(config: Config, models: Models, pool: str) -> list[Work] | None
             use = None if cost is None else cost.uses["forward"]
         if use is None:
             return None
-        images = _pixels(models, samples) if reward.reads_images else 0.0
-        flops, peak = calls * share * use.flops(samples), use.peak(min(samples, reward.batch))
+        images = _pixels(models, at_once) if reward.reads_images else 0.0
+        flops, peak = calls * share * use.flops(samples), use.peak(min(at_once, reward.batch))
         works.append(Work(f"reward: {reward.label}", pool, flops, images + peak))
     if reads_texts(models, rewards):
         works.append(_pool_texts(config, models, pool, share * preference.batch))

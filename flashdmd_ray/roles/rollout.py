@@ -11,24 +11,28 @@ from flashdmd_ray.diffusion.sampling import backward_simulation, complete, full,
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.roles.networks import bind, group_family, noise_stream, trained_network
+from flashdmd_ray.roles.proof import Proof
 from flashdmd_ray.weights import checksum
 
 
 class Rollout:
     """Stateless but for a copy of the weights that the generator trains, which every call names by version."""
 
-    def __init__(self, config: Config, family: Family, network: Denoiser):
+    def __init__(self, config: Config, family: Family, network: Denoiser, name: str = "rollout"):
+        """name: of the worker, for errors."""
         self.config = config
         self.family = family
         self.schedule = family.schedule
         self.timesteps = config.sampling.timesteps
         self.network = network.eval().requires_grad_(False)
         self.version: int | None = None
+        self.name = name
+        self._proof = Proof(name, exact=all(p.dtype == torch.float32 for p in family.teacher.parameters()))
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Rollout:
         family = group_family(config, "rollout")
-        return cls(config, family, trained_network(config, family, "generator"))
+        return cls(config, family, trained_network(config, family, "generator"), f"rollout-{rank}")
 
     @property
     def device(self) -> torch.device:
@@ -36,16 +40,29 @@ class Rollout:
         return self.family.device
 
     def load_weights(self, weights: PublishedWeights) -> None:
-        """Take over published weights; raises ValueError when what arrived is not what was published."""
+        """Take over published weights.
+
+        Raises ValueError, naming the worker, when what the network holds then is not what was published, or when its output
+        does not show the change.
+        """
         if self.version == weights.version:
             return
         self.network.load_state_dict(weights.tensors)
         found = checksum(self.network.state_dict())
         if found != weights.checksum:
             raise ValueError(
-                f"rollout: weights of version {weights.version} arrived with checksum {found}, published as {weights.checksum}"
+                f"{self.name}: weights of version {weights.version} arrived with checksum {found}, published as {weights.checksum}"
             )
+        self._proof.check(weights.version, found, self._fingerprint())
         self.version = weights.version
+
+    @torch.no_grad()
+    def _fingerprint(self) -> str:
+        """Checksum of the network's output for one fixed input: pure noise at the first timestep, without a prompt."""
+        index = torch.zeros(1, dtype=torch.long, device=self.device)
+        noisy = noise(index, self.family.latent_shape, seed=0, stream="proof")
+        output = bind(self.network, self.schedule, self.family.unconditional(1))(noisy, full(self.timesteps[0], noisy))
+        return checksum({"output": output})
 
     @torch.no_grad()
     def candidates(

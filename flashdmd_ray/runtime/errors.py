@@ -22,6 +22,10 @@ class DeadlineExceeded(WorkerError):
     """A worker did not answer in time."""
 
 
+class PoolClosed(WorkerError):
+    """The pool has been closed, with all of the job's workers."""
+
+
 class RoleFailed(WorkerError):
     """A role raised an error that can come from its surroundings: a lost connection between ranks, memory, a device."""
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from flashdmd_ray.batch import PublishedWeights
-from flashdmd_ray.runtime.protocol import Task
+from flashdmd_ray.runtime.protocol import ScalablePool, Task
 from flashdmd_ray.weights import checksum
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ class LocalRuntime:
         self.discriminator = roles.get("discriminator")
         self.rollouts = roles.get("rollouts")
         self.rewards: Mapping[str, Any] = rewards or {}
+        self.pools: Mapping[str, ScalablePool] = {}
         self.step: int | None = None
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> PublishedWeights:
@@ -47,6 +48,9 @@ class LocalRuntime:
         except Exception as error:
             future.set_exception(error)
         return future
+
+    def pool_metrics(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         """Nothing to end: there is only this process."""

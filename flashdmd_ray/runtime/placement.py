@@ -45,7 +45,8 @@ class Node:
 def create_roles(group: WorkerGroup, rank: int, world_size: int) -> dict[str, Any]:
     """Build the roles of one process, in order. Raises what a role raises (ValueError for missing or corrupt weights).
 
-    A role class is built by `from_config(config, rank, world_size)`, or, when it shares a network with another role of
+    rank: of a group's worker, or the number of a pool's member, whose world size is 1. A role class is built by
+    `from_config(config, rank, world_size)`, or, when it shares a network with another role of
     its process, by `from_neighbours(roles)` with the roles built before it.
     """
     roles: dict[str, Any] = {}
@@ -56,6 +57,22 @@ def create_roles(group: WorkerGroup, rank: int, world_size: int) -> dict[str, An
         else:
             roles[name] = kind.from_config(group.sees, rank=rank, world_size=world_size)
     return roles
+
+
+def check_devices(group: WorkerGroup, assigned: int, seen: int) -> None:
+    """Raise ValueError when a worker of the group sees other GPUs than its own; called in the worker.
+
+    assigned: GPUs that Ray gave this process. seen: GPUs that torch sees. A share of a GPU is one GPU, seen by all that
+    share it. Ray does not hide GPUs from workers that asked for none: we do, and here is the proof.
+    """
+    expected = math.ceil(group.gpus)
+    if assigned != expected:
+        raise ValueError(f"{group.key}.gpus: {group.gpus:g} asked for, but Ray assigned {_amount(assigned, 'GPU')}")
+    if seen != expected:
+        raise ValueError(
+            f"{group.key}.gpus: this worker was given {_amount(expected, 'GPU')}, but torch sees {seen}; "
+            "check the driver and CUDA_VISIBLE_DEVICES on that machine"
+        )
 
 
 def role_class(path: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.runtime.usage import PoolState
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -20,6 +21,15 @@ class Task(Protocol[T_co]):
         """Wait for the value; raises what the work raised."""
 
     def done(self) -> bool: ...
+
+
+class ScalablePool(Protocol):
+    """A pool as someone sees it who watches the job."""
+
+    def state(self) -> PoolState: ...
+
+    def resize(self, workers: int) -> None:
+        """Raises ValueError, one line, for a size that cannot be had."""
 
 
 class Runtime(Protocol):
@@ -36,6 +46,9 @@ class Runtime(Protocol):
     rollouts: Any
     rewards: Mapping[str, Any]
     """One for each pool of rewards, by its name."""
+    pools: Mapping[str, ScalablePool]
+    """The pools that can be looked at and resized while the job runs, by name: "rollout" and those of rewards. Empty in
+    one process."""
     step: int | None
     """Set by the driver at the start of each step, so that errors can name it."""
 
@@ -50,6 +63,9 @@ class Runtime(Protocol):
 
     def background(self, call: Callable[[], T]) -> Task[T]:
         """Start a call whose result is wanted later. Errors are raised by `Task.result`."""
+
+    def pool_metrics(self) -> dict[str, float]:
+        """pool/<name>/<figure> of every pool since the last call, see `Usage.take`; none in one process."""
 
     def close(self) -> None:
         """End everything this runtime started. May be called twice."""

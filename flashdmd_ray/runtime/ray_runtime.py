@@ -15,8 +15,9 @@ from flashdmd_ray.config import Config
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
 from flashdmd_ray.runtime.placement import WorkerGroup, check_placement
-from flashdmd_ray.runtime.pools import Pool, PoolHandle
-from flashdmd_ray.runtime.protocol import Task
+from flashdmd_ray.runtime.pool_handle import PoolHandle
+from flashdmd_ray.runtime.pools import Pool
+from flashdmd_ray.runtime.protocol import ScalablePool, Task
 from flashdmd_ray.runtime.wire import put_weights, register_tensors
 from flashdmd_ray.runtime.workers import StatefulGroup
 from flashdmd_ray.weights import checksum
@@ -57,6 +58,7 @@ class RayRuntime:
         self.score = handles.get("score")
         self.discriminator = handles.get("discriminator")
         self.rollouts = handles.get("rollouts")
+        self.pools: Mapping[str, ScalablePool] = {n: pool for n, pool in self._groups.items() if isinstance(pool, Pool)}
         self.rewards: Mapping[str, Any] = {
             g.name: self._handle(g.name, "rewards") for g in groups if "rewards" in g.roles
         }
@@ -66,8 +68,10 @@ class RayRuntime:
             return StatefulGroup(group, config, lambda: self.step)
 
         def check_size(workers: int) -> None:
-            resized = dataclasses.replace(group, workers=workers)
-            check_placement([resized if g is group else g for g in groups], self._cluster.nodes())
+            sizes = {name: pool.size for name, pool in self._groups.items() if isinstance(pool, Pool)}
+            sizes[group.name] = workers
+            resized = [dataclasses.replace(g, workers=sizes.get(g.name, g.workers)) for g in groups]
+            check_placement(resized, self._cluster.nodes())
 
         return Pool(group, config, lambda: self.step, check_size)
 
@@ -89,6 +93,10 @@ class RayRuntime:
 
     def background(self, call: Callable[[], T]) -> Task[T]:
         return in_thread(call)
+
+    def pool_metrics(self) -> dict[str, float]:
+        pools = {name: group for name, group in self._groups.items() if isinstance(group, Pool)}
+        return {f"pool/{name}/{key}": value for name, pool in pools.items() for key, value in pool.figures().items()}
 
     def close(self) -> None:
         for group in self._groups.values():

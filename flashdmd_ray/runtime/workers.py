@@ -18,7 +18,7 @@ from flashdmd_ray.runtime.border import call_role
 from flashdmd_ray.runtime.environment import limit_threads, worker_environment
 from flashdmd_ray.runtime.errors import Call, WorkerError
 from flashdmd_ray.runtime.failures import most_telling, reraise, translate
-from flashdmd_ray.runtime.placement import WorkerGroup, create_roles, role_class
+from flashdmd_ray.runtime.placement import WorkerGroup, check_devices, create_roles, role_class
 from flashdmd_ray.runtime.shards import is_replicated, join_results, split_arguments
 from flashdmd_ray.runtime.wire import register_tensors, with_fetched_weights
 
@@ -61,12 +61,11 @@ class Worker:
         register_tensors()
         self._check_devices()
         world_size = self._group.workers if self._group.stateful else 1
-        rank = self._rank if self._group.stateful else 0
         if self._group.stateful and (world_size > 1 or self._config.engine.kind == "deepspeed"):
             from flashdmd_ray.engine import init_process_group
 
-            init_process_group(rank, world_size, address, port, self._config.deadlines.call_s)
-        self._roles = create_roles(self._group, rank, world_size)
+            init_process_group(self._rank, world_size, address, port, self._config.deadlines.call_s)
+        self._roles = create_roles(self._group, self._rank, world_size)
         if self._config.data.decode == "ray":
             from flashdmd_ray.runtime.data_stream import decode_on_ray
 
@@ -84,16 +83,9 @@ class Worker:
         return self._roles[value.role] if isinstance(value, RoleReference) else value
 
     def _check_devices(self) -> None:
-        if not self._group.gpus:
-            return
         import torch
 
-        expected = max(1, int(self._group.gpus))
-        if torch.cuda.device_count() != expected:
-            raise ValueError(
-                f"{self._group.key}.gpus: Ray gave this worker {expected}, but torch sees {torch.cuda.device_count()}; "
-                f"check the driver and CUDA_VISIBLE_DEVICES on that machine"
-            )
+        check_devices(self._group, len(ray.get_gpu_ids()), torch.cuda.device_count())
 
 
 def worker_name(group: WorkerGroup, rank: int) -> str:

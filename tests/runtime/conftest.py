@@ -1,4 +1,4 @@
-"""The runtime's tests use toy roles, which the workers import by name."""
+"""The runtime's tests use toy roles, and the simulated ones of the benchmarks, which the workers import by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 HERE = str(Path(__file__).parent)
-sys.path.insert(0, HERE)
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+sys.path[:0] = [HERE, BENCHMARKS]
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [HERE, os.environ.get("PYTHONPATH", "")]
+    [HERE, BENCHMARKS, os.environ.get("PYTHONPATH", "")]
 )  # inherited by the shared Ray, which starts later

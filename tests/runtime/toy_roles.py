@@ -44,6 +44,7 @@ class Toy:
     """A linear map with a learning rule, and what every role can be asked in a test."""
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self.config = config
         self.weight = noise(torch.arange(2), SHAPE, config.seed, type(self).__name__)[0]
         self.rank, self.world_size = rank, world_size
 
@@ -89,13 +90,13 @@ class Toy:
         time.sleep(seconds)
         return seconds
 
-    def dies(self, only_rank: int = 0) -> None:
-        if self.rank == only_rank:
+    def dies(self, only_rank: int | None = None) -> None:
+        if only_rank in (None, self.rank):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(30)
 
     def fails_first(self, marker: Path, how: str) -> int:
-        """Die, hang or fail at the first call anywhere; later calls answer with the process id."""
+        """Die, hang, fail or raise at the first call anywhere; later calls answer with the process id."""
         try:
             marker.touch(exist_ok=False)
         except FileExistsError:
@@ -104,7 +105,7 @@ class Toy:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "hang":
             time.sleep(60)
-        raise RuntimeError("a passing trouble")
+        raise KeyError("a passing trouble") if how == "raise" else RuntimeError("a passing trouble")
 
 
 class Generator(Toy):

@@ -1,0 +1,17 @@
+"""A short version of benchmarks/chaos.py: rewards that are killed, raise, give nan and hang; the counts must add up."""
+
+from __future__ import annotations
+
+import pytest
+from chaos import TROUBLE, chaos
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_run_completes_and_every_group_is_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TROUBLE, "nan", 0.1)  # so short a run must meet one
+    found = chaos(10.0, every_s=2.5, workers=2)
+    assert found["steps"] > 0
+    assert found["killed"] > 0
+    assert found["not_finite"] > 0
+    assert found["asked"] == found["scored"] + sum(found[name] for name in ("lost", "deadline", "error", "not_finite"))
+    assert found["pairs"] > 0
