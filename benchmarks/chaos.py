@@ -32,6 +32,8 @@ UPDATES, GROUPS, GROUPS_PER_CALL, WORKERS = 3, 8, 2, 4
 class ForSeconds:
     """Steps until the time is up; the totals of what the driver counted."""
 
+    preference_rate = 1.0
+
     def __init__(self, seconds: float) -> None:
         self.until = time.monotonic() + seconds
         self.totals: dict[str, float] = {}
@@ -92,6 +94,7 @@ def chaos(seconds: float, every_s: float = 1.0, workers: int = WORKERS) -> dict[
             "rewards": [{"kind": "pickscore", "name": "shaky", "path": json.dumps(TROUBLE | {"folder": folder})}],
             "preference": {"updates": UPDATES, "batch": GROUPS, "threshold": 0.0, "max_unscored": 1000},
             "placement": {"reward": {"workers": workers, "groups_per_call": GROUPS_PER_CALL}},
+            "monitor": {"enabled": False},
             "deadlines": {"reward_s": DEADLINE_S, "retries": 1},
         }
         config = parse_config(settings)

@@ -34,6 +34,8 @@ COSTS = dict.fromkeys(("predict", "gradient", "update", "score"), LEARNER_S / 5)
 class Timed:
     """A run of so many steps, and when each ended."""
 
+    preference_rate = 1.0
+
     def __init__(self, steps: int) -> None:
         self.count = steps
         self.ends: list[float] = []
@@ -85,6 +87,7 @@ def main() -> None:
             "rewards": [{"kind": "pickscore", "name": "slow", "path": json.dumps(COSTS)}],
             "preference": {"updates": UPDATES},
             "placement": {"reward": {"workers": WORKERS}},
+            "monitor": {"enabled": False},  # its probe is one more update's worth of pools' work
         }
     )
     runtime = build_runtime(config, ROLES)

@@ -74,7 +74,7 @@ class Generator(Simulated):
         self.weight = self.weight + 0.01
         return {"generator/loss": 0.0}
 
-    def prefer(self, pairs: PreferencePairs) -> dict[str, float]:
+    def prefer(self, pairs: PreferencePairs, rate: float = 1.0) -> dict[str, float]:
         self.spend("prefer")
         self.used += int((pairs.weights > 0).sum())
         return {"preference/loss": 0.0}

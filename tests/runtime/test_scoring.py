@@ -44,7 +44,7 @@ class Troubled(Reward):
 
 def wanted(**more: Any) -> Config:
     rewards = [{"kind": "pickscore", "name": "a"}, {"kind": "pickscore", "name": "b", "held_out": True}]
-    more = {"rewards": rewards, "preference__batch": GROUPS, "preference__updates": 2} | more
+    more = {"rewards": rewards, "preference__batch": GROUPS, "preference__updates": 2, "monitor__enabled": False} | more
     return toy_config("local", **more)
 
 
