@@ -2,22 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Self
 
 import pytest
 from PIL import Image
 
-from flashdmd_ray import job, report
+from flashdmd_ray import job
 from flashdmd_ray.checkpoint import manifests, read_state, select_checkpoint
 from flashdmd_ray.config import Config, parse_config
-from flashdmd_ray.demo.brightness import Brightness
-from flashdmd_ray.roles import reward
 from flashdmd_ray.run_directory import read_metrics
 
 
 def hackable(root: Path, **monitor: object) -> Config:
     """Preference updates alone, towards brightness, at a rate that ruins the images within a few steps."""
-    brightness = {"kind": "pickscore", "name": "brightness"}
+    brightness = {"kind": "custom", "name": "brightness", "path": "flashdmd_ray.demo.brightness:Brightness"}
     return parse_config(
         {
             "steps": 30,
@@ -32,23 +29,6 @@ def hackable(root: Path, **monitor: object) -> Config:
             "evaluation": {"samples": 0},
         }
     )
-
-
-class BrightnessReward(Brightness):
-    name = "brightness"
-
-    def to(self, device: object) -> Self:
-        return self
-
-
-@pytest.fixture(scope="module", autouse=True)
-def brightness():
-    """The label 'brightness' names that reward."""
-    load = reward.load_reward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward, "load_reward", lambda c: BrightnessReward() if c.label == "brightness" else load(c))
-        patch.setattr(report, "load_reward", reward.load_reward)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -141,6 +141,19 @@ def test_preference_loss_starts_at_log_two_and_falls(config, generator, prompts)
     assert last["preference/drift"] > 0
 
 
+def test_a_quarter_of_the_rate_moves_the_weights_a_quarter_as_far(config, prompts):
+    """The hack monitor's lower rate: AdamW's step is linear in the rate, and not in the loss."""
+    moved = []
+    for rate in (1.0, 0.25):
+        generator = Generator.from_config(config)
+        generator.freeze_reference()
+        start = generator.weights()
+        generator.prefer(preference_pairs(prompts, torch.ones(3)), rate)
+        moved.append(torch.cat([(end - start[name]).flatten() for name, end in generator.weights().items()]))
+    assert moved[0].norm() > 0
+    assert (moved[1].norm() / moved[0].norm()).item() == pytest.approx(0.25, rel=0.01)
+
+
 def test_dropped_pairs_teach_nothing(config, prompts):
     """Whatever a dropped pair holds, the update is that of the kept ones."""
     updated = []
