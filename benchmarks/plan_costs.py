@@ -23,7 +23,9 @@ CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", metavar="CONFIG.yaml", nargs="*", type=Path, default=sorted(CONFIGS.glob("*.yaml")))
+    parser.add_argument(
+        "configs", metavar="CONFIG.yaml", nargs="*", type=Path, default=sorted(CONFIGS.glob("[!l]*.yaml"))
+    )
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     for path in parser.parse_args().configs:
         config = load_config(path)

@@ -847,11 +847,16 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (the shipped demo when None), apply `key.sub=value` overrides and validate.
+    """`load_as` of a joint training run; the shipped demo when `path` is None."""
+    return load_as(Config, DEFAULT_CONFIG if path is None else path, overrides)
+
+
+def load_as(section: type[_Section], path: Path, overrides: Sequence[str] = ()) -> _Section:
+    """Read a YAML file, apply `key.sub=value` overrides and validate it as that section.
 
     Raises ValueError, one line per problem, naming the key, what is wrong and the remedy.
     """
-    source = DEFAULT_CONFIG if path is None else Path(path)
+    source = Path(path)
     try:
         tree = yaml.safe_load(source.read_text(encoding="utf-8"))
     except OSError as error:
@@ -866,7 +871,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         raise ValueError(f"{source}: expected keys and values at the top level, found a {type(tree).__name__}")
     for override in overrides:
         apply_override(tree, override)
-    return parse_config(tree)
+    return validated(section, tree)
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -927,6 +932,6 @@ def _keys_at(root: type[Section], location: Sequence[int | str]) -> list[str]:
     return list(section.model_fields)
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Section) -> str:
     """The resolved configuration as YAML, ready to be run again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

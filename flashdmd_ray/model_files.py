@@ -14,10 +14,10 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flashdmd_ray import published
-from flashdmd_ray.config import Config, ModelConfig
+from flashdmd_ray.config import Config, ModelConfig, RewardConfig
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.models import FAMILIES, FamilyEntry, latent_size
 
@@ -27,6 +27,16 @@ DENOISER, VAE = "denoiser", "vae"
 """Parts of `teacher_files`; the text encoders are called as their folders."""
 ORIGINAL_DENOISER, ORIGINAL_VAE = ("model.diffusion_model.",), ("first_stage_model.", "vae.")
 """How their weights start in a single file of the original layout."""
+
+
+class NamesModels(Protocol):
+    """A configuration that names a teacher and rewards: of joint training, or of a latent reward's."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+
+    @property
+    def rewards(self) -> tuple[RewardConfig, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class ModelFiles:
         return sum(self.parameters.values()) if self.parameters else None
 
 
-def teacher_files(config: Config) -> ModelFiles:
+def teacher_files(config: NamesModels) -> ModelFiles:
     """The teacher: a pipeline or a single file, with another VAE where one is named. parameters: "denoiser", "vae" and the
     text encoders that will be loaded. Raises ValueError, one line, naming the key, the file and the remedy."""
     model, family = config.model, FAMILIES[config.model.family]

@@ -6,9 +6,10 @@ import importlib.util
 from pathlib import Path
 
 from flashdmd_ray import published
-from flashdmd_ray.config import Config, RewardConfig
+from flashdmd_ray.config import RewardConfig
 from flashdmd_ray.model_files import (
     ModelFiles,
+    NamesModels,
     check_json,
     count_parameters,
     header_sizes,
@@ -24,7 +25,7 @@ LPO_UNUSED = ("up_blocks.", "conv_norm_out.", "conv_out.")
 """Weights of the U-Net that LPO's latent rewards do not use."""
 
 
-def reward_files(config: Config) -> dict[str, ModelFiles]:
+def reward_files(config: NamesModels) -> dict[str, ModelFiles]:
     """By label, the reward models. parameters: of all that is loaded; 0 for a server, nothing for a class of the user's.
 
     Raises ValueError, one line naming the key, the file and the remedy.

@@ -59,6 +59,7 @@ def test_every_public_objective_and_sampler_is_on_the_page():
         "objectives/score",
         "objectives/adversarial",
         "objectives/preference",
+        "objectives/reward_model",
         "diffusion/sampling",
     ):
         tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from flashdmd_ray.plan.models import Model, Models, models_of
 from flashdmd_ray.plan.parts import BUCKET, parts_of_models
 from flashdmd_ray.plan.roles import Work, peak_of, work_of
 
-CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("[!l]*.yaml"))  # not those of latent rewards
 N = 1000
 UNKNOWN_NETWORKS = Models(
     denoiser=Model("a teacher", parameters=N),

@@ -91,13 +91,13 @@ class Tally:
             for reason, named in theirs.items():
                 mine.setdefault(reason, Named()).add(named.names, named.count)
 
-    def check(self, allowed: float, where: str) -> None:
-        """Raise ValueError, with the report, when more than `allowed` of the samples seen are bad."""
+    def check(self, allowed: float, where: str, key: str = "data.max_bad") -> None:
+        """Raise ValueError, with the report, when more than `allowed` of the samples seen are bad. key: the setting of that limit."""
         if self.bad_count > allowed * self.seen:
             share = self.bad_count / self.seen
             raise ValueError(
                 f"{where}: {self.bad_count} of {self.seen} samples are bad ({share:.1%}, allowed {allowed:.1%}): "
-                f"{'; '.join(self.lines())}; mend or remove them, or raise data.max_bad"
+                f"{'; '.join(self.lines())}; mend or remove them, or raise {key}"
             )
 
     def lines(self) -> list[str]:

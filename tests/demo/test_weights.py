@@ -12,12 +12,14 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from flashdmd_ray import demo
+from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.demo.checker import PromptChecker
 from flashdmd_ray.demo.recipes import latent_reward, reward, sam, teacher
 from flashdmd_ray.demo.recipes.parts import PARTS, RECORD, card
 from flashdmd_ray.demo.recipes.training import make_pool
 from flashdmd_ray.models.latent_reward import load_latent_reward
+from flashdmd_ray.roles.networks import load_parts
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +86,10 @@ def test_reward_has_a_gradient_to_pixels() -> None:
     assert images.grad.abs().amax(dim=(1, 2, 3)).min() > 0
 
 
-def test_latent_reward_prefers_correct_scenes_at_low_and_middle_noise(pipeline: StableDiffusionXLPipeline) -> None:
+def test_latent_reward_prefers_correct_scenes_at_low_and_middle_noise() -> None:
     model = load_latent_reward(weights_path("latent_reward")).eval()
-    figures = latent_reward.evaluate(model, pipeline, 300)
+    family = load_parts(ModelConfig(), ("vae", "text"))
+    figures = latent_reward.evaluate(model, family, 300)
     assert figures["t249_beats_contradicting"] >= 0.8
     assert figures["t499_beats_contradicting"] >= 0.7
     assert figures["t249_beats_badly_drawn"] >= 0.8

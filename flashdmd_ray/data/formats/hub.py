@@ -39,7 +39,7 @@ class HubImages:
             name = f"row {row}"
             try:
                 text = check_caption(found[caption])
-                encoded = _bytes(found[image])
+                encoded = image_bytes(found[image])
                 width, height = image_size(io.BytesIO(encoded), len(encoded))
             except BadSample as bad:
                 yield Bad(name, bad.reason)
@@ -47,7 +47,7 @@ class HubImages:
             yield Sample(name, text, 0, row, len(encoded), width, height)
 
     def read(self, sample: Sample) -> bytes:
-        return _bytes(self._rows[sample.offset][self._names[1]])
+        return image_bytes(self._rows[sample.offset][self._names[1]])
 
     @cached_property
     def _names(self) -> tuple[str, str]:
@@ -60,7 +60,7 @@ class HubImages:
     @cached_property
     def _rows(self) -> Any:
         """The dataset, its image column undecoded."""
-        rows = _load(self.source)
+        rows = load_rows(self.source)
         present = rows.column_names
         column = choose(self.columns.image, IMAGES, present, "data.image", self.source)
         from datasets import Image
@@ -74,7 +74,7 @@ class HubImages:
         self.__dict__.update(state)
 
 
-def _load(source: str) -> Any:
+def load_rows(source: str) -> Any:
     try:
         import datasets
     except ImportError:
@@ -98,7 +98,7 @@ def _load(source: str) -> Any:
     return found
 
 
-def _bytes(value: Any) -> bytes:
+def image_bytes(value: Any) -> bytes:
     encoded = value.get("bytes") if isinstance(value, dict) else value
     if isinstance(encoded, bytes):
         return encoded

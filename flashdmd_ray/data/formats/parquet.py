@@ -24,7 +24,7 @@ ROWS = 64
 DAMAGED_GROUP = "damaged row group"
 
 
-class _Groups:
+class Groups:
     """The row groups read last, as columns of encoded images. Not pickled with its owner: each process reads its own."""
 
     def __init__(self) -> None:
@@ -40,8 +40,8 @@ class _Groups:
                 self._kept.popitem(last=False)
             return self._kept[block]
 
-    def __reduce__(self) -> tuple[type[_Groups], tuple[()]]:
-        return _Groups, ()
+    def __reduce__(self) -> tuple[type[Groups], tuple[()]]:
+        return Groups, ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ParquetImages:
 
     tables: tuple[Path, ...]
     columns: Columns
-    _groups: _Groups = field(default_factory=_Groups, compare=False, repr=False)
+    groups: Groups = field(default_factory=Groups, compare=False, repr=False)
     kind = "parquet"
     mix = GROUPS_MIXED
 
@@ -76,10 +76,10 @@ class ParquetImages:
 
     def read(self, sample: Sample) -> bytes:
         try:
-            value = self._groups.column(sample.block, self._load)[sample.offset].as_py()
+            value = self.groups.column(sample.block, self._load)[sample.offset].as_py()
         except (ValueError, OSError):
             raise BadSample(DAMAGED_GROUP) from None
-        return _bytes(value)
+        return image_bytes(value)
 
     def _load(self, block: int) -> Any:
         path, group = self._blocks[block]
@@ -110,14 +110,14 @@ def open_table(path: Path) -> Any:
 def _sample(name: str, caption: object, image: object, block: int, row: int) -> Sample | Bad:
     try:
         text = check_caption(caption)
-        encoded = _bytes(image)
+        encoded = image_bytes(image)
         width, height = image_size(io.BytesIO(encoded), len(encoded))
     except BadSample as bad:
         return Bad(name, bad.reason)
     return Sample(name, text, block, row, len(encoded), width, height)
 
 
-def _bytes(value: object) -> bytes:
+def image_bytes(value: object) -> bytes:
     encoded = value.get("bytes") if isinstance(value, Mapping) else value
     if not isinstance(encoded, bytes):
         raise BadSample(MISSING_IMAGE)  # none, or a path to somewhere else

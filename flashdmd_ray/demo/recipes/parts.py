@@ -76,8 +76,7 @@ def make_reward(out: Path, work: Path, plan: Plan) -> Metrics:
 
 
 def make_latent_reward(out: Path, work: Path, plan: Plan) -> Metrics:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(_need(out / "teacher", "model_index.json"))
-    model, metrics = latent_reward.train(work, pipeline, plan)
+    model, metrics = latent_reward.train(work, _need(out / "teacher", "model_index.json"), plan)
     latent_reward.save(model, out / "latent_reward", out / "teacher")
     return metrics
 

@@ -1,0 +1,122 @@
+"""The command line of latent reward training.
+
+Exit codes: 0 done, 1 the job failed, 2 the configuration or a file it names is wrong, 130 and 143 after Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashdmd_ray.cli import FAILED, brief, note_traceback, prepare_process, refuse, say
+from flashdmd_ray.config import DEFAULT_CONFIG, dump_config, load_as
+from flashdmd_ray.model_files import teacher_files
+from flashdmd_ray.reward_files import reward_files
+from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
+from flashdmd_ray.run_directory import RunDirectory
+
+DEMO = DEFAULT_CONFIG.with_name("latent_reward_demo.yaml")
+
+
+def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
+    """`train_latent_reward.py CONFIG.yaml [--set key=value ...] [--dry-run]`; returns the exit code."""
+    options = _parse(arguments)
+    try:
+        config = load_as(RewardTrainingConfig, options.config, options.set)
+        run = RunDirectory.check(config.run.dir, config.run.name)
+        plan = describe(config, run)
+    except ValueError as error:
+        return refuse(error)
+    print(dump_config(config), flush=True)
+    print("\n".join(plan), flush=True)
+    return 0 if options.dry_run else _execute(config, run)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train_latent_reward.py",
+        description="Train a latent reward model on labelled pairs of images, or on the verdicts of pixel rewards, and measure it.",
+        epilog="The same command again resumes the job. Keys are explained in flashdmd_ray/reward_training/config.py; see docs/rewards.md.",
+    )
+    parser.add_argument(
+        "config",
+        metavar="CONFIG.yaml",
+        nargs="?",
+        type=Path,
+        default=DEMO,
+        help="a configuration file; default: the shipped demo",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="key=value",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="set a key, e.g. steps=400 run.name=long",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, then stop")
+    return parser.parse_args(arguments)
+
+
+def _execute(config: RewardTrainingConfig, run: RunDirectory) -> int:
+    prepare_process()
+    is_new = not run.exists
+    try:
+        from flashdmd_ray.reward_training.job import run_reward_training
+
+        return run_reward_training(config)
+    except ValueError as error:
+        note_traceback(run)
+        if is_new:
+            run.discard_unused()
+        return refuse(error)
+    except KeyboardInterrupt:
+        say("stopped at once; the same command resumes from the last checkpoint")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        where = f" (traceback: {run.errors})" if note_traceback(run) else ""
+        say(f"the job failed: {brief(error)}{where}; the same command resumes from the last checkpoint")
+        return FAILED
+
+
+def describe(config: RewardTrainingConfig, run: RunDirectory) -> list[str]:
+    """What a job would do, in a few lines; loads nothing. Raises ValueError for models or pairs that are not there."""
+    teacher = teacher_files(config)
+    judges = reward_files(config)
+    pairs, model, optimizer = config.pairs, config.latent_reward, config.optimizer
+    part = {"all": "every kept weight", "last": "the last part and the projections"}[model.train]
+    size = f", {teacher.total:,} parameters with VAE and text encoders" if teacher.total else ""
+    names = ", ".join(f"{label} ({files.source})" for label, files in judges.items()) or "none"
+    return [
+        f"latent reward   of {config.model.family}, made of {teacher.source}{size}; trains {part}",
+        f"pairs           {_pairs(config)}",
+        f"labels          {'those of the source' if pairs.labels == 'given' else 'the verdicts of the pixel rewards'}",
+        f"pixel rewards   {names}",
+        f"training        {config.steps:,} updates of {config.batch} pairs, {config.engine.kind}, {config.engine.precision}",
+        f"learning rate   {optimizer.lr:g}, {optimizer.schedule} after {optimizer.warmup} of warm-up; weights' average {config.ema:g}",
+        f"workers         {_workers(config)}",
+        f"measured        at t = {', '.join(map(str, config.accuracy.timesteps))} on up to {config.accuracy.pairs:,} held-out pairs",
+        f"result          {run.path / 'latent_reward'}: rewards: [{{kind: latent, path: {run.path / 'latent_reward'}}}]",
+    ]
+
+
+def _pairs(config: RewardTrainingConfig) -> str:
+    pairs = config.pairs
+    if pairs.source == "demo":
+        return f"{pairs.count:,} of digit scenes, composed into the run folder; held-out scenes beside them"
+    if pairs.source in DRAWN:
+        return f"{pairs.count:,} drawn by the {pairs.source} into the run folder; {pairs.held_out:.0%} of the prompts held out"
+    from flashdmd_ray.data.formats.pairs import open_pairs
+
+    return f"{pairs.source} ({open_pairs(pairs.source).kind}); {pairs.held_out:.0%} of the prompts held out"
+
+
+def _workers(config: RewardTrainingConfig) -> str:
+    if config.runtime == "local":
+        return "one process, no Ray"
+    group = config.workers
+    each = f"{group.gpus:g} GPU" if group.gpus else f"{group.cpus:g} CPU"
+    again = f"after a loss training goes on, up to {config.deadlines.attempts - 1} times"
+    return f"{group.workers} under Ray Train, {each} each; {again}"

@@ -1,0 +1,70 @@
+"""What every rank does, from loading to the finished model, wherever it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from flashdmd_ray.models.family import Family
+from flashdmd_ray.reward_training.accuracy import as_report, count_right
+from flashdmd_ray.reward_training.config import RewardTrainingConfig
+from flashdmd_ray.reward_training.pairs import open_pair_data
+from flashdmd_ray.reward_training.result import save_result
+from flashdmd_ray.reward_training.training import Place, RewardTrainer, train
+from flashdmd_ray.reward_training.verdicts import load_judges
+from flashdmd_ray.roles.networks import Metrics, load_parts
+from flashdmd_ray.run_directory import MetricsLog
+
+BAD_PAIRS, METRICS = "bad_pairs.json", "metrics.jsonl"
+
+
+def device_for(config: RewardTrainingConfig) -> torch.device:
+    """Where a worker computes. Raises ValueError when GPUs are asked for and torch sees none."""
+    if not config.workers.gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"workers.gpus: {config.workers.gpus:g} asked for, but torch sees no GPU in this process; set it to 0, or check the driver"
+        )
+    return torch.device("cuda", 0)
+
+
+def load_spaces(config: RewardTrainingConfig) -> Family:
+    """The VAE and the text encoders of the model family."""
+    return load_parts(config.model, ("vae", "text")).to(device_for(config))
+
+
+def run_worker(config: RewardTrainingConfig, source: str, folder: Path, place: Place) -> None:
+    """Train on the pairs at `source`; after the last step measure, and let rank 0 write the model into the run's `folder`."""
+    torch.set_num_threads(config.threads)
+    family = load_spaces(config)
+    data = open_pair_data(config.pairs, source, family.image_size, config.seed)
+    trainer = RewardTrainer.from_config(config, family)
+    done = train(trainer, data.train, place, MetricsFile(folder / METRICS).write)
+    if place.rank == 0:
+        found = {**data.tally.as_json(), "damaged": {bad.key: bad.reason for bad in data.train.met}}
+        (folder / BAD_PAIRS).write_text(json.dumps(found, indent=1) + "\n")
+    if done < config.steps:
+        return
+    model, masters = trainer.finished()
+    judges = load_judges(config.rewards, family.device)
+    counts = count_right(config, family, model, judges, data.held_out, place.rank, place.world_size)
+    if place.rank == 0:
+        report = as_report(counts, config.accuracy.timesteps, list(judges))
+        save_result(folder, config, model, masters, report, done)
+
+
+class MetricsFile:
+    """Rank 0's record of steps in the run folder, which every process of the job sees."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._log: MetricsLog | None = None
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Append step `step`; records of the same or later steps, of an attempt that was lost, are dropped first."""
+        if self._log is None:
+            self._log = MetricsLog(self._path, after_step=step - 1)
+        self._log.write(step, metrics)
