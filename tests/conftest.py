@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -26,15 +27,28 @@ use_loopback(os.environ)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked `gpu` where there is no CUDA device: deselected, so that the summary counts them."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
+    """Leave out tests marked `gpu` or `browser` where there is none: deselected, so that the summary counts them."""
+    for mark, is_there in (("gpu", has_gpu), ("browser", has_browser)):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        if marked and not is_there():
+            config.hook.pytest_deselected(items=marked)
+            items[:] = [item for item in items if item not in marked]
+
+
+def has_gpu() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=marked)
-        items[:] = [item for item in items if item not in marked]
+    return torch.cuda.is_available()
+
+
+def has_browser() -> bool:
+    return chromium() is not None
+
+
+def chromium() -> str | None:
+    """Path of an installed Chromium; playwright's own download is not used."""
+    found = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    return next(filter(None, found), None)
 
 
 @pytest.fixture(scope="session")

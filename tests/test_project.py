@@ -38,7 +38,7 @@ def test_every_dependency_has_a_floor_and_is_locked_at_or_above_it():
         )
 
 
-@pytest.mark.parametrize("target", ["install", "demo", "test", "check"])
+@pytest.mark.parametrize("target", ["install", "demo", "serve", "test", "check"])
 def test_make_knows_the_target(target):
     answer = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr

@@ -27,6 +27,7 @@ from flashdmd_ray.serving.middleware import RequestScope, state_of
 from flashdmd_ray.serving.openapi import describe_api
 from flashdmd_ray.serving.requests import ImageRequest, make_order, parse_request, random_seed
 from flashdmd_ray.serving.settings import ServeSettings
+from flashdmd_ray.serving.site import page_routes
 
 log = logging.getLogger(LOGGER)
 
@@ -57,6 +58,7 @@ def build_api(
         Route("/healthz", api.health, methods=["GET"]),
         Route("/metrics", api.metrics_page, methods=["GET"]),
         Route("/openapi.json", api.openapi, methods=["GET"]),
+        *page_routes(),
     ]
     app = Starlette(
         routes=routes,
