@@ -24,7 +24,11 @@ import psutil
 from compose_file import ROOT, ComposeFile, Service, read
 from dockerfile import parse
 
+from flashdmd_ray.runtime.cluster import SYSTEM_CONFIG
+
 BIN = Path(sys.executable).parent
+CONTAINER = "FLASHDMD_TEST_CONTAINER"
+RESTARTS = 3
 START_S = 240.0
 """Limit for a service to become healthy on a busy machine; the file's own limits are for machines of one's own."""
 
@@ -41,13 +45,15 @@ class Running:
 
     name: str
     service: Service
+    command: list[str]
     process: subprocess.Popen[bytes]
     environment: dict[str, str]
     health_command: list[str]
     log: Path
+    restarts: int = 0
 
     def is_healthy(self) -> bool:
-        assert self.process.poll() is None, f"{self.name} ended:\n{self.log.read_text()[-5000:]}"
+        """Whether the health check of the compose file says so, now."""
         limit = 2 * self.service.healthcheck.timeout  # cores are shared here
         try:
             check = subprocess.run(
@@ -56,12 +62,6 @@ class Running:
         except subprocess.TimeoutExpired:
             return False
         return check.returncode == 0
-
-    def wait_until_healthy(self) -> None:
-        give_up = time.monotonic() + START_S
-        while not self.is_healthy():
-            assert time.monotonic() < give_up, f"{self.name} is not healthy:\n{self.log.read_text()[-5000:]}"
-            time.sleep(0.5)
 
 
 @dataclass
@@ -125,7 +125,10 @@ class Stack:
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
             "RAY_gcs_server_port_wait_time_s": "180",
             "OMP_NUM_THREADS": "1",
+            CONTAINER: container,
         }
+        patience = {key: value for key, value in SYSTEM_CONFIG.items() if key.endswith(("_ms", "_seconds"))}
+        machine |= {f"RAY_{key}": str(value) for key, value in patience.items()}
         machine |= {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
         return machine | image | {key: self.here(value, container) for key, value in service.environment.items()}
 
@@ -134,7 +137,7 @@ class Stack:
         service = self.file.services[name]
         container = name if number == 1 else f"{name}-{number}"
         for dependency in service.depends_on:
-            assert self.running[dependency].is_healthy()
+            self.wait_until_healthy(dependency)
         command = [self.here(word, container) for word in service.command]
         if command[:2] == ["ray", "start"]:
             command.append("--node-ip-address=127.0.0.1")
@@ -143,19 +146,28 @@ class Stack:
             else:
                 command[:1] = ["python", str(Path(__file__).with_name("loopback_ray.py"))]
         environment = self.environment(container, service)
-        log = self.directory / f"{container}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [shutil.which(command[0], path=environment["PATH"]) or command[0], *command[1:]],
-                env=environment,
-                cwd=ROOT,
-                stdout=output,
-                stderr=output,
-            )
+        command[0] = shutil.which(command[0], path=environment["PATH"]) or command[0]
         health = [self.here(word, container) for word in service.healthcheck.command]
         health[0] = str(BIN / health[0])
-        self.running[container] = Running(container, service, process, environment, health, log)
+        log = self.directory / f"{container}.log"
+        process = _run(command, environment, log)
+        self.running[container] = Running(container, service, command, process, environment, health, log)
         return self.running[container]
+
+    def wait_until_healthy(self, container: str) -> None:
+        """Until its health check succeeds. A process that ended is started again, which is what `restart: unless-stopped` does: Ray
+        gives a node 30 s to come up, a constant that a busy machine can miss."""
+        one = self.running[container]
+        give_up = time.monotonic() + START_S
+        while not one.is_healthy():
+            text = f"{container} is not healthy:\n{one.log.read_text()[-5000:]}"
+            assert time.monotonic() < give_up, text
+            if one.process.poll() is not None:
+                assert one.restarts < RESTARTS, text
+                _kill(self.left_behind(container))
+                one.process = _run(one.command, one.environment, one.log)
+                one.restarts += 1
+            time.sleep(0.5)
 
     def execute(self, container: str, command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
         """As `docker compose exec`."""
@@ -176,19 +188,26 @@ class Stack:
             time.sleep(0.1)
         return {one.name: one.process.returncode for one in newest_first}
 
-    def left_behind(self) -> list[psutil.Process]:
-        """Processes that were started in this stack's environment and still run."""
-        return [
-            process
-            for process in psutil.process_iter()
-            if _environment(process).get("RAY_TMPDIR") == str(self.directory)
-        ]
+    def left_behind(self, container: str | None = None) -> list[psutil.Process]:
+        """Processes that were started in this stack's environment, or in that of one container, and still run."""
+        wanted = {"RAY_TMPDIR": str(self.directory)} | ({} if container is None else {CONTAINER: container})
+        return [process for process in psutil.process_iter() if wanted.items() <= _environment(process).items()]
 
     def remove(self) -> None:
-        for process in self.left_behind():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        _kill(self.left_behind())
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _run(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

@@ -43,11 +43,10 @@ def stack() -> Iterator[Stack]:
     try:
         for name in ("ray-head", "mlflow"):
             stack.start(name)
-        stack.running["ray-head"].wait_until_healthy()
         for number in range(1, stack.file.services["ray-worker"].deploy.replicas + 1):
             stack.start("ray-worker", number)
-        for one in stack.running.values():
-            one.wait_until_healthy()
+        for container in stack.running:
+            stack.wait_until_healthy(container)
         yield stack
         ended = stack.stop()
         assert None not in ended.values(), ended
@@ -126,7 +125,8 @@ def test_mlflow_has_the_run_and_its_model_and_refuses_other_host_names(stack: St
 
 def test_the_documented_command_serves_it(stack: Stack) -> None:
     assert documented("docker compose up --detach --wait") == ["serve"]
-    stack.start("serve").wait_until_healthy()
+    stack.start("serve")
+    stack.wait_until_healthy("serve")
     images = f"http://127.0.0.1:{stack.port('serve', 8000)}/v1/images/generations"
     request = {"prompt": "a red 4 left of a green 7 on a gray background", "n": 2, "seed": 1}
     assert call(images, None, request)[0] == 401
