@@ -29,7 +29,7 @@ from flashdmd_ray.runtime.cluster import SYSTEM_CONFIG
 BIN = Path(sys.executable).parent
 CONTAINER = "FLASHDMD_TEST_CONTAINER"
 RESTARTS = 3
-START_S = 240.0
+START_S = 400.0
 """Limit for a service to become healthy on a busy machine; the file's own limits are for machines of one's own."""
 
 

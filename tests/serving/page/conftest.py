@@ -17,7 +17,8 @@ from tests.serving.exports import export_demo
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     export = export_demo(tmp_path_factory.mktemp("served") / "demo")
-    return Generator(parse_settings({"models": {"demo": str(export)}}))
+    cache = str(export.parent / "cache")
+    return Generator(parse_settings({"models": {"demo": str(export)}, "cache": cache, "replica": {"batch": 4}}))
 
 
 @pytest.fixture(scope="module")
