@@ -108,7 +108,7 @@ def resized(pool: Any, call: Callable[[], float], calls: int) -> dict[str, Any]:
         answered.append(time.perf_counter())
         return inside
 
-    asked = 16 * calls
+    asked = 6 * calls  # enough to be at it before, during and after
     job = threading.Thread(target=flood, args=(counted, 16, asked))
     job.start()
     time.sleep(1)

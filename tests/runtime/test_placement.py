@@ -4,7 +4,7 @@ import pytest
 
 from flashdmd_ray.config import parse_config
 from flashdmd_ray.runtime.build import worker_groups
-from flashdmd_ray.runtime.placement import Node, check_placement
+from flashdmd_ray.runtime.placement import Node, check_devices, check_placement
 
 
 def groups(**placement: dict):
@@ -67,3 +67,28 @@ def test_groups_follow_the_configuration() -> None:
         parse_config({"adversarial": {"space": "latent"}, "score": {"ema": 1.0}, "preference": {"updates": 0}})
     )
     assert [(g.name, list(g.roles)) for g in baseline] == [("learner", ["generator", "score", "discriminator"])]
+
+
+@pytest.mark.parametrize(("gpus", "assigned"), [(0, 0), (0.25, 1), (1, 1), (2, 2)])
+def test_a_worker_must_see_the_gpus_it_was_given(gpus: float, assigned: int) -> None:
+    group = next(g for g in groups(pools={"reward": {"gpus": gpus}}) if g.name == "reward")
+    check_devices(group, assigned, assigned)
+    with pytest.raises(
+        ValueError, match=rf"placement\.pools\.reward\.gpus: .*given {assigned} GPUs?, but torch sees 8"
+    ):
+        check_devices(group, assigned, 8)
+    with pytest.raises(ValueError, match=r"asked for, but Ray assigned 3 GPUs"):
+        check_devices(group, 3, assigned)
+
+
+def test_rewards_are_placed_by_pool() -> None:
+    rewards = [{"kind": "pickscore"}, {"kind": "pickscore", "name": "b", "pool": "x"}, {"kind": "latent", "pool": "x"}]
+    placement = {"reward": {"cpus": 2}, "pools": {"x": {"workers": 3}}}
+    found = [
+        g for g in worker_groups(parse_config({"rewards": rewards, "placement": placement})) if "rewards" in g.roles
+    ]
+    assert [(g.name, g.workers, g.cpus, g.key) for g in found] == [
+        ("pickscore", 1, 2, "placement.reward"),
+        ("x", 3, 2, "placement.pools.x"),
+    ]
+    assert [[r.label for r in g.sees.rewards] for g in found] == [["pickscore"], ["b", "latent"]]

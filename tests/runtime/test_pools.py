@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,34 @@ def test_a_pool_cannot_be_resized_beyond_the_cluster(two: Runtime) -> None:
     with pytest.raises(ValueError, match="at least 1 worker"):
         two.pools["reward"].resize(0)
     assert two.pools["reward"].size == 2
+
+
+def test_a_pool_grows_with_its_queue_and_shrinks_again(ray_cluster: None) -> None:
+    placed = {"workers": 1, "max_workers": 2, "shrink_after_s": 2.0}
+    with closing(rewards(placement__reward=placed)) as runtime:
+        pool, stop = runtime.pools["reward"], threading.Event()
+
+        def call() -> int:
+            calls = 0
+            while not stop.is_set():
+                runtime.rewards["reward"].sleeps(0.2)
+                calls += 1
+            return calls
+
+        callers = [runtime.background(call) for _ in range(4)]
+        wait_until(lambda: pool.state().size == 2, 10.0)
+        wait_until(lambda: pool.state().ready == 2, 120.0)
+        figures = runtime.pool_metrics()
+        assert figures["pool/reward/busy"] > 0.5
+        assert figures["pool/reward/queue"] >= 2
+        stop.set()
+        assert all(caller.result(60) > 0 for caller in callers)
+        wait_until(lambda: pool.state().size == pool.state().ready == 1, 30.0)
+        assert (pool.state().busy, pool.state().waiting, pool.state().low, pool.state().high) == (0, 0, 1, 2)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.05)

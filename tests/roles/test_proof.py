@@ -1,0 +1,53 @@
+"""A worker that samples with stale weights is named."""
+
+import pytest
+import torch
+from torch import nn
+
+from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.config import load_config
+from flashdmd_ray.roles.proof import PATIENCE, Proof
+from flashdmd_ray.roles.rollout import Rollout
+from flashdmd_ray.weights import checksum
+
+
+def test_new_weights_must_show_at_once_in_float32():
+    proof = Proof("rollout-3", exact=True)
+    proof.check(0, "a", "one")
+    proof.check(1, "a", "one")  # the same weights again
+    proof.check(2, "b", "two")
+    with pytest.raises(ValueError, match=r"^rollout-3: weights of version 3 differ .* stale weights$"):
+        proof.check(3, "c", "two")
+
+
+def test_half_precision_may_round_small_changes_away_but_not_for_ever():
+    proof = Proof("rollout-0", exact=False)
+    for version in range(PATIENCE + 1):
+        proof.check(version, f"weights {version}", "same")
+    with pytest.raises(ValueError, match="rollout-0"):
+        proof.check(99, "weights 99", "same")
+    patient = Proof("rollout-0", exact=False)
+    for version in range(5 * PATIENCE):
+        patient.check(version, f"weights {version}", f"output {version // PATIENCE}")
+
+
+def test_a_rollout_worker_proves_that_its_output_follows_its_weights(monkeypatch):
+    rollout = Rollout.from_config(load_config(None, ["runtime=local"]), rank=2)
+    weights = {name: tensor.clone() for name, tensor in rollout.network.state_dict().items()}
+
+    def publish(version: int) -> PublishedWeights:
+        return PublishedWeights(version, weights, checksum(weights))
+
+    rollout.load_weights(publish(0))
+    name = next(name for name in weights if name.endswith("conv_in.weight"))
+    weights[name][0, 0, 0, 0] += 1e-5  # less than one update
+    rollout.load_weights(publish(1))
+    monkeypatch.setattr(type(rollout.network), "forward", lambda self, noisy, *rest: noisy)
+    weights[name][0, 0, 0, 0] += 1e-5
+    rollout.load_weights(publish(2))  # the output changed, if only because the network became another
+    weights[name][0, 0, 0, 0] += 1e-5
+    with pytest.raises(ValueError, match="rollout-2: weights of version 3 differ"):
+        rollout.load_weights(publish(3))
+    assert isinstance(rollout.network, nn.Module)
+    assert rollout.version == 2
+    assert not torch.is_grad_enabled() or all(not p.requires_grad for p in rollout.network.parameters())
