@@ -131,10 +131,11 @@ class Pool:
         call = Call(self._role, method, self._current_step())
         for replays_left in reversed(range(self._config.deadlines.retries + 1)):
             member = self._take(call)
+            name = worker_name(self._group, member.number)
             try:
                 result = ray.get(member.actor.call.remote(self._role, method, args, kwargs), timeout=self._timeout)
             except RayError as error:
-                failure = translate(error, call, worker_name(self._group, member.number), self._timeout)
+                failure = translate(error, call, name, self._timeout)
             except BaseException:
                 self._replace(member)  # interrupted: the worker is still busy with a call that nobody waits for
                 raise
@@ -145,7 +146,8 @@ class Pool:
             passing = isinstance(failure, WorkerError) or self._role == "rewards"
             if not passing or replays_left == 0:
                 reraise(failure)
-            log.warning("%s; the call is replayed (%d left)", failure, replays_left - 1)
+            what = failure if isinstance(failure, WorkerError) else f"{name}: {type(failure).__name__}: {failure}"
+            log.warning("%s; the call is replayed (%d left)", " ".join(str(what).split())[:400], replays_left - 1)
             with self._changed:
                 self._usage.replay(_groups(args))
         raise AssertionError("unreachable")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -42,10 +44,13 @@ def test_retries_are_bounded(two: Runtime) -> None:
     assert two.rewards["reward"].sleeps(0.0) == 0.0
 
 
-def test_a_reward_s_own_error_is_replayed_and_arrives_as_it_was_raised(two: Runtime) -> None:
-    two.pool_metrics()
-    with pytest.raises(ValueError, match=r"^raised in rank \d+$"):
+def test_a_reward_s_own_error_is_replayed_and_arrives_as_it_was_raised(
+    two: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="raised in rank") as caught:
         two.rewards["reward"].raises(ValueError)
+    assert re.fullmatch(r"raised in rank \d+", str(caught.value))
+    assert re.search(r"reward-(\d+): ValueError: raised in rank \1; the call is replayed \(0 left\)", caplog.text)
 
 
 def test_an_idle_worker_that_died_is_replaced(two: Runtime) -> None:
