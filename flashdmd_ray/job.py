@@ -143,7 +143,7 @@ class TrainingRun:
         self.monitor = HackMonitor(
             config.monitor, config.optimised_rewards, [reward.label for reward in config.rewards if reward.held_out]
         )
-        self._evidence = Evidence(directory.path / FOLDER, self._sheet)
+        self._evidence = Evidence(directory.path / FOLDER, self._sheet, config.sampling.timesteps)
 
     def restore(self) -> None:
         """Load every role from the newest complete checkpoint, if there is one. Raises ValueError when it is of another run."""

@@ -39,13 +39,13 @@ class SampleSheet:
         timesteps = self.config.sampling.timesteps
         rows = [
             (teacher_label(evaluation.teacher_steps, guidance), self._teacher),
-            (student_label("student", timesteps), self.draw_student()),
+            (student_label("student", timesteps), self.draw_student(timesteps)),
         ]
         return write_grid(path, [(label, images[: len(self.texts)]) for label, images in rows], self.texts)
 
-    def draw_student(self) -> Tensor:
-        """One image of the generator for each prompt, float (N, 3, H, W) in [-1, 1]."""
-        images: Tensor = self.runtime.generator.draw(self.prompts, self.config.sampling.timesteps, self.seed)
+    def draw_student(self, timesteps: tuple[int, ...]) -> Tensor:
+        """One image of the generator for each prompt by a hop from each timestep, float (N, 3, H, W) in [-1, 1]."""
+        images: Tensor = self.runtime.generator.draw(self.prompts, timesteps, self.seed)
         return images[: len(self.texts)]
 
 
