@@ -39,7 +39,7 @@ HACK = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for arm, steps in (("hack", 40), ("joint", 100)):
+    for arm, steps in (("hack", 60), ("joint", 100)):
         command = commands.add_parser(arm)
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         command.add_argument("--steps", type=int, default=steps)
