@@ -79,16 +79,13 @@ class Memory(threading.Thread):
 def report(answers: list[Answer], killer: Killer, memory: Memory) -> None:
     counts = Counter(answer.status for answer in answers)
     print(f"{len(answers)} requests: {dict(counts)} (bar: no 5xx, none lost: status 0)")
-    touched = [
-        answer
-        for answer in answers
-        if any(answer.sent <= kill <= answer.sent + answer.seconds for kill in killer.kills)
-    ]
-    others = [answer.seconds for answer in answers if answer not in set(touched)]
+    touched, others = [], []
+    for answer in answers:
+        during_a_kill = any(answer.sent <= kill <= answer.sent + answer.seconds for kill in killer.kills)
+        (touched if during_a_kill else others).append(answer.seconds)
     print(f"latency: median {median(others):.2f} s, p99 {percentile(others, 0.99):.2f} s, longest {max(others):.2f} s")
     if touched:
-        slow = [answer.seconds for answer in touched]
-        added = [seconds - median(others) for seconds in slow]
+        added = [seconds - median(others) for seconds in touched]
         print(
             f"{len(killer.kills)} kills, {len(touched)} requests under way: at most {max(added):.2f} s over the median (bar: 1)"
         )
