@@ -146,13 +146,34 @@ class SamplingConfig(Section):
         return value
 
 
-class OptimizerConfig(Section):
+class RateConfig(Section):
+    """A learning rate over the updates of one objective; a TTUR of 2, or 5 preference updates beside a step, count as so many."""
+
     lr: PositiveFloat = 1e-4
-    """AdamW learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW learning rate, at its highest."""
     warmup: Count = 20
     """Updates of linear warm-up. x0 = (x - s eps)/a multiplies an error by 14.6 at t=999: without it 20 updates can destroy a student."""
+    decay: PositiveInt | None = None
+    """Updates until the rate, falling linearly from the end of the warm-up, is down to `floor` times `lr`, where it stays; null keeps it
+    at `lr`. Counted in updates and not in shares of `steps`, so that a run can be made longer."""
+    floor: Fraction = 0.0
+    """What share of `lr` is left after `decay` updates. 0 stops this objective there."""
+
+    @model_validator(mode="after")
+    def _falls_after_it_rose(self) -> Self:
+        if self.decay is None and self.floor:
+            raise ValueError("floor: only a rate with decay comes down to it; set decay, or floor to 0")
+        if self.decay is not None and self.decay <= self.warmup:
+            raise ValueError(
+                f"decay: the rate would be down after {self.decay} updates, while it still rises for {self.warmup}; set decay above "
+                "warmup, or to null"
+            )
+        return self
+
+
+class OptimizerConfig(RateConfig):
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: PositiveFloat = 1.0
     """Global gradient norm above which gradients are scaled down."""
 
@@ -202,7 +223,7 @@ class AdversarialConfig(Section):
     """The heads' optimizer."""
 
 
-class PreferenceConfig(Section):
+class PreferenceConfig(RateConfig):
     updates: Count = 5
     """Preference updates beside each distillation step; 5 is the paper's best of 1, 2, 5, 10. 0 distils only."""
     every: PositiveInt = 1
@@ -220,8 +241,7 @@ class PreferenceConfig(Section):
     beta: PositiveFloat = 0.1
     """[open] Temperature of -logsigmoid(beta H). LPO's 500 belongs to low-noise hops; at high noise it must be retuned."""
     lr: PositiveFloat = 2e-5
-    """Learning rate of preference updates; they keep AdamW moments of their own."""
-    warmup: Count = 20
+    """Learning rate of preference updates, at its highest; they keep AdamW moments and a count of updates of their own."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.45
     """A pair is kept when the softmax over its group's rewards differs by more than this between best and worst (LPO: 0.45-0.6)."""
     temperature: PositiveFloat = 1.0

@@ -60,6 +60,15 @@ def test_schedule_counts_updates(settings):
     )
 
 
+def test_schedule_says_which_rates_fall(settings):
+    falling = {"generator": {"lr": 3e-5, "decay": 100, "floor": 0.1}, "score": {"lr": 6e-4, "decay": 1500}}
+    text = plan_text(settings, steps=1000, ttur=2, **falling)
+    assert "generator rate: from 3e-05 down to 3e-06 at update 100 of 1,000" in text
+    assert "score-estimator rate: from 0.0006 down to 0 at update 1,500 of 2,000" in text
+    assert "discriminator rate" not in text
+    assert "score-estimator rate" not in plan_text(settings, score={"decay": 50}, preference={"distill": False})
+
+
 def test_without_preference_updates_there_are_no_pools(settings):
     text = plan_text(settings, preference={"updates": 0})
     assert "rollout" not in text

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashdmd_ray.config import EngineConfig, OptimizerConfig
+from flashdmd_ray.config import EngineConfig, OptimizerConfig, RateConfig
 from flashdmd_ray.engine.flat import FlatLayout
 from flashdmd_ray.engine.loading import Source, device_of, receive
 from flashdmd_ray.engine.optimizers import MOMENTS, read_moment, restored_state
 from flashdmd_ray.engine.processes import rank, world_size
+from flashdmd_ray.engine.rates import learning_rate
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -24,8 +25,8 @@ class Engine(ABC):
     """Trains `module`: forward by calling the engine, then `backward` and one `update`.
 
     An *objective* is what an update optimises ("distillation", "preference"). All objectives move the same fp32 master weights, and each
-    has AdamW moments, an update counter and a warm-up of its own: the small preference gradients would vanish under the second moments
-    that the distillation gradients leave behind.
+    has AdamW moments, an update counter and a learning rate of its own: the small preference gradients would vanish under the second
+    moments that the distillation gradients leave behind.
 
     With several ranks every method but the forward call is collective: all ranks call it in the same order. (ZeRO stage 3 gathers weights
     in forwards, so there these are collective too.) Gradients are averaged over ranks, so a loss must be a mean over the rank's own
@@ -132,10 +133,10 @@ class Engine(ABC):
         self._backward(loss, last)
         return loss.detach()
 
-    def update(self, objective: str = "distillation", lr: float | None = None, warmup: int | None = None) -> float:
-        """One AdamW update with the moments of `objective`; `lr` and `warmup` default to the engine's settings.
+    def update(self, objective: str = "distillation", rate: RateConfig | None = None) -> float:
+        """One AdamW update with the moments of `objective`, at its own `rate`; None is the engine's.
 
-        The learning rate of update n of an objective is lr * min(1, n / warmup). Returns the global gradient norm before clipping.
+        `learning_rate` of the objective's number of updates. Returns the global gradient norm before clipping.
         Raises FloatingPointError, on every rank, when a loss or gradient is not finite; weights, moments and counters are then untouched.
         """
         assert self._loss_is_finite is not None, f"{self.role}: update without a backward before it"
@@ -143,9 +144,7 @@ class Engine(ABC):
         number = self._updates.get(objective, 0) + 1
         norm = self._gradient_norm()
         self._refuse_non_finite(norm, f"{objective} update {number}")
-        warmup = self.settings.warmup if warmup is None else warmup
-        factor = min(1.0, number / warmup) if warmup else 1.0
-        self._optimizer.param_groups[0]["lr"] = (self.settings.lr if lr is None else lr) * factor
+        self._optimizer.param_groups[0]["lr"] = learning_rate(rate or self.settings, number)
         moments = self._moments.setdefault(objective, {})  # AdamW fills an empty one in place
         self._optimizer.state[self._masters] = moments
         self._apply(norm)

@@ -145,10 +145,27 @@ def _schedule(config: Config) -> list[str]:
         f"in all: {generator:,} generator, {critics:,} score-estimator, {critics:,} discriminator, "
         f"{len(stepping) * preference.updates:,} preference updates; {generator * config.batch:,} distillation samples"
     )
+    lines += _rates(config, generator, critics, len(stepping) * preference.updates)
     lines.append(
         f"every {config.checkpoint.every} steps a checkpoint, every {config.tracking.samples_every} a sample sheet"
     )
     return lines
+
+
+def _rates(config: Config, generator: int, critics: int, preferences: int) -> list[str]:
+    """One line for each learning rate that falls: whether it is down before its updates are over is plain to see."""
+    heads = critics if config.adversarial.space == "pixel" else 0  # DMD2's head is part of the score estimator
+    trained = (
+        ("generator", config.generator, generator),
+        ("score-estimator", config.score, critics),
+        ("discriminator", config.adversarial.optimizer, heads),
+        ("preference", config.preference, preferences),
+    )
+    return [
+        f"{name} rate: from {rate.lr:g} down to {rate.floor * rate.lr:g} at update {rate.decay:,} of {updates:,}"
+        for name, rate, updates in trained
+        if updates and rate.decay is not None
+    ]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

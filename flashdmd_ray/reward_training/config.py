@@ -80,6 +80,12 @@ class RewardOptimizerConfig(OptimizerConfig):
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up: as it is, or down to zero along a cosine."""
 
+    @model_validator(mode="after")
+    def _one_way_to_fall(self) -> Self:
+        if self.decay is not None:
+            raise ValueError("decay: the rate of this job falls by its schedule; set decay to null")
+        return self
+
 
 class WorkersConfig(Section):
     workers: PositiveInt = 1

@@ -78,7 +78,8 @@ class RewardTrainer:
             decided = labels[rows] != 0.5
             right += int(((rewards[:, 0] > rewards[:, 1]) == (labels[rows] > 0.5))[decided].sum())
             judged += int(decided.sum())
-        norm = self.engine.update(OBJECTIVE, lr=self.rate(step))
+        optimizer = self.config.optimizer
+        norm = self.engine.update(OBJECTIVE, optimizer.model_copy(update={"lr": self.rate(step)}))
         if self.average is not None:
             self.average.update()
         return {"loss": loss, "accuracy": right / max(1, judged), "gradient_norm": norm}

@@ -158,7 +158,7 @@ class Generator(Saved):
             loss += self.engine.backward(preference_loss(part, preference.beta, pairs.weights[rows]))
             ratios.append(part.detach())
             drifts.append((mean - reference_mean).detach())
-        norm = self.engine.update("preference", lr=rate * preference.lr, warmup=preference.warmup)
+        norm = self.engine.update("preference", preference.model_copy(update={"lr": rate * preference.lr}))
         with torch.no_grad():
             ratio = torch.cat(ratios)
             # Weighted means: over all ranks together they are the means over the kept pairs, wherever those are.

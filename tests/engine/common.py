@@ -13,6 +13,9 @@ from flashdmd_ray.engine import Engine, build_engine
 
 BATCH = 8
 LR, BETAS, DECAY = 1e-2, (0.9, 0.99), 0.1
+RISE_AND_FALL = {"warmup": 2, "decay": 5, "floor": 0.1}
+FACTORS = (0.5, 1.0, 0.7, 0.4, 0.1, 0.1)
+"""Of `lr`, in the first six updates at RISE_AND_FALL."""
 KINDS = {
     "torch": {"kind": "torch"},
     "zero1": {"kind": "deepspeed", "zero_stage": 1},
@@ -44,13 +47,13 @@ def engine(
     kind: str,
     seed: int = 0,
     clip: float = 1e6,
-    warmup: int = 0,
+    rate: dict[str, float] | None = None,
     role: str = "generator",
     module: nn.Module | None = None,
     source: dict[str, Tensor] | None = None,
     **settings: object,
 ) -> Engine:
-    optimizer = OptimizerConfig(lr=LR, betas=BETAS, weight_decay=DECAY, clip=clip, warmup=warmup)
+    optimizer = OptimizerConfig(lr=LR, betas=BETAS, weight_decay=DECAY, clip=clip, **(rate or {"warmup": 0}))
     config = EngineConfig.model_validate(ALL_KINDS[kind] | settings)
     return build_engine(config, module or Network(seed), optimizer, role=role, source=source)
 
@@ -97,7 +100,7 @@ def mean_loss(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def one_update(trained: Engine, step: int, objective: str = "distillation", lr: float | None = None) -> float:
     trained.backward(mean_loss(trained, shard(batch(step))))
-    return trained.update(objective, lr=lr)
+    return trained.update(objective, None if lr is None else trained.settings.model_copy(update={"lr": lr}))
 
 
 def history(trained: Engine, steps: range) -> None:

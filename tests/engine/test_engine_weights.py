@@ -12,8 +12,10 @@ from flashdmd_ray.checkpoint import load_tensors, save_tensors
 from flashdmd_ray.engine import skeleton
 from tests.engine.common import (
     ALL_KINDS,
+    FACTORS,
     KINDS,
     LR,
+    RISE_AND_FALL,
     Network,
     PlainTorch,
     assert_equal_weights,
@@ -131,7 +133,7 @@ def check_a_frozen_part_stays(kind: str, directory: Path) -> None:
 
 
 def check_resume_is_bit_for_bit(kind: str, directory: Path) -> None:
-    straight, resumed = engine(kind, clip=0.1, warmup=4), engine(kind, seed=5, clip=0.1, warmup=4)
+    straight, resumed = engine(kind, clip=0.1, rate=RISE_AND_FALL), engine(kind, seed=5, clip=0.1, rate=RISE_AND_FALL)
     one_update(resumed, 9, "forgotten")
     history(straight, range(3))
     state = straight.state()
@@ -155,7 +157,7 @@ def check_resume_is_bit_for_bit(kind: str, directory: Path) -> None:
 
 def check_another_kind_continues(kind: str, directory: Path) -> None:
     """Two ranks to two ranks, stage to stage: within rounding of never having changed."""
-    trained = engine(ONWARD[kind], seed=5, clip=0.1, warmup=4)
+    trained = engine(ONWARD[kind], seed=5, clip=0.1, rate=RISE_AND_FALL)
     saved = load_tensors(directory / f"{kind}.safetensors")
     trained.load_state(saved)
     state = trained.state()
@@ -168,16 +170,16 @@ def check_another_kind_continues(kind: str, directory: Path) -> None:
 
 
 def check_one_rank_continues_what_two_saved(kind: str, directory: Path) -> None:
-    trained, plain = engine(ONWARD.get(kind, kind), seed=5, clip=0.1, warmup=4), PlainTorch(clip=0.1)
+    trained, plain = engine(ONWARD.get(kind, kind), seed=5, clip=0.1, rate=RISE_AND_FALL), PlainTorch(clip=0.1)
     trained.load_state(load_tensors(directory / f"{kind}.safetensors"))
     assert (trained.updates(), trained.updates("preference")) == (3, 3)
     assert_same(
         trained.state(), load_tensors(directory / f"{kind}.safetensors")
     )  # so two ranks can take up what one saves
     history(trained, range(3, 6))
-    for step in range(6):
-        plain.step(step, lr=LR * min(1, (step + 1) / 4))
-        plain.step(50 + step, "preference", lr=1e-3 * min(1, (step + 1) / 4))
+    for step, factor in enumerate(FACTORS):
+        plain.step(step, lr=LR * factor)
+        plain.step(50 + step, "preference", lr=1e-3 * factor)
     assert_equal_weights(trained, plain.module)
 
 
@@ -185,7 +187,7 @@ def check_kinds_agree_in_one_rank(kind: str, directory: Path) -> None:
     """Against the torch engine: clipping, two objectives, warm-up, coupling, a refused update. Stage 3 and DeepSpeed's offload sum the
     squares for its clipping in another order; the others agree in every bit."""
     kinds = ("torch", kind)
-    trained = {k: engine(k, clip=0.1, warmup=3) for k in kinds}
+    trained = {k: engine(k, clip=0.1, rate=RISE_AND_FALL) for k in kinds}
     coupled = {k: engine(k, seed=1, role="score estimator") for k in kinds}
     for step in range(3):
         norms = {k: one_update(trained[k], step) for k in kinds}

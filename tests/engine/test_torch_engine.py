@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from flashdmd_ray.config import EngineConfig, OptimizerConfig
+from flashdmd_ray.config import EngineConfig, OptimizerConfig, RateConfig
 from flashdmd_ray.engine import Engine, build_engine, init_process_group
+from tests.engine.common import RISE_AND_FALL
 
 LR, BETAS, DECAY, EPS = 1e-2, (0.9, 0.999), 0.01, 1e-8
+PREFERENCE = RateConfig(lr=1e-3, warmup=0)
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -20,8 +22,10 @@ def network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.SiLU(), nn.Linear(5, 2))
 
 
-def engine(module: nn.Module | None = None, clip: float = 1e6, warmup: int = 0, **settings: object) -> Engine:
-    optimizer = OptimizerConfig(lr=LR, betas=BETAS, weight_decay=DECAY, clip=clip, warmup=warmup)
+def engine(
+    module: nn.Module | None = None, clip: float = 1e6, rate: dict[str, float] | None = None, **settings: object
+) -> Engine:
+    optimizer = OptimizerConfig(lr=LR, betas=BETAS, weight_decay=DECAY, clip=clip, **(rate or {"warmup": 0}))
     return build_engine(EngineConfig.model_validate(settings), module or network(), optimizer, role="generator")
 
 
@@ -29,9 +33,9 @@ def inputs(step: int) -> torch.Tensor:
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
 
 
-def one_update(trained: Engine, step: int, objective: str = "distillation", **options: float) -> float:
+def one_update(trained: Engine, step: int, objective: str = "distillation", rate: RateConfig | None = None) -> float:
     trained.backward(trained(inputs(step)).square().mean())
-    return trained.update(objective, **options)
+    return trained.update(objective, rate)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -65,14 +69,14 @@ class HandWrittenAdamW:
 @pytest.mark.parametrize("clip", [1e6, 0.05])
 def test_objectives_share_weights_and_nothing_else(clip):
     """Interleaved objectives equal AdamW with separate moments, counters, learning rates and warm-ups."""
-    trained, reference = engine(clip=clip, warmup=3), HandWrittenAdamW(network())
+    trained, reference = engine(clip=clip, rate={"warmup": 3}), HandWrittenAdamW(network())
     for step in range(6):
         norm = one_update(trained, step)
         assert norm == pytest.approx(
             reference.update(step, "distillation", LR * min(1, (step + 1) / 3), clip), rel=1e-5
         )
         if step >= 3:  # joins later: its own warm-up and bias correction start at 1
-            one_update(trained, 100 + step, "preference", lr=3e-3, warmup=2)
+            one_update(trained, 100 + step, "preference", RateConfig(lr=3e-3, warmup=2))
             reference.update(100 + step, "preference", 3e-3 * min(1, (step - 2) / 2), clip)
     for got, expected in zip(trained.module.parameters(), reference.module.parameters(), strict=True):
         torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-5, atol=1e-7)
@@ -229,7 +233,7 @@ def test_8_bit_moments_follow_adamw(module):
     for e in (exact, small):
         for step in range(4):
             one_update(e, step)
-            one_update(e, 50 + step, "preference", lr=1e-3)
+            one_update(e, 50 + step, "preference", PREFERENCE)
     for name, weights in exact.weights().items():
         assert (weights - small.weights()[name]).square().mean().sqrt() < 0.1 * LR
     codes = small._moments["preference"]["state1"]
@@ -259,12 +263,12 @@ def test_resume_is_bit_for_bit():
         for step in steps:
             one_update(trained, step)
             if step >= 2:
-                one_update(trained, 50 + step, "preference", lr=1e-3)
+                one_update(trained, 50 + step, "preference", PREFERENCE)
 
-    straight, stopped = engine(clip=0.1, warmup=4), engine(clip=0.1, warmup=4)
+    straight, stopped = engine(clip=0.1, rate=RISE_AND_FALL), engine(clip=0.1, rate=RISE_AND_FALL)
     schedule(straight, range(6))
     schedule(stopped, range(3))
-    resumed = engine(network(9), clip=0.1, warmup=4)
+    resumed = engine(network(9), clip=0.1, rate=RISE_AND_FALL)
     one_update(resumed, 77, "forgotten")  # loading replaces everything
     resumed.load_state(stopped.state())
     schedule(resumed, range(3, 6))

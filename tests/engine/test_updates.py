@@ -11,8 +11,10 @@ import torch.distributed as dist
 from tests.engine.common import (
     ALL_KINDS,
     BATCH,
+    FACTORS,
     KINDS,
     LR,
+    RISE_AND_FALL,
     PlainTorch,
     assert_equal_weights,
     assert_same,
@@ -165,11 +167,11 @@ def check_clipping(kind: str, directory: Path) -> None:
         assert_equal_weights(trained, plain.module)
 
 
-def check_warm_up(kind: str, directory: Path) -> None:
-    trained, plain = engine(kind, warmup=4), PlainTorch()
-    for step in range(6):
+def check_rates_rise_and_fall(kind: str, directory: Path) -> None:
+    trained, plain = engine(kind, rate=RISE_AND_FALL), PlainTorch()
+    for step, factor in enumerate(FACTORS):
         one_update(trained, step)
-        plain.step(step, lr=LR * min(1, (step + 1) / 4))
+        plain.step(step, lr=LR * factor)
     assert_equal_weights(trained, plain.module)
 
 
@@ -240,7 +242,7 @@ CHECKS: Checks = {
         (check_not_finite_in_one_micro_batch, ALL_KINDS),
         (check_a_parameter_left_out_of_an_update, ALL_KINDS),
         (check_clipping, ALL_KINDS),
-        (check_warm_up, KINDS),
+        (check_rates_rise_and_fall, KINDS),
         (check_uneven_shards, KINDS),
         (check_shards_padded_with_weight_zero, KINDS),
         (check_not_finite_on_one_rank_stops_all, ALL_KINDS),

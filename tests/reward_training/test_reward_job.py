@@ -209,6 +209,7 @@ def test_shipped_files_parse_and_dump_to_the_same(path) -> None:
         ("workers.workers=3", "workers.workers: 3 ranks cannot share batch 64 equally"),
         ("engine.accumulation=65", "engine.accumulation: 64 pairs on each rank"),
         ("latent_reward.blocks=3", "latent_reward.blocks: family 'sdxl' has no transformer blocks"),
+        ("optimizer.decay=2000", "decay: the rate of this job falls by its schedule"),
         ("timestep_range=[9, 3]", "timestep_range: the first must not be above the second"),
         ("pairs.source=nowhere.parquet", "pairs.source: nowhere.parquet is no .parquet file"),
         ("rewards=[{kind: pickscore, path: nowhere}]", "rewards.0.path: no such directory: 'nowhere'"),

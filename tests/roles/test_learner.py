@@ -154,6 +154,19 @@ def test_a_quarter_of_the_rate_moves_the_weights_a_quarter_as_far(config, prompt
     assert (moved[1].norm() / moved[0].norm()).item() == pytest.approx(0.25, rel=0.01)
 
 
+def test_each_objective_of_the_generator_has_a_rate_of_its_own(config, prompts):
+    """The preference rate is 0 from its first update on; distillation goes on."""
+    at_rest = config.preference.model_copy(update={"decay": 1})
+    generator = Generator.from_config(config.model_copy(update={"preference": at_rest}))
+    generator.freeze_reference()
+    before = generator.weights()
+    generator.prefer(preference_pairs(prompts, torch.ones(3)))
+    assert all(torch.equal(value, before[name]) for name, value in generator.weights().items())
+    prediction = generator.predict(prompts, high=0, low=249, seed=7)
+    generator.update(torch.ones_like(prediction.coarse.values), torch.ones_like(prediction.fine.values))
+    assert any(not torch.equal(value, before[name]) for name, value in generator.weights().items())
+
+
 def test_dropped_pairs_teach_nothing(config, prompts):
     """Whatever a dropped pair holds, the update is that of the kept ones."""
     updated = []
