@@ -31,6 +31,8 @@ HACK = (
     "preference.distill=false",
     "preference.updates=2",
     "preference.lr=1e-5",
+    "preference.decay=null",
+    "preference.floor=0",
     "evaluation.ema=0",  # the checker looks at the weights as they are
     f"rewards=[{BRIGHTNESS}, {{kind: pickscore, held_out: true}}, {{kind: latent, held_out: true}}]",
 )
