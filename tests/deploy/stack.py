@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,9 @@ class Running:
     restarts: int = 0
 
     def is_healthy(self) -> bool:
-        """Whether the health check of the compose file says so, now."""
+        """Whether it runs and the health check of the compose file says so, now."""
+        if self.process.poll() is not None:
+            return False
         limit = 2 * self.service.healthcheck.timeout  # cores are shared here
         try:
             check = subprocess.run(
@@ -133,11 +136,10 @@ class Stack:
         return machine | image | {key: self.here(value, container) for key, value in service.environment.items()}
 
     def start(self, name: str, number: int = 1) -> Running:
-        """Start one container of a service whose dependencies are healthy."""
+        """Start one container of a service, when those it depends on are healthy."""
         service = self.file.services[name]
         container = name if number == 1 else f"{name}-{number}"
-        for dependency in service.depends_on:
-            self.wait_until_healthy(dependency)
+        self.wait_until_healthy(service.depends_on)
         command = [self.here(word, container) for word in service.command]
         if command[:2] == ["ray", "start"]:
             command.append("--node-ip-address=127.0.0.1")
@@ -154,19 +156,20 @@ class Stack:
         self.running[container] = Running(container, service, command, process, environment, health, log)
         return self.running[container]
 
-    def wait_until_healthy(self, container: str) -> None:
-        """Until its health check succeeds. A process that ended is started again, which is what `restart: unless-stopped` does: Ray
+    def wait_until_healthy(self, containers: Iterable[str]) -> None:
+        """Until their health checks succeed. A process that ended is started again, which is what `restart: unless-stopped` does: Ray
         gives a node 30 s to come up, a constant that a busy machine can miss."""
-        one = self.running[container]
         give_up = time.monotonic() + START_S
-        while not one.is_healthy():
-            text = f"{container} is not healthy:\n{one.log.read_text()[-5000:]}"
+        awaited = [self.running[container] for container in containers]
+        while sick := [one for one in awaited if not one.is_healthy()]:
+            text = "".join(f"{one.name} is not healthy:\n{one.log.read_text()[-3000:]}\n" for one in sick)
             assert time.monotonic() < give_up, text
-            if one.process.poll() is not None:
-                assert one.restarts < RESTARTS, text
-                _kill(self.left_behind(container))
-                one.process = _run(one.command, one.environment, one.log)
-                one.restarts += 1
+            for one in sick:
+                if one.process.poll() is not None:
+                    assert one.restarts < RESTARTS, text
+                    _kill(self.left_behind(one.name))
+                    one.process = _run(one.command, one.environment, one.log)
+                    one.restarts += 1
             time.sleep(0.5)
 
     def execute(self, container: str, command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:

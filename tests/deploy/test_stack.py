@@ -45,8 +45,7 @@ def stack() -> Iterator[Stack]:
             stack.start(name)
         for number in range(1, stack.file.services["ray-worker"].deploy.replicas + 1):
             stack.start("ray-worker", number)
-        for container in stack.running:
-            stack.wait_until_healthy(container)
+        stack.wait_until_healthy(stack.running)
         yield stack
         ended = stack.stop()
         assert None not in ended.values(), ended
@@ -126,7 +125,7 @@ def test_mlflow_has_the_run_and_its_model_and_refuses_other_host_names(stack: St
 def test_the_documented_command_serves_it(stack: Stack) -> None:
     assert documented("docker compose up --detach --wait") == ["serve"]
     stack.start("serve")
-    stack.wait_until_healthy("serve")
+    stack.wait_until_healthy(stack.running)
     images = f"http://127.0.0.1:{stack.port('serve', 8000)}/v1/images/generations"
     request = {"prompt": "a red 4 left of a green 7 on a gray background", "n": 2, "seed": 1}
     assert call(images, None, request)[0] == 401
