@@ -10,7 +10,6 @@ const SCENES = [
   "a red 4 left of a green 7 on a gray background",
   "a cyan 6 on a black background",
   "a yellow 5 above a blue 2 on a black background",
-  "a purple 9 right of a red 3 on a white background",
   "a green 0 below a yellow 8 on a gray background",
 ];
 const PICTURES = [
