@@ -147,8 +147,10 @@ def pixel_rewards(config: Config) -> list[RewardConfig]:
 
 
 def hack_monitor(config: Config, training: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The monitor's summary of the training behind a checkpoint; None when nothing was watched. training: the checkpoint's state."""
-    return summary(training["monitor"]) if config.watched else None
+    """The monitor's summary of the training behind a checkpoint; None when nothing was watched, as in runs that are older than it.
+
+    training: the checkpoint's state."""
+    return summary(training["monitor"]) if config.watched and "monitor" in training else None
 
 
 def grid_seed(config: Config) -> int:

@@ -133,4 +133,4 @@ def test_the_documented_command_serves_it(stack: Stack) -> None:
     status, body = call(images, stack.secret("api_keys"), request)
     assert status == 200, body
     pictures = [Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) for item in json.loads(body)["data"]]
-    assert [picture.size for picture in pictures] == [(32, 32)] * 2
+    assert [picture.size for picture in pictures] == [(24, 24)] * 2
