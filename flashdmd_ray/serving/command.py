@@ -124,7 +124,9 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         print(f"ready: http://{host}:{port}/", flush=True)
         stop.wait()
         print("stopping: requests that are here are finished", flush=True)
-        serve.delete(APPLICATION)  # replicas drain while the proxy lives; a shutdown alone ends the proxy with answers still in it
+        serve.delete(
+            APPLICATION
+        )  # replicas drain while the proxy lives; a shutdown alone ends the proxy with answers still in it
     finally:
         serve.shutdown()
         cluster.leave()
