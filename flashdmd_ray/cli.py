@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -63,14 +63,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def execute(config: Config, run: RunDirectory) -> int:
-    """Train. Whatever ends the run early becomes one line and an exit code; the traceback goes to the run folder."""
-    prepare_process()
-    is_new = not run.exists
-    print(f"{run.path}: {'new run' if is_new else 'opening'}, loading libraries and models", flush=True)
-    try:
+    def train() -> int:
+        print(f"{run.path}: {'opening' if run.exists else 'new run'}, loading libraries and models", flush=True)
         from flashdmd_ray.job import run_job
 
         return run_job(config)
+
+    return exit_code(train, run)
+
+
+def exit_code(work: Callable[[], int], run: RunDirectory) -> int:
+    """Do work in that run folder. Whatever ends it early becomes one line and an exit code; the traceback goes to the folder."""
+    prepare_process()
+    is_new = not run.exists
+    try:
+        return work()
     except ValueError as error:
         note_traceback(run)
         if is_new:

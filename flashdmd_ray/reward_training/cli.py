@@ -1,16 +1,15 @@
 """The command line of latent reward training.
 
-Exit codes: 0 done, 1 the job failed, 2 the configuration or a file it names is wrong, 130 and 143 after Ctrl-C and SIGTERM.
+Exit codes: 0 done, 1 the run failed, 2 the configuration or a file it names is wrong, 130 and 143 after Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashdmd_ray.cli import FAILED, brief, note_traceback, prepare_process, refuse, say
+from flashdmd_ray.cli import exit_code, refuse
 from flashdmd_ray.config import DEFAULT_CONFIG, dump_config, load_as
 from flashdmd_ray.model_files import teacher_files
 from flashdmd_ray.reward_files import reward_files
@@ -31,7 +30,15 @@ def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
         return refuse(error)
     print(dump_config(config), flush=True)
     print("\n".join(plan), flush=True)
-    return 0 if options.dry_run else _execute(config, run)
+    if options.dry_run:
+        return 0
+
+    def train() -> int:
+        from flashdmd_ray.reward_training.job import run_reward_training
+
+        return run_reward_training(config)
+
+    return exit_code(train, run)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -58,27 +65,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, then stop")
     return parser.parse_args(arguments)
-
-
-def _execute(config: RewardTrainingConfig, run: RunDirectory) -> int:
-    prepare_process()
-    is_new = not run.exists
-    try:
-        from flashdmd_ray.reward_training.job import run_reward_training
-
-        return run_reward_training(config)
-    except ValueError as error:
-        note_traceback(run)
-        if is_new:
-            run.discard_unused()
-        return refuse(error)
-    except KeyboardInterrupt:
-        say("stopped at once; the same command resumes from the last checkpoint")
-        return 128 + signal.SIGINT
-    except Exception as error:
-        where = f" (traceback: {run.errors})" if note_traceback(run) else ""
-        say(f"the job failed: {brief(error)}{where}; the same command resumes from the last checkpoint")
-        return FAILED
 
 
 def describe(config: RewardTrainingConfig, run: RunDirectory) -> list[str]:
