@@ -2,76 +2,80 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flashdmd_ray.data.formats.base import CAPTIONS, IMAGES, Columns, choose
-from flashdmd_ray.data.pixels import image_size
-from flashdmd_ray.data.samples import LEAVES_FOLDER, MISSING_IMAGE, Bad, BadSample, Sample, check_caption
+from flashdmd_ray.data.formats.base import Columns
+from flashdmd_ray.data.formats.row import Row, captioned
+from flashdmd_ray.data.samples import LEAVES_FOLDER, MISSING_IMAGE, Bad, BadSample, Sample
 
 PREFIX = "hf:"
 PIECE = 1024
 
 
 @dataclass(frozen=True)
-class HubImages:
+class HubRows(ABC):
     """Rows of one split; they lie in memory-mapped files, so any row can be read alone and all are one block."""
 
     source: str
-    columns: Columns
-    kind = "hugging face dataset"
     mix = None
 
+    @abstractmethod
+    def row(self, present: Sequence[str]) -> Row:
+        """Which of the columns are read."""
+
     def files(self) -> Iterable[Path]:
-        return sorted(Path(entry["filename"]) for entry in self._rows.cache_files)
+        return sorted(Path(entry["filename"]) for entry in self.rows.cache_files)
 
     def pieces(self) -> int:
-        return max(1, -(-len(self._rows) // PIECE))
+        return max(1, -(-len(self.rows) // PIECE))
 
     def scan(self, piece: int) -> Iterator[Sample | Bad]:
-        caption, image = self._names
-        for row in range(piece * PIECE, min((piece + 1) * PIECE, len(self._rows))):
-            found = self._rows[row]
-            name = f"row {row}"
-            try:
-                text = check_caption(found[caption])
-                encoded = image_bytes(found[image])
-                width, height = image_size(io.BytesIO(encoded), len(encoded))
-            except BadSample as bad:
-                yield Bad(name, bad.reason)
-                continue
-            yield Sample(name, text, 0, row, len(encoded), width, height)
+        for number in range(piece * PIECE, min((piece + 1) * PIECE, len(self.rows))):
+            yield self._row.sample(f"row {number}", self.rows[number], 0, number, image_bytes)
 
-    def read(self, sample: Sample) -> bytes:
-        return image_bytes(self._rows[sample.offset][self._names[1]])
+    def encoded(self, sample: Sample) -> list[bytes]:
+        """The images of one row. Raises BadSample."""
+        found = self.rows[sample.offset]
+        return [image_bytes(found[name]) for name in self._row.images]
 
     @cached_property
-    def _names(self) -> tuple[str, str]:
-        present = self._rows.column_names
-        return (
-            choose(self.columns.caption, CAPTIONS, present, "data.caption", self.source),
-            choose(self.columns.image, IMAGES, present, "data.image", self.source),
-        )
+    def _row(self) -> Row:
+        return self.row(self.rows.column_names)
 
     @cached_property
-    def _rows(self) -> Any:
-        """The dataset, its image column undecoded."""
+    def rows(self) -> Any:
+        """The columns that are read, images undecoded."""
         rows = load_rows(self.source)
-        present = rows.column_names
-        column = choose(self.columns.image, IMAGES, present, "data.image", self.source)
+        row = self.row(rows.column_names)
         from datasets import Image
 
-        return rows.cast_column(column, Image(decode=False))
+        for name in row.images:
+            rows = rows.cast_column(name, Image(decode=False))
+        return rows.select_columns(row.names)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "columns": self.columns}  # open files stay here
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # open files stay here
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+@dataclass(frozen=True)
+class HubImages(HubRows):
+    columns: Columns
+    kind = "hugging face dataset"
+
+    def row(self, present: Sequence[str]) -> Row:
+        return captioned(self.columns, present, self.source)
+
+    def read(self, sample: Sample) -> bytes:
+        (encoded,) = self.encoded(sample)
+        return encoded
 
 
 def load_rows(source: str) -> Any:

@@ -6,18 +6,18 @@ and held in memory.
 
 from __future__ import annotations
 
-import io
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flashdmd_ray.data.formats.base import CAPTIONS, IMAGES, Columns, choose
-from flashdmd_ray.data.pixels import image_size
-from flashdmd_ray.data.samples import MISSING_IMAGE, Bad, BadSample, Sample, check_caption
+from flashdmd_ray.data.formats.base import Columns
+from flashdmd_ray.data.formats.row import Row, captioned
+from flashdmd_ray.data.samples import MISSING_IMAGE, Bad, BadSample, Sample
 
 GROUPS_MIXED = 8
 ROWS = 64
@@ -28,10 +28,10 @@ class Groups:
     """The row groups read last, as columns of encoded images. Not pickled with its owner: each process reads its own."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._kept: OrderedDict[int, list[Any]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def column(self, block: int, load: Any) -> Any:
+    def columns(self, block: int, load: Callable[[int], list[Any]]) -> list[Any]:
         with self._lock:
             if block not in self._kept:
                 self._kept[block] = load(block)
@@ -45,56 +45,65 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class ParquetImages:
-    """Row groups in the order of the tables."""
+class RowGroups(ABC):
+    """Row groups in the order of the tables. What their rows hold is for subclasses to say."""
 
     tables: tuple[Path, ...]
-    columns: Columns
-    groups: Groups = field(default_factory=Groups, compare=False, repr=False)
-    kind = "parquet"
+    groups: Groups = field(default_factory=Groups, compare=False, repr=False, kw_only=True)
     mix = GROUPS_MIXED
+
+    @abstractmethod
+    def row(self, path: Path) -> Row:
+        """Which columns of that table are read."""
 
     def files(self) -> Iterable[Path]:
         return self.tables
 
     def pieces(self) -> int:
-        return len(self._blocks)
+        return len(self.blocks)
 
     def scan(self, piece: int) -> Iterator[Sample | Bad]:
-        path, group = self._blocks[piece]
-        table = open_table(path)
-        caption, image = self._names(path)
-        row = 0
+        path, group = self.blocks[piece]
+        table, row, number = open_table(path), self.row(path), 0
         try:
-            for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=[caption, image]):
-                for value, encoded in zip(batch.column(caption), batch.column(image), strict=True):
-                    yield _sample(f"{path.name} group {group} row {row}", value.as_py(), encoded.as_py(), piece, row)
-                    row += 1
+            for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=row.names):
+                for values in batch.to_pylist():
+                    yield row.sample(f"{path.name} group {group} row {number}", values, piece, number, image_bytes)
+                    number += 1
         except (ValueError, OSError):  # a page that cannot be unpacked; Arrow's errors are ValueErrors
-            for lost in range(row, table.metadata.row_group(group).num_rows):
+            for lost in range(number, table.metadata.row_group(group).num_rows):
                 yield Bad(f"{path.name} group {group} row {lost}", DAMAGED_GROUP)
 
-    def read(self, sample: Sample) -> bytes:
+    def encoded(self, sample: Sample) -> list[bytes]:
+        """The images of one row. Raises BadSample."""
         try:
-            value = self.groups.column(sample.block, self._load)[sample.offset].as_py()
+            columns = self.groups.columns(sample.block, self._load)
+            return [image_bytes(column[sample.offset].as_py()) for column in columns]
         except (ValueError, OSError):
             raise BadSample(DAMAGED_GROUP) from None
-        return image_bytes(value)
 
-    def _load(self, block: int) -> Any:
-        path, group = self._blocks[block]
-        return open_table(path).read_row_group(group, columns=[self._names(path)[1]]).column(0)
-
-    def _names(self, path: Path) -> tuple[str, str]:
-        present = open_table(path).schema_arrow.names
-        return (
-            choose(self.columns.caption, CAPTIONS, present, "data.caption", path),
-            choose(self.columns.image, IMAGES, present, "data.image", path),
-        )
+    def _load(self, block: int) -> list[Any]:
+        path, group = self.blocks[block]
+        names = self.row(path).images
+        found = open_table(path).read_row_group(group, columns=list(names))
+        return [found.column(name) for name in names]
 
     @cached_property
-    def _blocks(self) -> list[tuple[Path, int]]:
+    def blocks(self) -> list[tuple[Path, int]]:
         return [(path, group) for path in self.tables for group in range(open_table(path).num_row_groups)]
+
+
+@dataclass(frozen=True)
+class ParquetImages(RowGroups):
+    columns: Columns
+    kind = "parquet"
+
+    def row(self, path: Path) -> Row:
+        return captioned(self.columns, open_table(path).schema_arrow.names, path)
+
+    def read(self, sample: Sample) -> bytes:
+        (encoded,) = self.encoded(sample)
+        return encoded
 
 
 def open_table(path: Path) -> Any:
@@ -105,16 +114,6 @@ def open_table(path: Path) -> Any:
         return pyarrow.parquet.ParquetFile(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file ({str(error)[:100]}); make or fetch it again") from None
-
-
-def _sample(name: str, caption: object, image: object, block: int, row: int) -> Sample | Bad:
-    try:
-        text = check_caption(caption)
-        encoded = image_bytes(image)
-        width, height = image_size(io.BytesIO(encoded), len(encoded))
-    except BadSample as bad:
-        return Bad(name, bad.reason)
-    return Sample(name, text, block, row, len(encoded), width, height)
 
 
 def image_bytes(value: object) -> bytes:

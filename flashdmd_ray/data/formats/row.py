@@ -1,0 +1,55 @@
+"""A row of a table, wherever it is kept: the columns that make a sample, and what is wrong with one."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashdmd_ray.data.formats.base import CAPTIONS, IMAGES, Columns, choose
+from flashdmd_ray.data.pixels import image_size
+from flashdmd_ray.data.samples import Bad, BadSample, Sample, check_caption
+
+
+@dataclass(frozen=True)
+class Row:
+    """The columns of the caption, of the encoded images, and of the labels of a pair."""
+
+    caption: str
+    images: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [self.caption, *self.images, *self.labels]
+
+    def sample(
+        self, key: str, values: Mapping[str, Any], block: int, offset: int, image_bytes: Callable[[Any], bytes]
+    ) -> Sample | Bad:
+        """One row's values as a sample, with the size of its first image."""
+        try:
+            caption = check_caption(values[self.caption])
+            if self.labels:
+                check_labels([values[name] for name in self.labels])
+            encoded = [image_bytes(values[name]) for name in self.images]
+            sizes = [image_size(io.BytesIO(data), len(data)) for data in encoded]
+        except BadSample as bad:
+            return Bad(key, bad.reason)
+        return Sample(key, caption, block, offset, sum(map(len, encoded)), *sizes[0])
+
+
+def captioned(columns: Columns, present: Sequence[str], where: object) -> Row:
+    """A caption and one image. Raises ValueError naming the columns there are."""
+    caption = choose(columns.caption, CAPTIONS, present, "data.caption", where)
+    return Row(caption, (choose(columns.image, IMAGES, present, "data.image", where),))
+
+
+def check_labels(labels: Sequence[Any]) -> None:
+    """Raises BadSample unless they are two shares of one: Pick-a-Pic has rows that nobody judged."""
+    try:
+        first, second = (float(label) for label in labels)
+    except (TypeError, ValueError):
+        raise BadSample("no label") from None
+    if not (0 <= first <= 1 and abs(first + second - 1) < 1e-6):
+        raise BadSample("no label")
