@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="joint_train.py",
         description="Distil a diffusion or flow model into a few-step generator and refine it with preference RL beside it.",
-        epilog="The same command again resumes the run where it stopped. Every key is explained in flashdmd_ray/config.py.",
+        epilog="The same command again resumes the run where it stopped. Every key is explained in flashdmd_ray/config/.",
     )
     parser.add_argument(
         "config", metavar="CONFIG.yaml", nargs="?", type=Path, help="a configuration file; default: the shipped demo"

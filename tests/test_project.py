@@ -55,7 +55,7 @@ FORBIDDEN_IMPORTS = {
     "only runtime/": ("roles/planted.py", "def f():\n    import ray\n"),
     "only engine/": ("models/planted.py", "import deepspeed\n"),
     "nothing imports jobs": ("roles/planted_too.py", "import jobs\n"),
-    "configuration, plan and tracking": ("config.py", "import torch\n"),
+    "configuration, plan and tracking": ("config/planted.py", "import torch\n"),
 }
 
 

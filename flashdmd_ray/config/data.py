@@ -1,0 +1,48 @@
+"""Real images and prompts to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from flashdmd_ray.config.section import Fraction, PositiveInt, Section
+
+
+class DataConfig(Section):
+    source: str = "demo"
+    """Captioned real images: 'demo' composes digit scenes of the train split; else a .tar or .parquet file, a folder of them, an image
+    folder with metadata.jsonl, a folder of datasets.save_to_disk, or hf:owner/name[:split]. See docs/data.md."""
+    prompts: str | None = None
+    """Prompts to train on: a .txt, .jsonl or .parquet file; null takes the captions of `source`."""
+    scenes: PositiveInt = 20_000
+    """How many distinct scenes the demo source holds."""
+    caption: str | None = None
+    """Column or JSON field of the caption; null is the first of caption, text, prompt that is there."""
+    image: str | None = None
+    """Column of the image, in tables; null is the first usual one (image, jpg, ...)."""
+    mix: PositiveInt | None = None
+    """Shuffle this many blocks (archives, row groups) at a time, so that reading stays within them. null mixes everything, in parquet
+    8 row groups, whose rows cannot be read alone."""
+    max_bad: Fraction = 0.01
+    """Share of bad samples (damaged, no caption, too large, ...) above which a run stops with a report. Bad ones are never used."""
+    decode: Literal["threads", "ray"] = "threads"
+    """threads: the process that trains on real images decodes them, ahead of itself. ray: Ray Data does, on any CPU of the cluster;
+    the same images in the same order. Needs runtime 'ray'."""
+    workers: PositiveInt = 2
+    """Threads, or Ray tasks at a time, that decode in advance, for each process that trains on real images."""
+    ahead: PositiveInt = 2
+    """Batches decoded in advance."""
+    cache: Path | None = None
+    """Folder of the indexes of data sets; null is flashdmd_ray/data in the user's cache folder."""
+    embeddings: Path | None = None
+    """Folder of text embeddings from jobs/prepare_data.py --embeddings; prompts that are not in it are encoded as usual."""
+    latents: Path | None = None
+    """Folder of latents of `source` from jobs/prepare_data.py --latents, for real images that pass through the VAE's encoder."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.source == "demo" and self.latents is not None:
+            raise ValueError("latents: the demo source composes its images anew; set latents to null")
+        return self

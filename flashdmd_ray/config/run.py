@@ -1,0 +1,51 @@
+"""The run itself and what it leaves behind: its folder, checkpoints, records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from flashdmd_ray.config.section import PositiveInt, Section
+
+
+def _plain_name(name: str) -> str:
+    if not name or name in {".", ".."} or any(c in name for c in "/\\\0") or ".." in name:
+        raise ValueError("must be a plain folder name without '/', '\\' or '..'")
+    return name
+
+
+class RunConfig(Section):
+    name: Annotated[str, AfterValidator(_plain_name)] = "demo"
+    """Folder of this run below `dir`; the same name again resumes it."""
+    dir: Path = Path("runs")
+    """Where run folders and the default MLflow database live."""
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 50
+    """Steps between checkpoints; the last step always writes one."""
+    dir: str | None = None
+    """A folder or URL (s3://bucket/folder, gs://..., any that fsspec has a driver for) that gets a folder of the run's name;
+    null keeps checkpoints in the run folder. All machines of a job must see it."""
+    asynchronous: bool = True
+    """true: training goes on while a checkpoint is written, from copies in host memory. false: training waits."""
+    keep: PositiveInt = 2
+    """The newest so many complete checkpoints stay; older ones are removed when a new one is complete."""
+    best_metric: str | None = None
+    """A metric such as matching/real_fake_gap: the checkpoint with the best mean of it over the steps since the one before stays too."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether small or large values of `best_metric` are good."""
+
+
+class TrackingConfig(Section):
+    uri: str | None = None
+    """MLflow tracking server; null uses a sqlite file beside the runs."""
+    experiment: str = "flashdmd_ray"
+    enabled: bool = True
+    """false writes only the run folder."""
+    samples_every: PositiveInt = 50
+    """Steps between sample grids."""
+    log_every: PositiveInt = 1
+    """Steps between metric records."""

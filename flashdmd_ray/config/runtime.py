@@ -1,0 +1,101 @@
+"""Who runs where, how long anyone is waited for, and how a running job is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from flashdmd_ray.config.section import Count, PositiveFloat, PositiveInt, Section
+
+
+class GroupConfig(Section):
+    workers: PositiveInt = 1
+    """Processes (ranks of a group, members of a pool)."""
+    cpus: PositiveFloat = 0.5
+    """Ray CPUs each worker reserves; a reservation, not a limit."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs, or a share of one, for each worker; its networks are on the first of them. 0: on the CPU."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Memory of one of these GPUs in GiB: a plan that needs more is refused before anything is loaded. A worker with a share of a GPU has
+    that share of the memory. null: that of the GPUs of this machine, if it has any."""
+
+
+class PoolConfig(GroupConfig):
+    max_workers: PositiveInt | None = None
+    """null: always `workers`. Else the pool grows up to so many while calls wait, and shrinks back to `workers` when they do not."""
+    shrink_after_s: PositiveFloat = 60.0
+    """How long a grown pool must have been larger than its calls need. Above the time of a step: between steps no call waits."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        if self.max_workers is not None and self.max_workers < self.workers:
+            raise ValueError(
+                f"max_workers: {self.max_workers} is below workers {self.workers}; raise it, or null for a fixed size"
+            )
+        return self
+
+
+class RewardPoolConfig(PoolConfig):
+    groups_per_call: PositiveInt | None = None
+    """Prompt groups in one call of a worker; null: all of an update. Fewer let several workers share one update, and lose less with a call
+    that fails. It is the cut, never the number of workers, that a result depends on in its last bits."""
+
+
+class PlacementConfig(Section):
+    learner: GroupConfig = GroupConfig()
+    """Teacher, generator and score estimator; ZeRO shards over its ranks."""
+    discriminator: GroupConfig = GroupConfig()
+    """Decoder, SAM and heads."""
+    rollout: PoolConfig = PoolConfig()
+    """Candidate generation from the published weights."""
+    reward: RewardPoolConfig = RewardPoolConfig()
+    """Every pool of rewards that `pools` does not name."""
+    pools: dict[str, RewardPoolConfig] = Field(default_factory=dict)
+    """Single pools of rewards by name; what is not said here is as in `reward`."""
+    threads: PositiveInt = 1
+    """torch threads of every process, local runtime included: sums depend on it, so it is part of the configuration."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pools_start_from_reward(cls, tree: Any) -> Any:
+        """Each entry of `pools` completed from `reward`, so that a dumped configuration says all of it."""
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("pools"), Mapping):
+            return tree
+        common = tree.get("reward") or {}
+        if isinstance(common, GroupConfig):
+            common = common.model_dump(exclude_unset=True)
+        pools = {
+            name: {**common, **pool} if isinstance(pool, Mapping) and isinstance(common, Mapping) else pool
+            for name, pool in tree["pools"].items()
+        }
+        return {**tree, "pools": pools}
+
+    def groups(self) -> list[GroupConfig]:
+        """Every section of it that places workers."""
+        return [self.learner, self.discriminator, self.rollout, self.reward, *self.pools.values()]
+
+
+class DeadlineConfig(Section):
+    start_s: PositiveFloat = 300.0
+    """For a worker to come up and load its models."""
+    call_s: PositiveFloat = 600.0
+    """For one call of a role."""
+    reward_s: PositiveFloat = 120.0
+    """For one call of a reward worker."""
+    retries: Count = 3
+    """Replays of a call whose pool worker died, hung or failed."""
+    checkpoint_s: PositiveFloat = 1800.0
+    """For a checkpoint to be written; the next one, a stop and the end of the run wait for it."""
+    attempts: PositiveInt = 3
+    """Times the job is built anew from the last checkpoint after a learner or discriminator worker was lost."""
+
+
+class ControlConfig(Section):
+    enabled: bool = True
+    """Serve the pools of a job on Ray for jobs/scale.py, to look at and to resize (docs/operations.md)."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Whoever reaches it still needs the token in control.json of the run folder, but nothing is encrypted."""
+    port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 0
+    """0: any free one."""
