@@ -25,18 +25,15 @@ class Dockerfile:
     """ARG before the first FROM."""
     stages: dict[str, Stage]
 
-    def lineage(self, name: str) -> list[Stage]:
-        """A stage and those it is built FROM, the nearest first."""
-        found = []
-        while name in self.stages:
-            found.append(self.stages[name])
-            name = self.stages[name].base
-        return found
+    def all(self, name: str, instruction: str) -> list[str]:
+        """What a target gets of an instruction, by the stages it is built FROM and then by its own."""
+        if name not in self.stages:
+            return []
+        return self.all(self.stages[name].base, instruction) + self.stages[name].all(instruction)
 
     def environment(self, name: str) -> dict[str, str]:
         """ENV of a target, as plain NAME=VALUE words."""
-        words = [word for stage in reversed(self.lineage(name)) for text in stage.all("ENV") for word in text.split()]
-        return dict(word.split("=", 1) for word in words)
+        return dict(word.split("=", 1) for text in self.all(name, "ENV") for word in text.split())
 
 
 def parse(path: Path) -> Dockerfile:

@@ -24,14 +24,13 @@ def test_the_base_is_pinned_and_can_be_pinned_by_digest() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_target_ends_as_a_user_without_rights(target: str) -> None:
-    name, text = FILE.stages[target].instructions[-1]
-    assert (name, text) == ("USER", "10001")
+    assert FILE.all(target, "USER") == ["10001"]
     assert "useradd --uid 10001" in FILE.stages["base"].all("RUN")[0]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_ray_of_the_image_is_the_locked_one(target: str) -> None:
-    assert FILE.stages[target].all("ARG") == [f"RAY_VERSION={LOCK['ray']}"]
+    assert FILE.all(target, "ARG") == [f"RAY_VERSION={LOCK['ray']}"]
     assert any("assert ray.__version__ == '${RAY_VERSION}'" in text for text in FILE.stages[target].all("RUN"))
 
 

@@ -42,7 +42,7 @@ def test_all_nodes_run_one_image_that_the_guide_builds(resource: kuberay.Resourc
 
 
 def test_pods_run_as_the_user_of_the_image(resource: kuberay.Resource) -> None:
-    user = parse(ROOT / "deploy/Dockerfile").stages["cpu"].all("USER")[0]
+    (user,) = parse(ROOT / "deploy/Dockerfile").all("cpu", "USER")
     for pod in resource.cluster().pods():
         assert str(pod.securityContext.runAsUser) == str(pod.securityContext.fsGroup) == user
 
