@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 DNS_NAME = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
@@ -134,18 +134,16 @@ class Auth(Strict):
     secretName: str
 
 
-class HeadGroup(Strict):
+class Group(Strict):
     rayStartParams: dict[str, str]
     template: Template
 
 
-class WorkerGroup(Strict):
+class WorkerGroup(Group):
     groupName: str = Field(pattern=DNS_NAME)
     replicas: int
     minReplicas: int
     maxReplicas: int
-    rayStartParams: dict[str, str]
-    template: Template
 
     @model_validator(mode="after")
     def _bounds(self) -> WorkerGroup:
@@ -156,11 +154,11 @@ class WorkerGroup(Strict):
 class RayClusterSpec(Strict):
     rayVersion: str
     authOptions: Auth
-    headGroupSpec: HeadGroup
+    headGroupSpec: Group
     workerGroupSpecs: list[WorkerGroup] = Field(min_length=1)
 
     def pods(self) -> list[Pod]:
-        return [self.headGroupSpec.template.spec, *(group.template.spec for group in self.workerGroupSpecs)]
+        return [group.template.spec for group in (self.headGroupSpec, *self.workerGroupSpecs)]
 
 
 class RayJobSpec(Strict):
@@ -182,30 +180,29 @@ class RayServiceSpec(Strict):
     rayClusterConfig: RayClusterSpec
 
 
-class RayCluster(Strict):
+class Manifest(Strict):
     apiVersion: Literal["ray.io/v1"]
-    kind: Literal["RayCluster"]
     metadata: Metadata
+
+
+class RayCluster(Manifest):
+    kind: Literal["RayCluster"]
     spec: RayClusterSpec
 
     def cluster(self) -> RayClusterSpec:
         return self.spec
 
 
-class RayJob(Strict):
-    apiVersion: Literal["ray.io/v1"]
+class RayJob(Manifest):
     kind: Literal["RayJob"]
-    metadata: Metadata
     spec: RayJobSpec
 
     def cluster(self) -> RayClusterSpec:
         return self.spec.rayClusterSpec
 
 
-class RayService(Strict):
-    apiVersion: Literal["ray.io/v1"]
+class RayService(Manifest):
     kind: Literal["RayService"]
-    metadata: Metadata
     spec: RayServiceSpec
 
     def cluster(self) -> RayClusterSpec:
@@ -215,12 +212,8 @@ class RayService(Strict):
 Resource = RayCluster | RayJob | RayService
 
 
-class _Any(BaseModel):
-    resource: Annotated[Resource, Field(discriminator="kind")]
-
-
 def validate(content: Any) -> Resource:
-    return _Any.model_validate({"resource": content}).resource
+    return TypeAdapter[Resource](Annotated[Resource, Field(discriminator="kind")]).validate_python(content)
 
 
 def read(path: Path) -> Resource:
