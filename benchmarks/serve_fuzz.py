@@ -1,6 +1,6 @@
 """Requests made from the OpenAPI document, and bodies that no document would ask for, against a running service.
 
-    python benchmarks/serve_fuzz.py [--examples 600]
+    python benchmarks/serve_fuzz.py [--examples 800]
 
 schemathesis with all of its checks: no 5xx, no undocumented status, no answer of another shape, no valid request refused, no invalid one
 accepted. Bar: at least 2,000 cases without a failure.
@@ -67,7 +67,7 @@ def fuzz(url: str, examples: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=600, help="per operation (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=800, help="per operation (default: %(default)s)")
     options = parser.parse_args()
     os.environ["FLASHDMD_API_KEYS"] = KEY
     with tempfile.TemporaryDirectory() as folder:

@@ -25,6 +25,13 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _boolean(value: Any) -> Any:
+    """Python does not tell False from 0; JSON does."""
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
 Whole = BeforeValidator(_whole)
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -69,7 +76,7 @@ class ImageRequest(BaseModel):
     """Not used: the operator's filters hold."""
     style: Literal["vivid", "natural"] | None = None
     """Not used."""
-    stream: Literal[False] | None = False
+    stream: Annotated[Literal[False], BeforeValidator(_boolean)] | None = False
     """Images come all at once."""
     partial_images: Annotated[int, Field(strict=True, ge=0, le=0), Whole] | None = None
 

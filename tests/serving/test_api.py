@@ -136,6 +136,7 @@ def test_an_alias_is_the_model(client):
         ({"output_compression": 50}, "output_compression", "webp or jpeg"),
         ({"output_format": "gif"}, "output_format", "'png', 'webp' or 'jpeg'"),
         ({"stream": True}, "stream", "all at once"),
+        ({"stream": 0}, "stream", "all at once"),
         ({"num_inference_step": 4}, "num_inference_step", "did you mean 'num_inference_steps'?"),
     ],
 )
