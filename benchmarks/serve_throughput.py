@@ -1,10 +1,10 @@
 """The service against a plain loop over diffusers, on the same cores in one run.
 
-    python benchmarks/serve_throughput.py [--seconds 20] [--export DIRECTORY]
+    python benchmarks/serve_throughput.py [--seconds 20] [--images 1] [--export DIRECTORY]
 
-Three figures: requests per second of a saturated service over images per second of the loop at its best batch size (both with PNG
-encoding; the service's clients run on the same cores), the median latency of single requests over that of the loop at batch one, and what
-becomes of twice as many requests as the service can draw. The bars are printed beside.
+Three figures: images per second of a saturated service over those of the loop at its best batch size (both with PNG encoding; the
+service's clients run on the same cores), the median latency of single requests over that of the loop at batch one, on all cores and on
+the threads that a replica has, and what becomes of twice as many requests as the service can draw. The bars are printed beside.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def prompt(number: int) -> str:
     return PROMPT.format(number % 10, number // 10 % 10)
 
 
-def loop(export: Path, seconds: float, cores: int) -> dict[int, float]:
+def loop(export: Path, seconds: float, threads: int, batches: Sequence[int]) -> dict[int, float]:
     """Seconds per image of the plain loop, by batch size."""
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    torch.set_num_threads(cores)
+    torch.set_num_threads(threads)
     pipeline = StableDiffusionXLPipeline.from_pretrained(export, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     call = json.loads((export / "flashdmd.json").read_text())["call"]
     found = {}
-    for batch in BATCHES:
+    for batch in batches:
         rounds = []
         began = time.monotonic()
-        while not rounds or time.monotonic() - began < seconds / len(BATCHES):
+        while not rounds or time.monotonic() - began < seconds / len(batches):
             start, number = time.monotonic(), len(rounds) * batch
             generators = [torch.Generator().manual_seed(number + i) for i in range(batch)]
             prompts = [prompt(number + i) for i in range(batch)]
@@ -61,10 +61,10 @@ async def single(url: str, seconds: float) -> list[Answer]:
     return answers[2:]
 
 
-async def saturated(url: str, seconds: float, clients: int) -> float:
+async def saturated(url: str, seconds: float, clients: int, images: int = 1) -> float:
     """Requests per second, without the first and last tenth."""
     answers = await keep_asking(
-        url, clients, lambda _, passed: passed > seconds, lambda i: {"prompt": prompt(i), "seed": i}
+        url, clients, lambda _, passed: passed > seconds, lambda i: {"prompt": prompt(i), "seed": i, "n": images}
     )
     assert all(answer.status == 200 for answer in answers), Counter(answer.status for answer in answers)
     ends = sorted(answer.sent + answer.seconds for answer in answers)
@@ -100,11 +100,13 @@ def report_overload(answers: Sequence[Answer], capacity: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1, help="of each saturating request (default: %(default)s)")
     parser.add_argument("--export", type=Path, help="a pipeline export (default: one of the demo's teacher, made now)")
     parser.add_argument("--replicas", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     cores = os.cpu_count() or 1
+    threads = max(1, cores // options.replicas)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         export = options.export or export_demo(root / "demo")
@@ -113,13 +115,10 @@ def main() -> None:
             "teachers": False,
             "cache": str(root / "cache"),
             "queue": QUEUE,
-            "replica": {
-                "count": options.replicas,
-                "batch": options.batch,
-                "threads": max(1, cores // options.replicas),
-            },
+            "replica": {"count": options.replicas, "batch": options.batch, "threads": threads},
         }
-        per_image = loop(export, options.seconds, cores)
+        per_image = loop(export, options.seconds, cores, BATCHES)
+        like_for_like = loop(export, options.seconds / len(BATCHES), threads, (1,))[1]
         best = min(per_image, key=lambda batch: per_image[batch])
         print("plain loop, ms per image: " + ", ".join(f"batch {b} {1000 * s:.1f}" for b, s in per_image.items()))
         with running_service(args) as url:
@@ -127,15 +126,14 @@ def main() -> None:
             alone = asyncio.run(single(url, options.seconds))
             latency = median([answer.seconds for answer in alone])
             drawing = median([answer.body["timing"]["draw_seconds"] for answer in alone])
-            rate = asyncio.run(saturated(url, options.seconds, min(QUEUE, 2 * options.batch)))
+            clients = max(1, min(QUEUE, 2 * options.batch) // options.images)
+            rate = options.images * asyncio.run(saturated(url, options.seconds, clients, options.images))
             crowd = asyncio.run(overloaded(url, 2 * rate, options.seconds))
-        print(
-            f"saturated: {rate:.1f} requests/s against {1 / per_image[best]:.1f} images/s of the loop at batch {best}:"
-        )
-        print(f"  ratio {rate * per_image[best]:.2f} (bar: at least 0.9)")
-        over, own = 1000 * (latency - per_image[1]), 1000 * (latency - drawing)
-        print(f"single request: median {1000 * latency:.1f} ms; the loop at batch 1 {1000 * per_image[1]:.1f} ms")
-        print(f"  over the loop {over:+.1f} ms, over its own drawing {own:+.1f} ms (bar: 15)")
+        print(f"saturated by requests for {options.images}: {rate:.1f} images/s, the loop at batch {best}", end=" ")
+        print(f"{1 / per_image[best]:.1f} images/s: ratio {rate * per_image[best]:.2f} (bar: at least 0.9)")
+        print(f"single request: median {1000 * latency:.1f} ms, of which its own drawing {1000 * drawing:.1f} ms")
+        for what, own in ((f"on {cores} threads", per_image[1]), (f"on {threads}, as a replica", like_for_like)):
+            print(f"  the loop {what}: {1000 * own:.1f} ms, so {1000 * (latency - own):+.1f} ms (bar: 15)")
         report_overload(crowd, rate)
 
 
