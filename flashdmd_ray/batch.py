@@ -105,6 +105,19 @@ class Prompts(Batch):
 
 
 @dataclass(frozen=True)
+class NoiseLevels(Batch):
+    """Where the two forwards of one update are made.
+
+    coarse: int64 (B,), each sample's index into the denoising timesteps; deepest: the highest of the whole global batch, so that all ranks
+    simulate equally far; fine: the timestep of the second forward, None when both objectives act on the first (DMD2).
+    """
+
+    coarse: Tensor
+    deepest: int
+    fine: int | None
+
+
+@dataclass(frozen=True)
 class Latents(Batch):
     """Clean latents x0, float32 (B, C, h, w), already scaled by the autoencoder's scaling factor."""
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Draws, Prediction, Prompts
+from flashdmd_ray.batch import Draws, NoiseLevels, Prediction, Prompts
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource
 from flashdmd_ray.objectives.adversarial import balanced_weight
@@ -79,7 +79,7 @@ def distil(config: Config, runtime: Runtime, data: ImageSource, draw: Draws) -> 
         return discriminator.update(fakes.fine, next_reals(config, draw, update))
 
     prediction = generator.predict(
-        next_prompts(data, draw, "predict", count), *draw_noise_levels(config, draw, "predict"), draw.seed("predict")
+        next_prompts(data, draw, "predict", count), draw_noise_levels(config, draw, "predict"), draw.seed("predict")
     )
     matching_timesteps = draw.timesteps("matching", count, *inclusive(config.matching.timestep_range))
     (matching, gaps), (realism, judged) = runtime.parallel(
@@ -98,7 +98,7 @@ def distil(config: Config, runtime: Runtime, data: ImageSource, draw: Draws) -> 
     for update in range(1, config.ttur):
         purpose = f"critics/{update}"
         fakes = generator.sample(
-            next_prompts(data, draw, purpose, count), *draw_noise_levels(config, draw, purpose), draw.seed(purpose)
+            next_prompts(data, draw, purpose, count), draw_noise_levels(config, draw, purpose), draw.seed(purpose)
         )
         runtime.parallel(lambda: update_score(fakes, update), lambda: update_discriminator(fakes, update))  # noqa: B023
     return gaps | judged | moved | told_apart | gradient_norms(matching, realism, weight)
@@ -115,16 +115,18 @@ def next_reals(config: Config, draw: Draws, update: int) -> Tensor:
     return (draw.step * config.ttur + update) * config.batch + torch.arange(config.batch)
 
 
-def draw_noise_levels(config: Config, draw: Draws, purpose: str) -> tuple[int, int | None]:
-    """Step index of the coarse forward and timestep of the fine one, one draw for the whole global batch.
+def draw_noise_levels(config: Config, draw: Draws, purpose: str) -> NoiseLevels:
+    """Each sample's step of the coarse forward and the timestep of the fine one.
 
     Timestep-aware: any but the last step for distribution matching, the last timestep for the GAN. Shared (DMD2), or a one-step
-    generator: any step for both, None.
+    generator: any step for both.
     """
     timesteps = config.sampling.timesteps
-    if config.matching.routing == "shared" or len(timesteps) == 1:
-        return draw.index(f"{purpose}/high", len(timesteps)), None
-    return draw.index(f"{purpose}/high", len(timesteps) - 1), timesteps[-1]
+    apart = config.matching.routing == "timestep_aware" and len(timesteps) > 1
+    count = len(timesteps) - 1 if apart else len(timesteps)
+    drawn = draw.timesteps(f"{purpose}/coarse", config.batch, 0, count)
+    coarse = drawn if config.matching.levels == "sample" else drawn[:1].expand(config.batch)
+    return NoiseLevels(coarse, int(coarse.max()), timesteps[-1] if apart else None)
 
 
 def inclusive(timestep_range: tuple[int, int]) -> tuple[int, int]:

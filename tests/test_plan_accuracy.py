@@ -22,6 +22,7 @@ from flashdmd_ray.plan.parts import parts_of
 from flashdmd_ray.plan.roles import peak_of, work_of
 from flashdmd_ray.runtime import build_runtime
 from flashdmd_ray.weights import checksum
+from tests.levels import levels
 
 WITHIN = 0.15
 BATCH, PAIRS = 8, 4
@@ -73,7 +74,7 @@ class Step:
         timesteps = torch.full((BATCH,), 500)
         self._count("text encoders", lambda: generator.family.encode(prompts.texts))
         with LiveMemory(self._existing()) as memory:
-            prediction = self._count("generator", lambda: generator.predict(prompts, 1, 249, 1))
+            prediction = self._count("generator", lambda: generator.predict(prompts, levels(prompts, 1), 1))
             self.kept = memory.live
             matching, _ = self._count("learner critics", lambda: score.gradient(prediction.coarse, timesteps, 2))
             self._count("generator", lambda: generator.update(matching, torch.zeros_like(matching)))

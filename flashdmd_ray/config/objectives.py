@@ -38,6 +38,9 @@ class MatchingConfig(Section):
     routing: Literal["timestep_aware", "shared"] = "timestep_aware"
     """timestep_aware: distribution matching at high noise, GAN at the last timestep (Flash-DMD).
     shared: both on one forward at any timestep (DMD2)."""
+    levels: Literal["sample", "batch"] = "sample"
+    """[open] Whether each sample draws the step of its coarse forward, or one is drawn for the whole batch. With 'batch' each update of the
+    score estimator sees one step's samples only, and it lags behind on the others' (docs/results.md)."""
     timestep_range: tuple[Timestep, Timestep] = (20, 980)
     """[open] Where x is noised for the DM gradient; the range is DMD2's."""
     guidance_scale: Annotated[float, Field(ge=1)] = 8.0

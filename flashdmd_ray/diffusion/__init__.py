@@ -3,6 +3,7 @@
 from flashdmd_ray.diffusion.sampling import (
     PredictX0,
     backward_simulation,
+    backward_simulations,
     complete,
     ddim_sample,
     few_step_sample,
@@ -19,6 +20,7 @@ __all__ = [
     "PredictX0",
     "VPSchedule",
     "backward_simulation",
+    "backward_simulations",
     "complete",
     "ddim_sample",
     "few_step_sample",

@@ -60,12 +60,20 @@ def backward_simulation(
     x_{k+1} = a_{k+1} G(x_k, t_k) + s_{k+1} e_{k+1}, from x_0 = e_0; float32 (B, C, h, w). Makes `step_index` forwards: all ranks of a
     group must be given the same.
     """
-    assert 0 <= step_index < len(timesteps), f"step {step_index} of {len(timesteps)} timesteps"
-    noisy = draw_noise(0)
-    for k in range(step_index):
-        x0 = predict_x0(noisy, full(timesteps[k], noisy))
-        noisy = hop(schedule, x0, timesteps[k + 1], draw_noise(k + 1))
-    return noisy
+    return backward_simulations(predict_x0, schedule, timesteps, step_index, draw_noise)[-1]
+
+
+@torch.no_grad()
+def backward_simulations(
+    predict_x0: PredictX0, schedule: NoiseSchedule, timesteps: Sequence[int], deepest: int, draw_noise: DrawNoise
+) -> Tensor:
+    """B(t_i) for every i up to `deepest`, of the same samples, in `deepest` forwards; float32 (deepest + 1, B, C, h, w)."""
+    assert 0 <= deepest < len(timesteps), f"step {deepest} of {len(timesteps)} timesteps"
+    inputs = [draw_noise(0)]
+    for k in range(deepest):
+        x0 = predict_x0(inputs[k], full(timesteps[k], inputs[k]))
+        inputs.append(hop(schedule, x0, timesteps[k + 1], draw_noise(k + 1)))
+    return torch.stack(inputs)
 
 
 @torch.no_grad()

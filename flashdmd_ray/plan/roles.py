@@ -144,7 +144,7 @@ def _forwards(config: Config) -> tuple[float, int]:
     steps = len(config.sampling.timesteps)
     if config.matching.routing == "shared" or steps == 1:
         return (steps - 1) / 2, 1  # to the step that is drawn, and no fine forward
-    return steps - 1, 2  # to the step that is drawn, and from it to the end
+    return steps, 2  # to the deepest step that is drawn, and on from it to the end
 
 
 def _score(config: Config, cost: Cost, count: int) -> Work:

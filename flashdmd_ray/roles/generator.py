@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Latents, Prediction, PreferencePairs, Prompts, noise
+from flashdmd_ray.batch import Latents, NoiseLevels, Prediction, PreferencePairs, Prompts, noise
 from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config
-from flashdmd_ray.diffusion.sampling import PredictX0, backward_simulation, complete, full, transition
+from flashdmd_ray.diffusion.sampling import PredictX0, backward_simulations, complete, full, transition
 from flashdmd_ray.engine import Engine
 from flashdmd_ray.engine.average import WeightAverage
 from flashdmd_ray.models.denoiser import Conditioning
@@ -64,12 +64,12 @@ class Generator(Saved):
         """Where its networks compute."""
         return self.family.device
 
-    def predict(self, prompts: Prompts, high: int, low: int | None, seed: int) -> Prediction:
+    def predict(self, prompts: Prompts, levels: NoiseLevels, seed: int) -> Prediction:
         """The two forwards of one update, kept for `update` (ALGORITHM 3.1, 3.2).
 
-        coarse = G(B(t_high), t_high), from backward simulation to step index `high`. fine = G(x^, low), where x^ is the coarse output
-        carried on to a clean latent, detached and noised to timestep `low`: no gradient of one reaches the other's forward. With `low`
-        None both objectives act on the coarse forward (DMD2). Values are returned detached.
+        coarse = G(B(t_i), t_i), from backward simulation to each sample's own step i of `levels`. fine = G(x^, t), where x^ is the clean
+        sample that the same simulation ends in, noised to the fine timestep t: no gradient of one reaches the other's forward. Without
+        a fine level both objectives act on the coarse forward (DMD2). Values are returned detached.
 
         With micro-batches no graph is kept: `update` makes the two forwards again, one micro-batch at a time.
         """
@@ -77,41 +77,34 @@ class Generator(Saved):
         self._conditioning = self.family.encode(prompts.texts)
         predict_x0 = bind(self.engine if whole else self.engine.module, self.schedule, self._conditioning)
         with torch.set_grad_enabled(whole):
-            coarse, fine, self._inputs = self._two_forwards(predict_x0, prompts, high, low, seed)
+            coarse, fine, self._inputs = self._two_forwards(predict_x0, prompts, levels, seed)
         self._outputs = (coarse, fine)
         return Prediction(Latents(coarse.detach(), prompts), Latents(fine.detach(), prompts))
 
     @torch.no_grad()
-    def sample(self, prompts: Prompts, high: int, low: int | None, seed: int) -> Prediction:
+    def sample(self, prompts: Prompts, levels: NoiseLevels, seed: int) -> Prediction:
         """As `predict`, outside autograd: fresh fakes for the further updates of a TTUR above 1."""
         predict_x0 = bind(self.engine.module, self.schedule, self.family.encode(prompts.texts))
-        coarse, fine, _ = self._two_forwards(predict_x0, prompts, high, low, seed)
+        coarse, fine, _ = self._two_forwards(predict_x0, prompts, levels, seed)
         return Prediction(Latents(coarse, prompts), Latents(fine, prompts))
 
     def _two_forwards(
-        self, predict_x0: PredictX0, prompts: Prompts, high: int, low: int | None, seed: int
+        self, predict_x0: PredictX0, prompts: Prompts, levels: NoiseLevels, seed: int
     ) -> tuple[Tensor, Tensor, Inputs]:
         """Coarse and fine output, and what the network was given for each."""
-        shape = self.family.latent_shape
-        simulate = frozen(predict_x0)
-        noisy = backward_simulation(
-            simulate, self.schedule, self.timesteps, high, noise_stream(prompts, shape, seed, "simulate")
-        )
-        at_high = full(self.timesteps[high], noisy)
-        coarse = predict_x0(noisy, at_high)
-        if low is None:
-            return coarse, coarse, ((noisy, at_high),)
-        clean = complete(
-            simulate,
-            self.schedule,
-            self.timesteps,
-            high,
-            coarse.detach(),
-            noise_stream(prompts, shape, seed, "complete"),
-        )
-        at_low = full(low, clean)
-        noisy_low = self.schedule.add_noise(clean, noise(prompts.indices, shape, seed, "low"), at_low)
-        return coarse, predict_x0(noisy_low, at_low), ((noisy, at_high), (noisy_low, at_low))
+        shape, timesteps = self.family.latent_shape, self.timesteps
+        simulate, draw_noise = frozen(predict_x0), noise_stream(prompts, shape, seed, "simulate")
+        simulated = backward_simulations(simulate, self.schedule, timesteps, levels.deepest, draw_noise)
+        own = levels.coarse, torch.arange(len(levels), device=levels.coarse.device)
+        noisy, at_coarse = simulated[own], torch.tensor(timesteps, device=self.device)[levels.coarse]
+        coarse = predict_x0(noisy, at_coarse)
+        if levels.fine is None:
+            return coarse, coarse, ((noisy, at_coarse),)
+        x0 = simulate(simulated[-1], full(timesteps[levels.deepest], noisy))
+        clean = complete(simulate, self.schedule, timesteps, levels.deepest, x0, draw_noise)
+        at_fine = full(levels.fine, clean)
+        noisy_fine = self.schedule.add_noise(clean, noise(prompts.indices, shape, seed, "low"), at_fine)
+        return coarse, predict_x0(noisy_fine, at_fine), ((noisy, at_coarse), (noisy_fine, at_fine))
 
     def _again(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The two outputs of `predict` for some rows, with a graph."""

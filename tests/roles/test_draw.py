@@ -15,6 +15,7 @@ from flashdmd_ray.roles.generator import Generator
 from flashdmd_ray.roles.networks import load_family, student_network
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
 from flashdmd_ray.sheet import equal_shards
+from tests.levels import levels
 from tests.tiny import save_sdxl
 
 TEXTS = ("a red 4", "two 7s", "a blue 1")
@@ -47,7 +48,7 @@ def test_the_generator_draws_what_is_judged_and_goes_on_as_it_was(teacher, promp
     config = settings(teacher, ema, lora)
     generator = Generator.from_config(config)
     for seed in range(3):
-        generator.predict(prompts, high=1, low=249, seed=seed)
+        generator.predict(prompts, levels(prompts, 1), seed=seed)
         generator.update(torch.ones(3, 4, 8, 8), torch.ones(3, 4, 8, 8))
         if ema:
             generator.take_average()

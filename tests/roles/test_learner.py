@@ -10,6 +10,7 @@ from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.roles.generator import Generator
 from flashdmd_ray.roles.networks import load_family
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
+from tests.levels import levels
 from tests.tiny import save_sdxl
 
 TEXTS = ("a red 4", "two 7s", "a blue 1")
@@ -42,7 +43,7 @@ def gradient_of(generator: Generator, matching: torch.Tensor, realism: torch.Ten
 
 def test_no_objective_reaches_the_other_forward(generator, prompts):
     """The coarse output enters the fine forward detached, so the two gradients are those of two separate losses."""
-    prediction = generator.predict(prompts, high=1, low=249, seed=7)
+    prediction = generator.predict(prompts, levels(prompts, 1), seed=7)
     coarse, fine = generator._outputs
     assert prediction.coarse.values.requires_grad is False
     assert not torch.equal(coarse, fine)
@@ -53,7 +54,7 @@ def test_no_objective_reaches_the_other_forward(generator, prompts):
 
 
 def test_update_applies_the_sum_of_both_gradients(generator, prompts):
-    generator.predict(prompts, high=0, low=249, seed=7)
+    generator.predict(prompts, levels(prompts, 0), seed=7)
     matching, realism = (torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     zero = torch.zeros_like(matching)
     parts = gradient_of(generator, matching, zero) + gradient_of(generator, zero, realism)
@@ -66,22 +67,22 @@ def test_update_applies_the_sum_of_both_gradients(generator, prompts):
 
 
 def test_sample_repeats_predict_without_a_graph(generator, prompts):
-    one = generator.predict(prompts, high=2, low=249, seed=3)
-    two = generator.sample(prompts, high=2, low=249, seed=3)
+    one = generator.predict(prompts, levels(prompts, 2), seed=3)
+    two = generator.sample(prompts, levels(prompts, 2), seed=3)
     torch.testing.assert_close(one.coarse.values, two.coarse.values)
     torch.testing.assert_close(one.fine.values, two.fine.values)
-    other = generator.sample(prompts, high=2, low=249, seed=4)
+    other = generator.sample(prompts, levels(prompts, 2), seed=4)
     assert not torch.allclose(one.coarse.values, other.coarse.values)
 
 
 def test_shared_routing_uses_one_forward(generator, prompts):
-    prediction = generator.predict(prompts, high=3, low=None, seed=3)
+    prediction = generator.predict(prompts, levels(prompts, 3, None), seed=3)
     assert torch.equal(prediction.coarse.values, prediction.fine.values)
 
 
 def test_the_numbers_of_a_sample_do_not_depend_on_its_shard(generator, prompts):
-    whole = generator.sample(prompts, high=2, low=249, seed=3)
-    shards = [generator.sample(shard, high=2, low=249, seed=3) for shard in prompts.split(3)]
+    whole = generator.sample(prompts, levels(prompts, 2), seed=3)
+    shards = [generator.sample(shard, levels(shard, 2), seed=3) for shard in prompts.split(3)]
     joined = type(whole).concat(shards)
     torch.testing.assert_close(joined.fine.values, whole.fine.values, atol=1e-4, rtol=1e-4)
 
@@ -101,7 +102,7 @@ def test_score_gradient_vanishes_when_the_estimator_is_the_guided_teacher(config
 def test_coupling_moves_the_estimator_towards_the_generator(config, generator, prompts):
     score = ScoreEstimator.from_config(config)
     start = score.engine.weights()
-    generator.predict(prompts, high=0, low=249, seed=7)
+    generator.predict(prompts, levels(prompts, 0), seed=7)
     generator.update(torch.ones(3, 4, 8, 8), torch.zeros(3, 4, 8, 8))
     target = generator.weights()
     for _ in range(3):
@@ -162,7 +163,7 @@ def test_each_objective_of_the_generator_has_a_rate_of_its_own(config, prompts):
     before = generator.weights()
     generator.prefer(preference_pairs(prompts, torch.ones(3)))
     assert all(torch.equal(value, before[name]) for name, value in generator.weights().items())
-    prediction = generator.predict(prompts, high=0, low=249, seed=7)
+    prediction = generator.predict(prompts, levels(prompts, 0), seed=7)
     generator.update(torch.ones_like(prediction.coarse.values), torch.ones_like(prediction.fine.values))
     assert any(not torch.equal(value, before[name]) for name, value in generator.weights().items())
 
@@ -183,7 +184,7 @@ def test_dropped_pairs_teach_nothing(config, prompts):
 def test_save_and_load_continue_bit_for_bit(config, prompts, tmp_path):
     def steps(generator: Generator, score: ScoreEstimator, seeds: range) -> None:
         for seed in seeds:
-            prediction = generator.predict(prompts, high=seed % 3, low=249, seed=seed)
+            prediction = generator.predict(prompts, levels(prompts, seed % 3), seed=seed)
             gradient, _ = score.gradient(prediction.coarse, torch.tensor([50, 400, 900]), seed)
             generator.update(gradient, torch.full_like(gradient, 1e-3))
             score.couple(generator, 0.98)

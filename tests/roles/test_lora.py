@@ -18,6 +18,7 @@ from flashdmd_ray.roles.networks import load_family, whole_weights
 from flashdmd_ray.roles.rollout import Rollout
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
 from flashdmd_ray.weights import checksum
+from tests.levels import levels
 from tests.tiny import save_sdxl
 
 TEXTS = ("a red 4", "two 7s", "a blue 1")
@@ -67,7 +68,7 @@ def train(roles: Learner, prompts: Prompts, seeds: range) -> None:
     """Steps as the driver makes them: distillation, coupling, the score estimator, a preference update."""
     generator, score = roles
     for seed in seeds:
-        prediction = generator.predict(prompts, high=seed % 3, low=249, seed=seed)
+        prediction = generator.predict(prompts, levels(prompts, seed % 3), seed=seed)
         gradient, _ = score.gradient(prediction.coarse, torch.tensor([50, 400, 900]), seed)
         generator.update(gradient, torch.full_like(gradient, 1e-3))
         score.couple(generator, score.config.score.ema)
@@ -131,7 +132,7 @@ def test_score_gradient_starts_at_zero_without_guidance(teacher, prompts):
 def test_coupling_moves_the_adapters(config, prompts):
     generator, score = learner(config)
     start = score.engine.weights()
-    generator.predict(prompts, high=0, low=249, seed=7)
+    generator.predict(prompts, levels(prompts, 0), seed=7)
     generator.update(torch.ones(3, 4, 8, 8), torch.zeros(3, 4, 8, 8))
     target = generator.weights()
     score.couple(generator, 0.9)
@@ -220,7 +221,7 @@ def test_the_average_is_emamodel_s_of_every_step(teacher, prompts):
     expected = start
     for step in range(1, 5):
         if step % 2:
-            generator.predict(prompts, high=0, low=249, seed=step)
+            generator.predict(prompts, levels(prompts, 0), seed=step)
             generator.update(torch.ones(3, 4, 8, 8), torch.zeros(3, 4, 8, 8))
         else:
             generator.prefer(pairs(prompts))
@@ -258,7 +259,7 @@ def test_adapters_of_the_demo_teacher_learn():
     config = load_config(None, [*settings, "preference.warmup=0", "preference.lr=1e-3"])
     generator, score = learner(config)
     prompts = Prompts(("a red 4", "a blue 1 above a green 2", "a gray 7"), torch.arange(3))
-    fakes = generator.sample(prompts, high=3, low=None, seed=1).coarse
+    fakes = generator.sample(prompts, levels(prompts, 3, None), seed=1).coarse
     timesteps = torch.tensor([100, 400, 700])
     losses = [score.update(fakes, timesteps, 3, torch.arange(3))["score/loss"] for _ in range(8)]
     assert losses[-1] < 0.9 * losses[0]

@@ -16,6 +16,7 @@ from flashdmd_ray.roles.discriminator import Discriminator
 from flashdmd_ray.roles.generator import Generator
 from flashdmd_ray.roles.networks import load_family
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
+from tests.levels import levels
 
 TEXTS = ("a red 4", "a blue 1 above a green 2", "a gray 7")
 CHECKPOINTED = "engine.gradient_checkpointing=true"
@@ -66,7 +67,7 @@ def trained_discriminator(*settings: str) -> tuple[Discriminator, list[Tensor]]:
 def trained_generator(*settings: str) -> tuple[Generator, list[Tensor]]:
     role = Generator.from_config(configured(*settings))
     gradients = spied(role.engine)
-    prediction = role.predict(prompts(), high=1, low=249, seed=0)
+    prediction = role.predict(prompts(), levels(prompts(), 1), seed=0)
     updated = role.update(latents(1).values, 0.1 * latents(2).values)
     return role, [prediction.coarse.values, prediction.fine.values, torch.tensor(list(updated.values())), *gradients]
 

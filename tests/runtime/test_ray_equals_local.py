@@ -11,6 +11,7 @@ from toy_roles import TOYS, toy_config
 from flashdmd_ray.batch import Draws, PreferencePairs, Prompts
 from flashdmd_ray.config import Config
 from flashdmd_ray.runtime import Runtime, build_runtime
+from tests.levels import levels
 
 BATCH = 5
 
@@ -27,7 +28,7 @@ def toy_training(runtime: Runtime, steps: int = 3) -> list[Any]:
         candidates = runtime.background(
             lambda p=prompts, d=draw, w=weights: runtime.rollouts.candidates(p, 1, d.seed("candidates"), w)
         )
-        fakes = runtime.generator.predict(prompts, 2, None, seed=draw.seed("predict"))
+        fakes = runtime.generator.predict(prompts, levels(prompts, 2, None), seed=draw.seed("predict"))
         (matching, gap), (realism, mean) = runtime.parallel(
             lambda f=fakes, t=timesteps, d=draw: runtime.score.gradient(f, t, d.seed("score")),
             lambda f=fakes: runtime.discriminator.gradient(f),

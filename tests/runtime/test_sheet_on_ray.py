@@ -13,6 +13,7 @@ from flashdmd_ray.config import parse_config
 from flashdmd_ray.runtime import build_runtime
 from flashdmd_ray.runtime.build import ROLES
 from flashdmd_ray.sheet import SampleSheet
+from tests.levels import levels
 from tests.tiny import save_sdxl
 
 LEARNER = {"learner": ROLES["learner"]}
@@ -41,7 +42,7 @@ def drawn(teacher: Path, folder: Path, runtime: str, workers: int = 1, **engine:
     try:
         prompts = Prompts(("a red 4", "two 7s", "a", "b"), torch.arange(4))
         for seed in range(2):
-            roles.generator.predict(prompts, 1, 249, seed)
+            roles.generator.predict(prompts, levels(prompts, 1), seed)
             roles.generator.update(torch.ones(4, 4, 8, 8), torch.ones(4, 4, 8, 8))
             roles.generator.take_average()
         sheet = SampleSheet(config, roles)
