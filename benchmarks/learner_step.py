@@ -113,8 +113,8 @@ def flash_dmd(overrides: list[str]) -> dict[str, Way]:
         return distil(config, runtime, data, Draws(config.seed, step))
 
     def theirs(step: int) -> object:
-        texts, reals, _, high = batch_of(config, data, step, "predict", 0)
-        return script.step(texts, reals, high)
+        texts, reals, _, levels = batch_of(config, data, step, "predict", 0)
+        return script.step(texts, reals, levels)
 
     return {"flash_dmd": ours, "flash_dmd script": theirs}
 
@@ -133,21 +133,22 @@ def baseline(overrides: list[str]) -> dict[str, Way]:
 
     def theirs(step: int) -> object:
         purposes = ["predict", *(f"critics/{update}" for update in range(1, config.ttur))]
-        return script.step([batch_of(config, data, step, purpose, i) for i, purpose in enumerate(purposes)])
+        batches = [batch_of(config, data, step, purpose, i) for i, purpose in enumerate(purposes)]
+        return script.step([(texts, reals, captions, int(levels[0])) for texts, reals, captions, levels in batches])
 
     return {"dmd2": ours, "dmd2 script": theirs}
 
 
 def batch_of(
     config: Config, data: ImageSource, step: int, purpose: str, update: int
-) -> tuple[tuple[str, ...], torch.Tensor, tuple[str, ...], int]:
-    """What the driver would use at this step: prompts, real images with captions, step index, so that both make equal forwards."""
+) -> tuple[tuple[str, ...], torch.Tensor, tuple[str, ...], torch.Tensor]:
+    """What the driver would use at this step: prompts, real images with captions, noise levels, so that both make equal forwards."""
     rows = torch.arange(config.batch)
     family = load_family(config.model)
     reals = open_reals(config, family).reals((step * config.ttur + update) * config.batch + rows, family.image_size)
-    high, _ = draw_noise_levels(config, Draws(config.seed, step), purpose)
-    assert high < len(TIMESTEPS)
-    return data.prompts(purpose, step * config.batch + rows), reals.images, reals.captions, high
+    levels = draw_noise_levels(config, Draws(config.seed, step), purpose)
+    assert levels.deepest < len(TIMESTEPS)
+    return data.prompts(purpose, step * config.batch + rows), reals.images, reals.captions, levels.coarse
 
 
 if __name__ == "__main__":

@@ -41,22 +41,24 @@ class FlashDMD:
     def noised(self, x: Tensor, t: Tensor) -> Tensor:
         return self.a[t] * x + self.s[t] * torch.randn_like(x)
 
-    def step(self, texts: Sequence[str], reals: Tensor, high: int) -> None:
-        count = len(texts)
+    def step(self, texts: Sequence[str], reals: Tensor, levels: Tensor) -> None:
+        """levels: int64 (B,), the step of each sample's coarse forward."""
+        count, deepest = len(texts), int(levels.max())
         conditioning, blank = self.family.encode(texts), self.family.unconditional(count)
 
         def at(t: int) -> Tensor:
             return torch.full((count,), t)
 
         with torch.no_grad():
-            noisy = torch.randn(count, *self.family.latent_shape)
-            for k in range(high):
-                x = self.x0(self.generator, noisy, at(TIMESTEPS[k]), conditioning)
-                noisy = self.noised(x, at(TIMESTEPS[k + 1]))
-        coarse = self.x0(self.generator, noisy, at(TIMESTEPS[high]), conditioning)
+            inputs = [torch.randn(count, *self.family.latent_shape)]
+            for k in range(deepest):
+                x = self.x0(self.generator, inputs[k], at(TIMESTEPS[k]), conditioning)
+                inputs.append(self.noised(x, at(TIMESTEPS[k + 1])))
+        noisy = torch.stack(inputs)[levels, torch.arange(count)]
+        coarse = self.x0(self.generator, noisy, torch.tensor(TIMESTEPS)[levels], conditioning)
         with torch.no_grad():
-            x = coarse.detach()
-            for k in range(high + 1, len(TIMESTEPS)):
+            x = self.x0(self.generator, inputs[deepest], at(TIMESTEPS[deepest]), conditioning)
+            for k in range(deepest + 1, len(TIMESTEPS)):
                 x = self.x0(self.generator, self.noised(x, at(TIMESTEPS[k])), at(TIMESTEPS[k]), conditioning)
             low = self.noised(x, at(TIMESTEPS[-1]))
         fine = self.x0(self.generator, low, at(TIMESTEPS[-1]), conditioning)

@@ -1,0 +1,66 @@
+"""Where the two forwards of an update are made: the driver's draw, and that each sample's coarse forward is at its own step."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashdmd_ray.batch import Draws, NoiseLevels, Prompts
+from flashdmd_ray.config import parse_config
+from flashdmd_ray.driver import draw_noise_levels
+from flashdmd_ray.roles.generator import Generator
+from tests.levels import levels
+from tests.tiny import save_sdxl
+
+
+@given(
+    steps=st.sampled_from([(999,), (999, 499), (999, 749, 499, 249)]),
+    routing=st.sampled_from(["timestep_aware", "shared"]),
+    drawn_for=st.sampled_from(["sample", "batch"]),
+    step=st.integers(0, 1000),
+)
+def test_the_draw(steps, routing, drawn_for, step):
+    matching = {"routing": routing, "levels": drawn_for}
+    config = parse_config({"sampling": {"timesteps": steps}, "batch": 40, "matching": matching} | needs(steps))
+    found = draw_noise_levels(config, Draws(3, step), "predict")
+    apart = routing == "timestep_aware" and len(steps) > 1
+    assert found.fine == (steps[-1] if apart else None)
+    allowed = range(len(steps) - 1 if apart else len(steps))
+    drawn = set(found.coarse.tolist())
+    assert len(found) == 40
+    assert drawn <= set(allowed)
+    assert found.deepest == max(drawn)
+    # A step that none of 40 samples draws would be one case in 10^5.
+    assert drawn == set(allowed) if drawn_for == "sample" else len(drawn) == 1
+
+
+def needs(steps: tuple[int, ...]) -> dict:
+    """What else a one-step generator's configuration has to say."""
+    return {"preference": {"updates": 0}} if len(steps) == 1 else {}
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory) -> Generator:
+    teacher = save_sdxl(tmp_path_factory.mktemp("teacher"))
+    return Generator.from_config(parse_config({"model": {"teacher": str(teacher)}}))
+
+
+def test_every_sample_is_predicted_at_its_own_step(generator):
+    prompts = Prompts(("a red 4", "two 7s", "a blue 1", "a 3"), torch.arange(4))
+    own = torch.tensor([2, 0, 1, 2])
+    mixed = generator.sample(prompts, NoiseLevels(own, 2, 249), seed=5)
+    for step in range(3):
+        alike = generator.sample(prompts, levels(prompts, step), seed=5)
+        rows = own == step
+        torch.testing.assert_close(mixed.coarse.values[rows], alike.coarse.values[rows])
+        assert not torch.allclose(mixed.coarse.values[~rows], alike.coarse.values[~rows])
+        torch.testing.assert_close(mixed.fine.values, alike.fine.values)  # all end in the same clean samples
+
+
+def test_simulating_deeper_than_needed_changes_nothing(generator):
+    """Ranks simulate to the deepest step of the global batch, whatever their own samples drew."""
+    prompts = Prompts(("a red 4", "two 7s"), torch.arange(2))
+    drawn = torch.tensor([0, 1])
+    needed, deeper = (generator.sample(prompts, NoiseLevels(drawn, deepest, 249), seed=5) for deepest in (1, 2))
+    assert torch.equal(needed.coarse.values, deeper.coarse.values)
+    assert torch.equal(needed.fine.values, deeper.fine.values)
