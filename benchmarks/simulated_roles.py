@@ -18,6 +18,7 @@ from torch import Tensor
 from flashdmd_ray.batch import (
     Candidates,
     Latents,
+    NoiseLevels,
     Prediction,
     PreferencePairs,
     Prompts,
@@ -64,7 +65,7 @@ class Simulated:
 class Generator(Simulated):
     used = 0
 
-    def predict(self, prompts: Prompts, high: int, low: int | None, seed: int) -> Prediction:
+    def predict(self, prompts: Prompts, levels: NoiseLevels, seed: int) -> Prediction:
         self.spend("predict")
         latents = Latents(noise(prompts.indices, SHAPE, seed, "x"), prompts)
         return Prediction(latents, latents)

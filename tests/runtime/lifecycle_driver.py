@@ -1,5 +1,6 @@
 """A driver of its own, for test_lifecycle.py: brings up a private Ray with one worker, says so, and waits to be ended."""
 
+import signal
 import sys
 import time
 
@@ -7,6 +8,8 @@ from toy_roles import TOYS, toy_config
 
 from flashdmd_ray.runtime import Runtime, build_runtime, run_supervised
 
+# A shell that starts something in the background has it ignore Ctrl-C; here it must arrive.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 roles = {"reward": TOYS["reward"]}
 
 

@@ -18,10 +18,17 @@ from flashdmd_ray.driver import train
 from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.runtime import build_runtime
 
-STEPS = 2
+STEPS, RATE = 2, 3e-5
 ROOTS = ("matching/real_fake_gap", "matching/real_generated_gap", "generator/latent_std")
 """Roots of a rank's own means: their mean over two ranks is not the figure of the whole batch."""
-SMALL = ["batch=4", "preference.updates=0", "generator.warmup=0", "score.warmup=0", "deadlines.start_s=1200"]
+SMALL = [
+    "batch=4",
+    f"generator.lr={RATE}",
+    "preference.updates=0",
+    "generator.warmup=0",
+    "score.warmup=0",
+    "deadlines.start_s=1200",
+]
 ZERO = ["runtime=ray", "placement.learner.workers=2", "engine.kind=deepspeed", "engine.zero_stage=2"]
 
 
@@ -57,10 +64,13 @@ class Training:
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor], share: float) -> None:
-    """No weight off by more than 1e-5, and together by no more than a share of what training moved."""
+    """No weight off by more than a step's rate, and together by no more than a share of what training moved.
+
+    AdamW moves a weight by about the rate however small its gradient is, so where that is almost zero rounding decides the direction.
+    """
     moved, apart = 0.0, 0.0
     for name, weights in expected.items():
-        torch.testing.assert_close(found[name], weights, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[name], weights, rtol=0, atol=RATE)
         moved += (weights - start[name]).square().sum().item()
         apart += (weights - found[name]).square().sum().item()
     assert apart**0.5 < share * moved**0.5

@@ -79,7 +79,7 @@ def test_two_ranks_agree_and_keep_the_order_of_the_batch() -> None:
         "the first prediction depends on nothing but the weights: shards must join exactly"
     )
     for here, there in zip(local, ray, strict=True):
-        torch.testing.assert_close(here, there)
+        torch.testing.assert_close(here, there, rtol=1.3e-6, atol=1e-5)  # float32's, for metrics too
 
 
 def test_published_weights_do_not_follow_the_generator() -> None:

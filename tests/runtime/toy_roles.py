@@ -12,7 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashdmd_ray.batch import Candidates, Latents, PreferencePairs, Prompts, PublishedWeights, noise, to_uint8
+from flashdmd_ray.batch import (
+    Candidates,
+    Latents,
+    NoiseLevels,
+    PreferencePairs,
+    Prompts,
+    PublishedWeights,
+    noise,
+    to_uint8,
+)
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.weights import checksum
 
@@ -109,9 +118,11 @@ class Toy:
 
 
 class Generator(Toy):
-    def predict(self, prompts: Prompts, high: int, low: int | None, seed: int) -> Latents:
-        assert low is None or isinstance(low, int)
-        return Latents(noise(prompts.indices, SHAPE, seed, f"x/{high}") * self.weight, prompts)
+    def predict(self, prompts: Prompts, levels: NoiseLevels, seed: int) -> Latents:
+        assert len(levels) == len(prompts)
+        assert levels.fine is None or isinstance(levels.fine, int)
+        own = 1 + levels.coarse[:, None, None, None]
+        return Latents(noise(prompts.indices, SHAPE, seed, f"x/{levels.deepest}") * own * self.weight, prompts)
 
     def update(self, matching: Tensor, realism: Tensor) -> dict[str, float]:
         matching += 0 * realism  # a role may write to what it received: it must not be a view of shared memory
