@@ -143,7 +143,8 @@ def _forwards(config: Config) -> tuple[float, int]:
     """Forwards of one prediction: without gradient, on average, and with one."""
     steps = len(config.sampling.timesteps)
     if config.matching.routing == "shared" or steps == 1:
-        return (steps - 1) / 2, 1  # to the step that is drawn, and no fine forward
+        # To the step that is drawn, or to the deepest of many; and no fine forward.
+        return (steps - 1) / (2 if config.matching.levels == "batch" else 1), 1
     return steps, 2  # to the deepest step that is drawn, and on from it to the end
 
 

@@ -62,10 +62,11 @@ class Loader:
             if base is not None and self._settings.teachers:
                 teacher = self._base(facts, base, ["denoiser"]).teacher
                 artists[name + TEACHER] = Teacher(family, teacher, self._settings.teacher_guidance)
-        for module in {id(m): m for a in artists.values() for m in (a.network.network, a.family.vae)}.values():
-            module.to(memory_format=torch.channels_last)  # a CPU's convolutions take 7 % less time
-            if self._device.type == "cpu":
-                steady(module)
+        for artist in artists.values():
+            for module in (artist.network.network, artist.family.vae):
+                module.to(memory_format=torch.channels_last)  # drawing takes 7 % less time on a CPU
+                if self._device.type == "cpu":
+                    steady(module)
         infos = {called: self._info(called, folder.name, facts, artist) for called, artist in artists.items()}
         return Version(name, folder.name, artists, infos)
 
