@@ -165,7 +165,7 @@ def test_a_broken_version_is_refused_and_the_old_one_stays(service):
 
 def test_a_full_queue_is_answered_in_openais_shape(service):
     with concurrent.futures.ThreadPoolExecutor(3 * QUEUE) as pool:
-        answers = list(pool.map(lambda seed: service.post(seed=seed, n=4), range(3 * QUEUE)))
+        answers = list(pool.map(lambda seed: service.post(seed=seed, n=10), range(3 * QUEUE)))
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
     assert statuses.count(200) >= QUEUE
