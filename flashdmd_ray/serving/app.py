@@ -68,9 +68,10 @@ def _ingress(settings: ServeSettings) -> serve.Deployment:
         serve.ingress(asgi)(),
         name=INGRESS,
         num_replicas=settings.ingress,
-        # Its own queue is counted in the application, which answers in OpenAI's shape; what is beyond is Serve's.
+        # The application counts its own queue and answers in OpenAI's shape. Serve, which answers 503 in plain text, counts a
+        # request as queued while it chooses a replica, so many that come in one instant are all queued there.
         max_ongoing_requests=2 * settings.queue + 100,
-        max_queued_requests=settings.queue,
+        max_queued_requests=2 * settings.queue + 1000,
         graceful_shutdown_timeout_s=settings.replica.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0.1},
