@@ -13,16 +13,23 @@ from flashdmd_ray.serving.errors import ApiError
 
 VARIABLE = "FLASHDMD_API_KEYS"
 SHORTEST = 16
+HIDES_CLIENTS = "RAY_SERVE_ENABLE_HA_PROXY"
+"""With 1, Serve puts HAProxy in front, which does not pass on who a client is: all look local."""
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """The keys of FLASHDMD_API_KEYS (separated by commas or white space) and of `file`. Raises ValueError for one that is too short to
-    be secret, and for a file that cannot be read or has none."""
+    be secret, for a file that cannot be read or has none, and where there are none although the address of a client tells nothing."""
     keys = environment.get(VARIABLE, "").replace(",", " ").split()
     for key in keys:
         _check(VARIABLE, key)
     if file is not None:
         keys += _read(file)
+    if not keys and environment.get(HIDES_CLIENTS) == "1":
+        raise ValueError(
+            f"{HIDES_CLIENTS}: behind HAProxy all clients look local, so without keys everybody could draw; "
+            f"set {VARIABLE} or keys_file, or unset {HIDES_CLIENTS}"
+        )
     return tuple(dict.fromkeys(keys))
 
 

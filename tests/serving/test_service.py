@@ -164,8 +164,8 @@ def test_a_broken_version_is_refused_and_the_old_one_stays(service):
 
 
 def test_a_full_queue_is_answered_in_openais_shape(service):
-    with concurrent.futures.ThreadPoolExecutor(3 * QUEUE) as pool:
-        answers = list(pool.map(lambda seed: service.post(seed=seed, n=10), range(3 * QUEUE)))
+    with concurrent.futures.ThreadPoolExecutor(8 * QUEUE) as pool:
+        answers = list(pool.map(lambda seed: service.post(seed=seed, n=10), range(8 * QUEUE)))
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
     assert statuses.count(200) >= QUEUE

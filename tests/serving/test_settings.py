@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flashdmd_ray.serving.command import check_address, name_source, settings_tree
 from flashdmd_ray.serving.errors import ApiError
-from flashdmd_ray.serving.keys import VARIABLE, Doorkeeper, is_loopback, read_keys
+from flashdmd_ray.serving.keys import HIDES_CLIENTS, VARIABLE, Doorkeeper, is_loopback, read_keys
 from flashdmd_ray.serving.limits import RateLimit
 from flashdmd_ray.serving.settings import parse_settings
 
@@ -71,6 +71,14 @@ def test_without_keys_only_loopback_addresses_are_listened_on(monkeypatch):
         check_address("0.0.0.0", settings)
     monkeypatch.setenv(VARIABLE, KEY)
     check_address("0.0.0.0", settings)
+
+
+def test_where_addresses_are_hidden_there_must_be_keys():
+    for value in ("", "0"):
+        assert read_keys(None, {HIDES_CLIENTS: value}) == ()
+    with pytest.raises(ValueError, match=f"{HIDES_CLIENTS}: .* set {VARIABLE} or keys_file, or unset"):
+        read_keys(None, {HIDES_CLIENTS: "1"})
+    assert read_keys(None, {HIDES_CLIENTS: "1", VARIABLE: KEY}) == (KEY,)
 
 
 def test_addresses_of_this_machine():
