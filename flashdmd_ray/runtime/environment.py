@@ -59,6 +59,17 @@ def use_loopback(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if "RAY_ADDRESS" not in environment:
+        environment.setdefault("RAY_AUTH_MODE", "token")  # Serve's replicas listen on all interfaces whatever the address
         environment.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         environment.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "180")
         environment.setdefault("RAY_gcs_server_port_wait_time_s", "180")
+
+
+def use_quick_handles(environment: MutableMapping[str, str]) -> None:
+    """Serve's documented settings for throughput that are about calls of handles: gRPC, and no thread of its own for a replica's code,
+    which here is asynchronous and draws in a thread of ours. Read when `ray.serve` is imported and inherited by its processes; in a
+    cluster (RAY_ADDRESS) its own settings hold.
+    """
+    if "RAY_ADDRESS" not in environment:
+        environment.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
+        environment.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from flashdmd_ray.runtime.environment import worker_environment
@@ -20,12 +21,22 @@ GENERATOR, INGRESS = "Generator", "Ingress"
 
 
 def build_app(args: Mapping[str, Any]) -> Application:
-    """The application of `settings.ServeSettings`, for `serve run`, `serve deploy` and jobs/serve.py.
+    """The application of `settings.ServeSettings`, for `serve run` and `serve deploy`.
 
     Raises ValueError, one line per problem, for arguments that make no sense.
     """
     settings = parse_settings(args)
-    return _ingress(settings).bind(_generator(settings).bind(settings))
+    return _ingress(settings).bind(build_generators(settings))
+
+
+def build_generators(settings: ServeSettings) -> Application:
+    """The replicas that draw, for a process that answers HTTP itself, as jobs/serve.py does."""
+    return _generator(settings).bind(settings)
+
+
+def api_over(generator: DeploymentHandle, settings: ServeSettings) -> Starlette:
+    """What answers HTTP. generator: handle of the deployment. Raises ValueError for a hook or a file of keys that cannot be read."""
+    return build_api(settings, RayStudio(generator), read_keys(settings.keys_file), load_hook(settings.prompt_filter))
 
 
 def _generator(settings: ServeSettings) -> serve.Deployment:
@@ -61,8 +72,7 @@ def _generator(settings: ServeSettings) -> serve.Deployment:
 def _ingress(settings: ServeSettings) -> serve.Deployment:
     def asgi() -> Starlette:
         context = serve.get_replica_context()
-        handle = serve.get_deployment_handle(GENERATOR, app_name=context.app_name)
-        return build_api(settings, RayStudio(handle), read_keys(settings.keys_file), load_hook(settings.prompt_filter))
+        return api_over(serve.get_deployment_handle(GENERATOR, app_name=context.app_name), settings)
 
     return serve.deployment(
         serve.ingress(asgi)(),

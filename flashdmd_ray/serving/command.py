@@ -16,11 +16,15 @@ from typing import Any
 
 from flashdmd_ray.cli import FAILED, brief, prepare_process, refuse, say
 from flashdmd_ray.config import apply_override
+from flashdmd_ray.runtime.environment import use_loopback, use_quick_handles
+from flashdmd_ray.serving.front import answering, take_address
 from flashdmd_ray.serving.keys import VARIABLE, is_loopback, read_keys
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
 from flashdmd_ray.serving.sources import open_source
 
 APPLICATION = "flashdmd_ray"
+SERVE_LOGS = {"enable_access_log": False}
+"""Requests have a line of ours in the log; Serve's own would be a second one."""
 
 
 def serve_command(arguments: Sequence[str] | None = None) -> int:
@@ -59,8 +63,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--set", metavar="key=value", nargs="+", action="extend", default=[])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--port", type=port_number, default=8000, help="default: %(default)s")
     return parser.parse_args(arguments)
+
+
+def port_number(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"'{text}' is no port: 1 to 65535")
+    return int(text)
 
 
 def settings_tree(models: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
@@ -96,37 +106,31 @@ def check_address(host: str, settings: ServeSettings) -> None:
 
 
 def run(settings: ServeSettings, host: str, port: int) -> int:
-    """Serve until SIGTERM or Ctrl-C. Raises ValueError for a model that cannot be served."""
-    from flashdmd_ray.runtime.environment import use_loopback
-
+    """Serve until SIGTERM or Ctrl-C. Raises ValueError for an address that is taken and a model that cannot be served."""
+    listener = take_address(host, port)
     use_loopback(os.environ)
+    use_quick_handles(os.environ)
 
     from ray import serve
 
     from flashdmd_ray.runtime.cluster import Cluster
-    from flashdmd_ray.serving.app import build_app
+    from flashdmd_ray.serving.app import api_over, build_generators
 
-    application = build_app(settings.model_dump(mode="json"))
     print(f"starting Ray and loading {', '.join(settings.models)}", flush=True)
     cluster = Cluster.join()
     try:
-        # Requests have a line of ours in the log; Serve's own would be a second and a third.
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": port},
-            logging_config={"enable_access_log": False},
-        )
+        serve.start(proxy_location="Disabled", logging_config=SERVE_LOGS)
         try:
-            serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
+            generator = serve.run(
+                build_generators(settings), name=APPLICATION, route_prefix=None, logging_config=SERVE_LOGS
+            )
         except RuntimeError as error:
             raise ValueError(_reason(str(error) + _status(serve.status()))) from None
         stop = _until_stopped()
-        print(f"ready: http://{host}:{port}/", flush=True)
-        stop.wait()
-        print("stopping: requests that are here are finished", flush=True)
-        serve.delete(
-            APPLICATION
-        )  # replicas drain while the proxy lives; a shutdown alone ends the proxy with answers still in it
+        with answering(api_over(generator, settings), listener, stop, settings.replica.drain_s):
+            print(f"ready: http://{host}:{port}/", flush=True)
+            stop.wait()
+            print("stopping: requests that are here are finished", flush=True)
     finally:
         serve.shutdown()
         cluster.leave()

@@ -1,0 +1,76 @@
+"""HTTP in the process of the command itself: one hop less than Serve's proxy and an ingress replica, which a cluster has instead."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+KEEP_ALIVE_S = 90
+"""How long a connection that asks nothing stays open."""
+START_S = 30.0
+END_S = 10.0
+"""For the thread to end, beyond the time that requests have to be finished."""
+
+
+def take_address(host: str, port: int) -> socket.socket:
+    """A socket that listens there; whoever connects is answered once it was given to `answering`. Raises ValueError when the address
+    cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ValueError(f"--host {host} --port {port}: {reason}; choose another address") from None
+
+
+@contextmanager
+def answering(app: ASGIApp, listener: socket.socket, stop: threading.Event, drain_s: float) -> Iterator[None]:
+    """Answers requests at the address of `listener` by a thread of this process. At the end takes no new ones and finishes those that
+    are here, for `drain_s` at most.
+
+    stop: set when the server ends by itself. Raises RuntimeError then, and when it does not start.
+    """
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            access_log=False,  # every request has a line of the application's own
+            log_config=None,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=math.ceil(drain_s),
+        )
+    )
+
+    def answer() -> None:
+        try:
+            server.run(sockets=[listener])
+        finally:
+            stop.set()
+
+    thread = threading.Thread(target=answer, name="http", daemon=True)
+    thread.start()
+    try:
+        _wait_for_start(server, thread)
+        yield
+        if not thread.is_alive():
+            raise RuntimeError("the HTTP server ended by itself")
+    finally:
+        server.should_exit = True
+        thread.join(drain_s + END_S)
+
+
+def _wait_for_start(server: uvicorn.Server, thread: threading.Thread) -> None:
+    give_up = time.monotonic() + START_S
+    while not server.started:
+        if not thread.is_alive() or time.monotonic() > give_up:
+            raise RuntimeError("the HTTP server did not start")
+        time.sleep(0.01)
