@@ -80,10 +80,10 @@ def main() -> None:
             "limits": {"images": 2},
             "replica": {"count": 2, "batch": 16, "threads": 1},
         }
-        with running_service(args) as url:
+        with running_service(args) as service:
             print("bodies:")
-            nasty_bodies(url)
-            fuzz(url, options.examples, root)
+            nasty_bodies(service.url)
+            fuzz(service.url, options.examples, root)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import socket
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
+import psutil
 
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,11 +30,13 @@ for _name, _value in {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_DEDUP_LOGS": "1",
-    "FLASHDMD_API_KEYS": secrets.token_urlsafe(32),  # as behind HAProxy, which may be measured too
+    "FLASHDMD_API_KEYS": secrets.token_urlsafe(32),  # as a service that others reach
 }.items():
     os.environ.setdefault(_name, _value)
 
+ROOT = Path(__file__).parents[1]
 TIMESTEPS = (999, 749, 499, 249)
+START_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -54,30 +61,51 @@ def export_demo(out: Path, change: float = 1.0) -> Path:
     return export_pipeline(family, weights, TIMESTEPS, out, facts)
 
 
+class Service:
+    """A running `jobs/serve.py`. url: without a slash at the end."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
+        self._process = psutil.Process(process.pid)
+        self.url = url
+
+    def processes(self) -> Iterator[tuple[str, psutil.Process]]:
+        """What it consists of by name: "command" (which answers HTTP), "Generator", "ServeController", and Ray's own as "Ray"."""
+        yield "command", self._process
+        for process in self._process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                title = " ".join(process.cmdline())
+                yield next((word for word in ("ServeController", "Generator") if word in title), "Ray"), process
+
+
 @contextlib.contextmanager
-def running_service(args: Mapping[str, Any]) -> Iterator[str]:
-    """The URL of a service with these settings, on a Ray of its own."""
-    from flashdmd_ray.runtime.environment import use_loopback
-
-    use_loopback(os.environ)
-
-    from ray import serve
-
-    from flashdmd_ray.runtime.cluster import Cluster
-    from flashdmd_ray.serving.app import build_app
-
+def running_service(args: Mapping[str, Any]) -> Iterator[Service]:
+    """`jobs/serve.py` with these settings (the arguments of `build_app`), as users start it, on a Ray of its own."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    cluster = Cluster.join()
-    try:
-        quiet = {"enable_access_log": False, "log_level": "WARNING"}
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
-        serve.run(build_app(args), name="measured", route_prefix="/", logging_config=quiet)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
-        cluster.leave()
+    settings = dict(args)
+    models = [f"{name}={source}" for name, source in settings.pop("models").items()]
+    command = [sys.executable, "jobs/serve.py", *models, "--port", str(port), "--set"]
+    command += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process:
+        try:
+            _wait_until_ready(process, log)
+            yield Service(process, f"http://127.0.0.1:{port}")
+        finally:
+            process.terminate()
+            process.wait(timeout=120)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], log: IO[str]) -> None:
+    give_up = time.monotonic() + START_S
+    while True:
+        log.seek(0)
+        said = log.read()
+        if "\nready: " in said:
+            return
+        if process.poll() is not None or time.monotonic() > give_up:
+            raise RuntimeError(f"the service did not start:\n{said[-2000:]}")
+        time.sleep(0.2)
 
 
 @contextlib.asynccontextmanager

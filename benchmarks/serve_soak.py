@@ -3,13 +3,15 @@
     python benchmarks/serve_soak.py [--requests 20000] [--seconds 600] [--kill-every 20]
 
 Whichever comes first ends it. Bars: no answer above 499, no request lost, memory at the end at most 5 % above that after a tenth of the
-run (of the ingress, the proxy and the controller; a generator that was replaced starts anew), and a kill adds at most one second.
+run (of the command, which answers HTTP, Serve's controller, and Ray's own; a generator that was replaced starts anew), and a kill adds
+at most one second.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import tempfile
 import threading
 import time
@@ -18,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
-from serve_load import Answer, export_demo, keep_asking, median, percentile, running_service
+from serve_load import Answer, Service, export_demo, keep_asking, median, percentile, running_service
 
 PERIOD_S = 2.0
 
@@ -26,20 +28,18 @@ PERIOD_S = 2.0
 class Killer(threading.Thread):
     """Kills one generator replica every so often, never the last that is up; remembers when."""
 
-    def __init__(self, every: float) -> None:
+    def __init__(self, service: Service, every: float) -> None:
         super().__init__(daemon=True)
+        self._service = service
         self._every = every
         self._stop = threading.Event()
         self.kills: list[float] = []
 
     def run(self) -> None:
-        import ray
-
         while not self._stop.wait(self._every):
-            names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-            generators = [name for name in names if "#Generator#" in name]
+            generators = [process for kind, process in self._service.processes() if kind == "Generator"]
             if len(generators) > 1:
-                ray.kill(ray.get_actor(generators[len(self.kills) % len(generators)], namespace="serve"))
+                generators[len(self.kills) % len(generators)].kill()
                 self.kills.append(time.monotonic())
 
     def end(self) -> None:
@@ -49,8 +49,9 @@ class Killer(threading.Thread):
 class Memory(threading.Thread):
     """Private memory of the service's processes by what they are, in MiB, every PERIOD_S."""
 
-    def __init__(self) -> None:
+    def __init__(self, service: Service) -> None:
         super().__init__(daemon=True)
+        self._service = service
         self._stop = threading.Event()
         self.seen: list[Mapping[str, float]] = []
 
@@ -63,16 +64,9 @@ class Memory(threading.Thread):
 
     def _now(self) -> Mapping[str, float]:
         found: Counter[str] = Counter()
-        for process in psutil.Process().children(recursive=True):
-            try:
-                title = " ".join(process.cmdline())
-                kind = next(
-                    (word for word in ("Ingress", "ProxyActor", "ServeController", "Generator") if word in title), None
-                )
-                if kind is not None:
-                    found[kind] += process.memory_full_info().uss / 2**20
-            except psutil.NoSuchProcess:
-                continue
+        for kind, process in self._service.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[kind] += process.memory_full_info().uss / 2**20
         return found
 
 
@@ -113,8 +107,8 @@ def main() -> None:
             "cache": str(root / "cache"),
             "replica": {"count": 2, "batch": 16, "threads": 1},
         }
-        with running_service(args) as url:
-            killer, memory = Killer(options.kill_every or float("inf")), Memory()
+        with running_service(args) as service:
+            killer, memory = Killer(service, options.kill_every or float("inf")), Memory(service)
             memory.start()
             if options.kill_every:
                 killer.start()
@@ -125,7 +119,7 @@ def main() -> None:
             def body(number: int) -> Mapping[str, object]:
                 return {"prompt": f"a red {number % 10} on a gray background, {number}", "seed": number}
 
-            answers = asyncio.run(keep_asking(url, options.clients, done, body))
+            answers = asyncio.run(keep_asking(service.url, options.clients, done, body))
             killer.end()
             memory.end()
         report(answers, killer, memory)

@@ -96,8 +96,8 @@ def main() -> None:
             "watch_s": 0.5,
             "replica": {"count": 2, "batch": 16, "threads": 1},
         }
-        with running_service(args) as url:
-            asyncio.run(swap_under_load(url, root, options.swaps))
+        with running_service(args) as service:
+            asyncio.run(swap_under_load(service.url, root, options.swaps))
 
 
 async def swap_under_load(url: str, root: Path, swaps: int) -> None:

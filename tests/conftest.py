@@ -21,9 +21,10 @@ SETTINGS = {
 for _name, _value in SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
-from flashdmd_ray.runtime.environment import use_loopback  # noqa: E402 (after the settings)
+from flashdmd_ray.runtime.environment import use_loopback, use_quick_handles  # noqa: E402 (after the settings)
 
 use_loopback(os.environ)
+use_quick_handles(os.environ)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -95,7 +95,7 @@ class Api:
         self._admit(request, asked)
         if self._rate is not None:
             self._rate.take(state_of(request).client, len(order.seeds))
-        drawn = await self._draw(order)
+        drawn = await while_here(request, self._draw(order))
         return image_response(order, drawn, time.monotonic() - started)
 
     async def list_models(self, request: Request) -> Response:
@@ -156,6 +156,24 @@ class Api:
     def _count(self, change: int) -> None:
         self._inside += change
         self.metrics.inside(self._inside)
+
+
+async def while_here(request: Request, drawing: Coroutine[Any, Any, Drawn]) -> Drawn:
+    """What `drawing` gives; it is cancelled when the client leaves. The request's body must have been read. Raises ApiError then."""
+    work, leaving = asyncio.create_task(drawing), asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise ApiError(400, "The client went away before its images were drawn.", "client_disconnected")
+    finally:
+        leaving.cancel()
+        work.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def queue_full() -> ApiError:

@@ -16,7 +16,6 @@ from typing import Any
 
 from flashdmd_ray.cli import FAILED, brief, prepare_process, refuse, say
 from flashdmd_ray.config import apply_override
-from flashdmd_ray.runtime.environment import use_loopback, use_quick_handles
 from flashdmd_ray.serving.front import answering, take_address
 from flashdmd_ray.serving.keys import VARIABLE, is_loopback, read_keys
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
@@ -108,6 +107,9 @@ def check_address(host: str, settings: ServeSettings) -> None:
 def run(settings: ServeSettings, host: str, port: int) -> int:
     """Serve until SIGTERM or Ctrl-C. Raises ValueError for an address that is taken and a model that cannot be served."""
     listener = take_address(host, port)
+
+    from flashdmd_ray.runtime.environment import use_loopback, use_quick_handles
+
     use_loopback(os.environ)
     use_quick_handles(os.environ)
 

@@ -8,16 +8,21 @@ batches are filled up. `steady` makes more sizes agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 15, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batch sizes that are tried. Those just below powers of two are there because libraries change kernels at such numbers."""
 ROWS, IMAGES = 16, 2
 """A CPU's kernels for fewer rows of a linear layer, or fewer images of a convolution, are others."""
+
+LAID_OUT: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
+"""Weights of convolutions -> their version, and they as oneDNN wants them: a second copy while they live, made by a first single image.
+Students on one base share weights, and so these."""
 
 
 class SteadyLinear(nn.Linear):
@@ -35,20 +40,18 @@ class SteadyConv2d(nn.Conv2d):
     """One image is computed as two would be. oneDNN does that when it is given the weights in the layout that it chooses for itself,
     in the time of one image; where it cannot, the image is doubled."""
 
-    _laid_out: tuple[int, Tensor] | None = None
-    """Version of the weights, and they in that layout: a second copy, made by the first single image."""
-
     def forward(self, x: Tensor) -> Tensor:
         if len(x) >= IMAGES:
             return super().forward(x)
         if not self._has_layout(x):
             return super().forward(x.expand(IMAGES, -1, -1, -1).contiguous())[: len(x)]
         place = (self.padding, self.stride, self.dilation, self.groups)
-        if self._laid_out is None or self._laid_out[0] != self.weight._version:
+        version, laid_out = LAID_OUT.get(self.weight, (-1, x))
+        if version != self.weight._version:
             laid_out = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *place, list(x.shape))
-            self._laid_out = (self.weight._version, laid_out)
+            LAID_OUT[self.weight] = (self.weight._version, laid_out)
         # As torch.compile calls it for CPUs; no function of torch itself takes weights in this layout and plain images.
-        return torch.ops.mkldnn._convolution_pointwise(x, self._laid_out[1], self.bias, *place, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, laid_out, self.bias, *place, "none", [], "")
 
     def _has_layout(self, x: Tensor) -> bool:
         return (

@@ -1,9 +1,12 @@
 """The drawing thread: who shares forwards, who goes first, and when it stops."""
 
+import copy
 import threading
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.models.sdxl import SDXL
@@ -172,6 +175,40 @@ def test_a_sample_has_the_same_bits_in_every_batch(family):
         for seed, (latents, pixels) in zip(seeds, draw(*seeds), strict=True):
             assert torch.equal(latents, alone[seed][0])
             assert torch.equal(pixels, alone[seed][1])
+
+
+@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dtype"), [(3, 1, torch.float32), (1, 2, torch.float32), (3, 1, torch.bfloat16)]
+)
+@torch.no_grad()
+def test_one_image_is_convolved_like_two(by_onednn, kernel, stride, dtype, monkeypatch):
+    there = torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there and by_onednn)
+    layers = nn.Sequential(nn.Conv2d(48, 96, kernel, stride, kernel // 2)).to(
+        dtype=dtype, memory_format=torch.channels_last
+    )
+    steady(layers)
+    images = torch.randn(2, 48, 12, 12).to(dtype=dtype, memory_format=torch.channels_last)
+    for _ in range(2):  # the second time the weights are others
+        together, alone = layers(images), layers(images[:1])
+        exact = F.conv2d(images.double(), *(p.double() for p in layers[0].parameters()), stride, kernel // 2)
+        torch.testing.assert_close(together.double(), exact, rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-4)
+        assert torch.equal(alone, together[:1])
+        layers[0].weight.mul_(2)
+
+
+@torch.no_grad()
+def test_a_copy_with_other_weights_convolves_with_its_own():
+    layer = nn.Sequential(nn.Conv2d(8, 8, 3))
+    steady(layer)
+    image = torch.randn(1, 8, 6, 6)
+    before = layer(image)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(image), before)
+    copied[0].weight.add_(1)
+    assert not torch.equal(copied(image), before)
+    assert torch.equal(layer(image), before)
 
 
 def info(*sizes):

@@ -1,4 +1,5 @@
-"""The service on Ray Serve, over HTTP: one application for all of these tests."""
+"""The service on Ray Serve, over HTTP: one application for all of these tests, through both of its doors: `front`, as jobs/serve.py has
+it, and Serve's own proxy with an ingress replica, as `serve deploy` has it."""
 
 import asyncio
 import base64
@@ -6,6 +7,7 @@ import concurrent.futures
 import json
 import shutil
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +18,9 @@ import requests
 from ray import serve
 
 from flashdmd_ray.serving import studio
-from flashdmd_ray.serving.app import build_app
+from flashdmd_ray.serving.app import api_over, build_app
+from flashdmd_ray.serving.front import answering, take_address
+from flashdmd_ray.serving.settings import parse_settings
 from tests.serving.exports import export_demo, export_demo_lora
 
 PROMPT = "a red 4 on a gray background"
@@ -66,10 +70,10 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster, tmp_path_factory):
+def running(ray_cluster, tmp_path_factory):
+    """Two doors to the same replicas, by name."""
     root = tmp_path_factory.mktemp("service")
-    port = free_port()
-    service = Service(f"http://127.0.0.1:{port}", root)
+    service, proxied = (Service(f"http://127.0.0.1:{free_port()}", root) for _ in range(2))
     export_demo(service.a)
     export_demo(service.b, change=1.001)
     shutil.copytree(service.a, service.live)
@@ -87,10 +91,21 @@ def service(ray_cluster, tmp_path_factory):
         "teacher_steps": 100,
         "deadline_s": 120.0,
     }
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port_of(proxied)})
     serve.run(build_app(args), name="tested", route_prefix="/")
-    yield service
+    api = api_over(serve.get_deployment_handle("Generator", app_name="tested"), parse_settings(args))
+    with answering(api, take_address("127.0.0.1", port_of(service)), threading.Event(), drain_s=5):
+        yield {"front": service, "proxy": proxied}
     serve.shutdown()
+
+
+@pytest.fixture(params=["front", "proxy"])
+def service(running, request):
+    return running[request.param]
+
+
+def port_of(service: Service) -> int:
+    return int(service.url.rpartition(":")[2])
 
 
 def test_the_openai_client_works_unchanged(service):
@@ -188,6 +203,7 @@ def test_a_client_that_leaves_ends_its_drawing(service):
     assert "flashdmd_requests_inside 0.0" in inside
 
 
+@pytest.mark.parametrize("service", ["front"], indirect=True)  # a second kill so soon after would leave no replica
 def test_a_killed_replica_loses_no_request(service):
     def kill_one() -> None:
         actors = ray.util.list_named_actors(all_namespaces=True)
