@@ -85,7 +85,7 @@ def report(answers: list[Answer], killer: Killer, memory: Memory) -> None:
         )
     start, end = memory.seen[len(memory.seen) // 10], memory.seen[-1]
     for kind in sorted(end):
-        if kind != "Generator" or not killer.kills:
+        if "Generator" not in kind or not killer.kills:
             growth = end[kind] / start[kind] - 1
             print(f"memory of {kind}: {start[kind]:.0f} -> {end[kind]:.0f} MiB, {100 * growth:+.1f} % (bar: 5)")
 

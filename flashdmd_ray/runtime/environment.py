@@ -59,9 +59,8 @@ def use_loopback(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if "RAY_ADDRESS" not in environment:
-        environment.setdefault(
-            "RAY_AUTH_MODE", "token"
-        )  # Serve's replicas listen on all interfaces whatever the address
+        # Serve's replicas listen on all interfaces, whatever the address.
+        environment.setdefault("RAY_AUTH_MODE", "token")
         environment.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         environment.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "180")
         environment.setdefault("RAY_gcs_server_port_wait_time_s", "180")

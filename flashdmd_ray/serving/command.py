@@ -33,6 +33,7 @@ def serve_command(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = parse_settings(settings_tree(options.models, options.set))
         check_address(options.host, settings)
+        check_ingress(settings)
         for source in settings.models.values():
             open_source(source, settings.registry)
     except ValueError as error:
@@ -101,6 +102,14 @@ def check_address(host: str, settings: ServeSettings) -> None:
     if not read_keys(settings.keys_file) and not is_loopback(host):
         raise ValueError(
             f"--host {host}: whoever reaches this machine could draw; set {VARIABLE} or keys_file, or listen on 127.0.0.1"
+        )
+
+
+def check_ingress(settings: ServeSettings) -> None:
+    """Raises ValueError for ingress replicas, which this command would not use."""
+    if settings.ingress != 1:
+        raise ValueError(
+            "ingress: jobs/serve.py answers HTTP itself; `serve deploy` has ingress replicas. Leave it out"
         )
 
 

@@ -86,9 +86,9 @@ class ServeSettings(Section):
     replica: ReplicaSettings = ReplicaSettings()
     limits: LimitSettings = LimitSettings()
     queue: PositiveInt = 64
-    """Requests in the service, drawn or waiting, per ingress replica; more are answered with 429."""
+    """Requests in the service, drawn or waiting, per process that answers HTTP; more are answered with 429."""
     ingress: PositiveInt = 1
-    """Ingress replicas: processes that speak HTTP and draw nothing."""
+    """Of `serve deploy`: ingress replicas, processes that answer HTTP and draw nothing. jobs/serve.py answers itself."""
     deadline_s: PositiveFloat = 60.0
     """For one request, waiting and retries included; later is answered with 504."""
     keys_file: Path | None = None

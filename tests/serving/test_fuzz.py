@@ -4,15 +4,14 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from flashdmd_ray.export import export_pipeline
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.serving.api import build_api
+from flashdmd_ray.serving.front import answering, take_address
 from flashdmd_ray.serving.generator import Generator
 from flashdmd_ray.serving.settings import parse_settings
 from tests.serving.exports import FACTS
@@ -36,17 +35,9 @@ def url(tmp_path_factory):
         "cache": str(root / "cache"),
     }
     settings = parse_settings(tree)
-    server = uvicorn.Server(
-        uvicorn.Config(build_api(settings, Generator(settings), (KEY,)), port=0, log_level="error", lifespan="off")
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(timeout=20)
+    api = build_api(settings, Generator(settings), (KEY,))
+    with take_address("127.0.0.1", 0) as listener, answering(api, listener, threading.Event(), drain_s=20):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_the_document_is_true(url, tmp_path):

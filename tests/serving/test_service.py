@@ -4,6 +4,7 @@ it, and Serve's own proxy with an ingress replica, as `serve deploy` has it."""
 import asyncio
 import base64
 import concurrent.futures
+import contextlib
 import json
 import shutil
 import socket
@@ -71,18 +72,19 @@ class Service:
 
 @pytest.fixture(scope="module")
 def running(ray_cluster, tmp_path_factory):
-    """Two doors to the same replicas, by name."""
+    """Doors to the same replicas, by name. "by tasks" is a front that calls them as Ray's tasks, which is Serve's own default."""
     root = tmp_path_factory.mktemp("service")
-    service, proxied = (Service(f"http://127.0.0.1:{free_port()}", root) for _ in range(2))
-    export_demo(service.a)
-    export_demo(service.b, change=1.001)
-    shutil.copytree(service.a, service.live)
-    shutil.copytree(service.b, service.broken)
-    weights = service.broken / "unet" / "diffusion_pytorch_model.safetensors"
+    port = free_port()
+    proxied = Service(f"http://127.0.0.1:{port}", root)
+    export_demo(proxied.a)
+    export_demo(proxied.b, change=1.001)
+    shutil.copytree(proxied.a, proxied.live)
+    shutil.copytree(proxied.b, proxied.broken)
+    weights = proxied.broken / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     lora = export_demo_lora(root / "lora", 0.05)
     args = {
-        "models": {"demo": str(service.live), "style": str(lora)},
+        "models": {"demo": str(proxied.live), "style": str(lora)},
         "aliases": {"gpt-image-1": "demo"},
         "replica": {"count": 2, "batch": 8, "cpus": 0.1},
         "watch_s": 0.3,
@@ -91,11 +93,11 @@ def running(ray_cluster, tmp_path_factory):
         "teacher_steps": 100,
         "deadline_s": 120.0,
     }
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port_of(proxied)})
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     serve.run(build_app(args), name="tested", route_prefix="/")
-    api = api_over(serve.get_deployment_handle("Generator", app_name="tested"), parse_settings(args))
-    with answering(api, take_address("127.0.0.1", port_of(service)), threading.Event(), drain_s=5):
-        yield {"front": service, "proxy": proxied}
+    grpc = serve.get_deployment_handle("Generator", app_name="tested")
+    with fronted(grpc, args) as front, fronted(grpc.options(_by_reference=True), args) as by_tasks:
+        yield {"front": Service(front, root), "by tasks": Service(by_tasks, root), "proxy": proxied}
     serve.shutdown()
 
 
@@ -104,8 +106,12 @@ def service(running, request):
     return running[request.param]
 
 
-def port_of(service: Service) -> int:
-    return int(service.url.rpartition(":")[2])
+@contextlib.contextmanager
+def fronted(handle, args):
+    """The URL of a front over the replicas behind a handle."""
+    api = api_over(handle, parse_settings(args))
+    with take_address("127.0.0.1", 0) as listener, answering(api, listener, threading.Event(), drain_s=5):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_the_openai_client_works_unchanged(service):
@@ -178,6 +184,13 @@ def test_a_broken_version_is_refused_and_the_old_one_stays(service):
     service.wait_for(lambda: service.model()["refused"] is None)
 
 
+def test_a_client_of_a_local_proxy_is_not_local(service):
+    """There are no keys; proxies name their clients in X-Forwarded-For."""
+    headers = {"X-Forwarded-For": "203.0.113.5"}
+    response = requests.get(f"{service.url}/v1/models", headers=headers, timeout=30)
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "no_keys_configured")
+
+
 def test_a_full_queue_is_answered_in_openais_shape(service):
     with concurrent.futures.ThreadPoolExecutor(8 * QUEUE) as pool:
         answers = list(pool.map(lambda seed: service.post(seed=seed, n=10), range(8 * QUEUE)))
@@ -203,15 +216,17 @@ def test_a_client_that_leaves_ends_its_drawing(service):
     assert "flashdmd_requests_inside 0.0" in inside
 
 
-@pytest.mark.parametrize("service", ["front"], indirect=True)  # a second kill so soon after would leave no replica
-def test_a_killed_replica_loses_no_request(service):
+def test_a_killed_replica_loses_no_request(running):
+    """Calls by gRPC and as Ray's tasks fail in different ways."""
+
     def kill_one() -> None:
         actors = ray.util.list_named_actors(all_namespaces=True)
         name = next(a["name"] for a in actors if "#Generator#" in a["name"])
         ray.kill(ray.get_actor(name, namespace="serve"), no_restart=False)
 
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(service.draw, seed=seed, n=4) for seed in range(12)]
+        doors = (running["front"], running["by tasks"])
+        answers = [pool.submit(doors[seed % 2].draw, seed=seed, n=4) for seed in range(12)]
         time.sleep(0.5)
         kill_one()
         assert all(answer.result() for answer in answers)

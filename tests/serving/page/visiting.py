@@ -6,16 +6,15 @@ import base64
 import json
 import re
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
 from playwright.sync_api import Browser, Page, expect
 
 from flashdmd_ray.serving.api import build_api
+from flashdmd_ray.serving.front import answering, take_address
 from flashdmd_ray.serving.generator import Generator
 from flashdmd_ray.serving.settings import parse_settings
 
@@ -33,20 +32,9 @@ FLAGS += ["--disable-background-networking", "--disable-component-update", "--di
 def serving(generator: Generator, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[str]:
     """The API and the page on a free port of the loopback address; yields the page's address."""
     settings = parse_settings({"models": {"demo": "not read again"}, "limits": limits})
-    config = uvicorn.Config(build_api(settings, generator, keys), port=0, log_level="warning")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    give_up = time.monotonic() + 30
-    while not server.started:
-        assert thread.is_alive()
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=30)
+    api = build_api(settings, generator, keys)
+    with take_address("127.0.0.1", 0) as listener, answering(api, listener, threading.Event(), drain_s=30):
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
 
 
 @contextmanager
