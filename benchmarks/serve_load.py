@@ -69,15 +69,12 @@ class Service:
         self.url = url
 
     def processes(self) -> Iterator[tuple[str, psutil.Process]]:
-        """What it consists of by name: "command" (which answers HTTP), "Generator", "ServeController", and Ray's own as "Ray". One that is
-        not up yet is a "starting Generator"."""
+        """What it consists of by name: "command" (which answers HTTP), "Generator", "ServeController", and Ray's own as "Ray"."""
         yield "command", self._process
         for process in self._process.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 title = " ".join(process.cmdline())
-                starting = ".initialize" in title  # Ray writes the method that runs into the title
-                kind = next((word for word in ("ServeController", "Generator") if word in title), "Ray")
-                yield f"starting {kind}" if starting else kind, process
+                yield next((word for word in ("ServeController", "Generator") if word in title), "Ray"), process
 
 
 @contextlib.contextmanager

@@ -26,18 +26,20 @@ PERIOD_S = 2.0
 
 
 class Killer(threading.Thread):
-    """Kills one generator replica every so often, never the last that is up; remembers when."""
+    """Kills one generator replica every so often, never the last that is up; remembers when. up_after: seconds that one takes to start."""
 
-    def __init__(self, service: Service, every: float) -> None:
+    def __init__(self, service: Service, every: float, up_after: float) -> None:
         super().__init__(daemon=True)
         self._service = service
         self._every = every
+        self._up_after = up_after
         self._stop = threading.Event()
         self.kills: list[float] = []
 
     def run(self) -> None:
         while not self._stop.wait(self._every):
             generators = [process for kind, process in self._service.processes() if kind == "Generator"]
+            generators = [process for process in generators if time.time() - process.create_time() > self._up_after]
             if len(generators) > 1:
                 generators[len(self.kills) % len(generators)].kill()
                 self.kills.append(time.monotonic())
@@ -85,7 +87,7 @@ def report(answers: list[Answer], killer: Killer, memory: Memory) -> None:
         )
     start, end = memory.seen[len(memory.seen) // 10], memory.seen[-1]
     for kind in sorted(end):
-        if "Generator" not in kind or not killer.kills:
+        if kind != "Generator" or not killer.kills:
             growth = end[kind] / start[kind] - 1
             print(f"memory of {kind}: {start[kind]:.0f} -> {end[kind]:.0f} MiB, {100 * growth:+.1f} % (bar: 5)")
 
@@ -96,6 +98,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument(
         "--kill-every", type=float, default=20.0, metavar="SECONDS", help="0: never (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--up-after",
+        type=float,
+        default=45.0,
+        metavar="SECONDS",
+        help="that a replica takes to start (default: %(default)s)",
     )
     parser.add_argument("--clients", type=int, default=8)
     options = parser.parse_args()
@@ -108,7 +117,7 @@ def main() -> None:
             "replica": {"count": 2, "batch": 16, "threads": 1},
         }
         with running_service(args) as service:
-            killer, memory = Killer(service, options.kill_every or float("inf")), Memory(service)
+            killer, memory = Killer(service, options.kill_every or float("inf"), options.up_after), Memory(service)
             memory.start()
             if options.kill_every:
                 killer.start()
