@@ -36,7 +36,7 @@ def answering(app: ASGIApp, listener: socket.socket, stop: threading.Event, drai
     """Answers requests at the address of `listener` by a thread of this process. At the end takes no new ones and finishes those that
     are here, for `drain_s` at most.
 
-    stop: set when the server ends by itself. Raises RuntimeError then, and when it does not start.
+    stop: set when the server has ended. Raises RuntimeError when it does not start, or has ended before the caller was done.
     """
     server = uvicorn.Server(
         uvicorn.Config(
