@@ -40,21 +40,23 @@ SYSTEM_CONFIG = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connection to Ray. `joined`: made here, so `leave` ends it, and with it all processes of a private cluster."""
+    """A connection to Ray. `joined`: made here, so `leave` ends it, and with it all processes of a `private` cluster."""
 
     joined: bool
+    private: bool
 
     @classmethod
     def join(cls) -> Cluster:
         """Use the Ray this process talks to, else that of RAY_ADDRESS (set by `ray job submit`), else start one."""
         if ray.is_initialized():
-            return cls(joined=False)
+            return cls(joined=False, private=False)
+        private = "RAY_ADDRESS" not in os.environ
         with _signals_kept():
-            if "RAY_ADDRESS" in os.environ:
-                ray.init(logging_level=logging.ERROR)
-            else:
+            if private:
                 _start_private()
-        return cls(joined=True)
+            else:
+                ray.init(logging_level=logging.ERROR)
+        return cls(joined=True, private=private)
 
     def nodes(self) -> list[Node]:
         """What each living machine has in all, whoever uses it now."""

@@ -6,6 +6,8 @@ Exit codes: 0 stopped in order, 1 failed, 2 an option or a model is wrong.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import re
 import signal
@@ -16,12 +18,14 @@ from typing import Any
 
 from flashdmd_ray.cli import FAILED, brief, prepare_process, refuse, say
 from flashdmd_ray.config import apply_override
+from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.front import answering, take_address
 from flashdmd_ray.serving.keys import VARIABLE, is_loopback, read_keys
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
 from flashdmd_ray.serving.sources import open_source
 
 APPLICATION = "flashdmd_ray"
+SERVE_LOGGER = "ray.serve"
 SERVE_LOGS = {"enable_access_log": False}
 """Requests have a line of ours in the log; Serve's own would be a second one."""
 
@@ -128,9 +132,14 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     from flashdmd_ray.serving.app import api_over, build_generators
 
     print(f"starting Ray and loading {', '.join(settings.models)}", flush=True)
-    cluster = Cluster.join()
-    try:
-        serve.start(proxy_location="Disabled", logging_config=SERVE_LOGS)
+    with contextlib.ExitStack() as ends:
+        cluster = Cluster.join()
+        ends.callback(cluster.leave)
+        logging.getLogger(SERVE_LOGGER).setLevel(logging.WARNING)
+        logging.getLogger(LOGGER).setLevel(logging.INFO)
+        serve.start(proxy_location="Disabled", logging_config=SERVE_LOGS | {"log_level": "WARNING"})
+        if not cluster.private:
+            ends.callback(_withdraw)
         try:
             generator = serve.run(
                 build_generators(settings), name=APPLICATION, route_prefix=None, logging_config=SERVE_LOGS
@@ -142,10 +151,16 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
             print(f"ready: http://{host}:{port}/", flush=True)
             stop.wait()
             print("stopping: requests that are here are finished", flush=True)
-    finally:
-        serve.shutdown()
-        cluster.leave()
     return 0
+
+
+def _withdraw() -> None:
+    """Leave a cluster that outlives this command as it was: its other applications stay, and Serve itself if there are any."""
+    from ray import serve
+
+    serve.delete(APPLICATION)
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def _until_stopped() -> threading.Event:

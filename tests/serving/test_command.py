@@ -1,5 +1,6 @@
 """`jobs/serve.py` as a process: from the line that says ready to an orderly end."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import requests
+from ray import serve
 
 from tests.serving.exports import export_demo
 from tests.serving.test_service import free_port
@@ -17,14 +20,14 @@ from tests.serving.test_service import free_port
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def command(tmp_path):
+@contextlib.contextmanager
+def serving(folder, **variables):
     """The process, in a group of its own, and its URL."""
     port = free_port()
-    export = export_demo(tmp_path / "demo" / "export")
+    export = export_demo(folder / "demo" / "export")
     arguments = [sys.executable, "jobs/serve.py", str(export), "--port", str(port)]
-    arguments += ["--set", "teacher_steps=100", f"cache={tmp_path / 'cache'}", "watch_s=null"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    arguments += ["--set", "teacher_steps=100", f"cache={folder / 'cache'}", "watch_s=null"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | variables
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     with subprocess.Popen(
         arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, process_group=0
@@ -34,11 +37,20 @@ def command(tmp_path):
             process.kill()
 
 
-def test_a_terminated_service_finishes_what_it_has(command):
-    process, url = command
-    assert process.stdout is not None
+@pytest.fixture
+def command(tmp_path):
+    with serving(tmp_path) as (process, url):
+        yield process, url
+
+
+def wait_until_ready(process, url):
     said = next(line for line in process.stdout if line.startswith(("ready", "error")))
     assert said == f"ready: {url}/\n"
+
+
+def test_a_terminated_service_finishes_what_it_has(command):
+    process, url = command
+    wait_until_ready(process, url)
     tree = psutil.Process(process.pid).children(recursive=True)
     threading.Thread(target=process.stdout.read, daemon=True).start()
     assert next(model["id"] for model in requests.get(f"{url}/v1/models", timeout=30).json()["data"]) == "demo"
@@ -56,3 +68,28 @@ def test_a_terminated_service_finishes_what_it_has(command):
     asking.join(timeout=10)
     assert [answer.status_code for answer in answers] == [200]
     assert psutil.wait_procs(tree, timeout=30)[1] == []
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.1})
+class Neighbour:
+    def __call__(self) -> str:
+        return "here"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_shared_cluster_keeps_its_other_applications(tmp_path):
+    serve.start(proxy_location="Disabled")
+    try:
+        neighbour = serve.run(Neighbour.bind(), name="neighbour", route_prefix=None)
+        with serving(tmp_path, RAY_ADDRESS=ray.get_runtime_context().gcs_address) as (process, url):
+            wait_until_ready(process, url)
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            drawn = requests.post(f"{url}/v1/images/generations", json={"prompt": "a red 4"}, timeout=60)
+            assert drawn.status_code == 200, drawn.text
+            assert set(serve.status().applications) == {"neighbour", "flashdmd_ray"}
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=120) == 0
+        assert set(serve.status().applications) == {"neighbour"}
+        assert neighbour.remote().result(timeout_s=60) == "here"
+    finally:
+        serve.shutdown()
