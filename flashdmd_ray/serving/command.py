@@ -25,7 +25,6 @@ from flashdmd_ray.serving.settings import ServeSettings, parse_settings
 from flashdmd_ray.serving.sources import open_source
 
 APPLICATION = "flashdmd_ray"
-SERVE_LOGGER = "ray.serve"
 SERVE_LOGS = {"enable_access_log": False}
 """Requests have a line of ours in the log; Serve's own would be a second one."""
 
@@ -135,7 +134,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     with contextlib.ExitStack() as ends:
         cluster = Cluster.join()
         ends.callback(cluster.leave)
-        logging.getLogger(SERVE_LOGGER).setLevel(logging.WARNING)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve's own lines; ours, of its child, are all shown
         logging.getLogger(LOGGER).setLevel(logging.INFO)
         serve.start(proxy_location="Disabled", logging_config=SERVE_LOGS | {"log_level": "WARNING"})
         if not cluster.private:
