@@ -30,8 +30,9 @@ def build_app(args: Mapping[str, Any]) -> Application:
 
 
 def build_generators(settings: ServeSettings) -> Application:
-    """The replicas that draw, for a process that answers HTTP itself, as jobs/serve.py does."""
-    return _generator(settings).bind(settings)
+    """The replicas that draw, for a process that answers HTTP itself, as jobs/serve.py does. A model that cannot be loaded ends the start
+    at once: whoever waits for it is told, and starts again."""
+    return _generator(settings).options(max_constructor_retry_count=1).bind(settings)
 
 
 def api_over(generator: DeploymentHandle, settings: ServeSettings) -> Starlette:

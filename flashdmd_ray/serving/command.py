@@ -27,6 +27,8 @@ from flashdmd_ray.serving.sources import open_source
 APPLICATION = "flashdmd_ray"
 SERVE_LOGS = {"enable_access_log": False}
 """Requests have a line of ours in the log; Serve's own would be a second one."""
+CONTROLLER_LOGS = {"log_level": "CRITICAL"}
+"""A replica that cannot start says why itself, in one line, and so does this command; the controller would add the traceback."""
 
 
 def serve_command(arguments: Sequence[str] | None = None) -> int:
@@ -136,7 +138,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         ends.callback(cluster.leave)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve's own lines; ours, of its child, are all shown
         logging.getLogger(LOGGER).setLevel(logging.INFO)
-        serve.start(proxy_location="Disabled", logging_config=SERVE_LOGS | {"log_level": "WARNING"})
+        serve.start(proxy_location="Disabled", logging_config=SERVE_LOGS | CONTROLLER_LOGS)
         if not cluster.private:
             ends.callback(_withdraw)
         try:

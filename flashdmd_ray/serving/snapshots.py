@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -44,6 +45,11 @@ class SnapshotStore:
     def __init__(self, cache: Path | None, name: str, source: str) -> None:
         root = default_cache() if cache is None else cache
         self._root = root / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+        self._source = source
+
+    def in_words_of_the_source(self, message: str) -> str:
+        """With the source's name where a message names its copy, which nobody knows of."""
+        return re.sub(re.escape(str(self._root)) + r"/[^/\s:']+", lambda _: self._source, message)
 
     def take(self, source: Source, patience_s: float) -> Snapshot:
         """The source's version now, copied unless it was. Raises ValueError when it cannot be had whole."""

@@ -25,16 +25,28 @@ def serving(folder, **variables):
     """The process, in a group of its own, and its URL."""
     port = free_port()
     export = export_demo(folder / "demo" / "export")
-    arguments = [sys.executable, "jobs/serve.py", str(export), "--port", str(port)]
-    arguments += ["--set", "teacher_steps=100", f"cache={folder / 'cache'}", "watch_s=null"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | variables
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     with subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, process_group=0
+        command_line(export, port, folder),
+        cwd=ROOT,
+        env=outside_ray() | variables,
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,
     ) as process:
         yield process, f"http://127.0.0.1:{port}"
         if process.poll() is None:
             process.kill()
+
+
+def command_line(export, port, folder):
+    options = ["--set", "teacher_steps=100", f"cache={folder / 'cache'}", "watch_s=null"]
+    return [sys.executable, "jobs/serve.py", str(export), "--port", str(port), *options]
+
+
+def outside_ray():
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    return environment
 
 
 @pytest.fixture
@@ -68,6 +80,19 @@ def test_a_terminated_service_finishes_what_it_has(command):
     asking.join(timeout=10)
     assert [answer.status_code for answer in answers] == [200]
     assert psutil.wait_procs(tree, timeout=30)[1] == []
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_command_with_one_line(tmp_path):
+    export = export_demo(tmp_path / "demo" / "export")
+    weights = export / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    line = command_line(export, free_port(), tmp_path)
+    ended = subprocess.run(line, cwd=ROOT, env=outside_ray(), capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2, ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert f"model demo: cannot load unet from {export}" in errors[0]
+    assert "Traceback" not in ended.stdout + ended.stderr
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})

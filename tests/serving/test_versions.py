@@ -91,6 +91,15 @@ def test_a_replica_that_starts_beside_a_broken_source_serves_the_last_good_versi
         shelf_of(live, tmp_path, cache=str(tmp_path / "another")).fill()
 
 
+def test_a_refusal_names_the_source_and_not_its_copy(live, tmp_path):
+    weights = live / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model demo: cannot load unet") as refused:
+        shelf_of(live, tmp_path).fill()
+    assert str(weights) in str(refused.value)
+    assert "cache" not in str(refused.value)
+
+
 def test_weights_that_are_no_numbers_are_refused(live, tmp_path):
     shelf = shelf_of(live, tmp_path)
     shelf.fill()
