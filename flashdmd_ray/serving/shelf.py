@@ -100,7 +100,8 @@ class Shelf:
             self._serve(name, place, place.store.take(source, self._settings.fetch_s))
             place.refused = None
         except Exception as error:  # whatever is wrong with a new version, the old one goes on
-            reason = place.store.in_words_of_the_source(_brief(error))
+            reason = " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__
+            reason = place.store.in_words_of_the_source(reason)
             if place.refused is None or place.refused.reason != reason:
                 defect = not isinstance(error, ValueError)
                 log.warning("model %s: its new version is refused: %s", name, reason, exc_info=defect)
@@ -130,10 +131,6 @@ class Shelf:
         while not self._stop.wait(self._settings.watch_s):
             for name in self._places:
                 self.refresh(name)
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__
 
 
 def _settled(refused: _Refusal | None, signature: str) -> bool:

@@ -48,7 +48,7 @@ class SnapshotStore:
         self._source = source
 
     def in_words_of_the_source(self, message: str) -> str:
-        """With the source's name where a message names its copy, which nobody knows of."""
+        """The message with the source's name, which the user gave, wherever it names the copy."""
         return re.sub(re.escape(str(self._root)) + r"/[^/\s:']+", lambda _: self._source, message)
 
     def take(self, source: Source, patience_s: float) -> Snapshot:
