@@ -19,14 +19,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flashdmd_ray.run_directory import read_metrics
+from flashdmd_ray.run.folder import read_metrics
 
 CHECKED = 100
 """Held-out prompts of the checker."""
 CHECK_EVERY = {"hack": 2, "joint": 20}
 """Steps between two looks of the checker."""
 LOSS = 0.1
-BRIGHTNESS = "{kind: custom, name: brightness, path: 'flashdmd_ray.demo.brightness:Brightness'}"
+BRIGHTNESS = "{kind: custom, name: brightness, path: 'brightness:Brightness'}"
 HACK = (
     "preference.distill=false",
     "preference.updates=2",
@@ -77,12 +77,12 @@ def train(settings: list[str]) -> int:
     """One run in this process, with the checker looking on; returns the exit code."""
     import torch
 
-    from flashdmd_ray import job
     from flashdmd_ray.batch import Prompts
     from flashdmd_ray.config import load_config
     from flashdmd_ray.demo.checker import PromptChecker
-    from flashdmd_ray.evaluation_data import demo_held_out
+    from flashdmd_ray.results.evaluation_data import demo_held_out
     from flashdmd_ray.roles.networks import Metrics
+    from flashdmd_ray.training import job
 
     checker, texts = PromptChecker.load(), demo_held_out(CHECKED, 1).texts
     prompts = Prompts(tuple(texts), torch.arange(len(texts)))

@@ -87,10 +87,10 @@ def measure(arm: str, seed: int, options: argparse.Namespace) -> list[dict[str, 
 def measure_here(arm: str, seed: str, samples: str, path: str, out: str, *settings: str) -> None:
     from flashdmd_ray.checkpoint import latest_checkpoint
     from flashdmd_ray.config import load_config
-    from flashdmd_ray.evaluation import as_record, evaluate
-    from flashdmd_ray.evaluation_data import build_reference
-    from flashdmd_ray.export import load_student
-    from flashdmd_ray.report import build_yardstick, student_weights
+    from flashdmd_ray.results.evaluation import as_record, evaluate
+    from flashdmd_ray.results.evaluation_data import build_reference
+    from flashdmd_ray.results.export import load_student
+    from flashdmd_ray.results.report import build_yardstick, student_weights
     from flashdmd_ray.roles.drawing import student_sampler, teacher_sampler
     from flashdmd_ray.roles.networks import load_family
 

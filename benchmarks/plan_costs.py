@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from flashdmd_ray.config import load_config
-from flashdmd_ray.measure import measure
 from flashdmd_ray.plan.costs import TABLE
+from flashdmd_ray.plan.measure import measure
 from flashdmd_ray.plan.models import models_of
 from flashdmd_ray.plan.specs import all_of, key_of
 

@@ -23,9 +23,9 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from flashdmd_ray import published
+from flashdmd_ray.catalog import published
 from flashdmd_ray.demo import weights_path
-from flashdmd_ray.measure.networks import build_sam
+from flashdmd_ray.plan.measure.networks import build_sam
 
 Json = Mapping[str, Any]
 LENGTH = 77

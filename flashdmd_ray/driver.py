@@ -15,7 +15,7 @@ from torch import Tensor
 from flashdmd_ray.batch import Draws, NoiseLevels, Prediction, Prompts
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource
-from flashdmd_ray.objectives.adversarial import balanced_weight
+from flashdmd_ray.losses.adversarial import balanced_weight
 from flashdmd_ray.preferences import PreferenceSource
 from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.runtime.protocol import Runtime

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Candidates, Draws, PreferencePairs, Prompts, PublishedWeights
 from flashdmd_ray.config import Config
+from flashdmd_ray.losses.preference import combine_rewards, pair_weights, select_pairs
 from flashdmd_ray.monitor.signals import probe_signals
-from flashdmd_ray.objectives.preference import combine_rewards, pair_weights, select_pairs
 from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.runtime.protocol import Runtime, Task
 from flashdmd_ray.scoring import REASONS, score

@@ -2,7 +2,7 @@
 
 import sys
 
-from flashdmd_ray.cli import main
+from flashdmd_ray.training.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from flashdmd_ray.prepare_data import prepare_data_command
+from flashdmd_ray.commands.prepare_data import prepare_data_command
 
 if __name__ == "__main__":
     sys.exit(prepare_data_command())

@@ -25,7 +25,7 @@ def _positive(text: str) -> float:
 
 def main() -> int:
     from flashdmd_ray.demo import WEIGHTS_ROOT
-    from flashdmd_ray.demo.recipes.parts import PARTS, make
+    from recipes.parts import PARTS, make
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all, in order")

@@ -2,7 +2,7 @@
 
 import sys
 
-from flashdmd_ray.scale import scale_command
+from flashdmd_ray.commands.scale import scale_command
 
 if __name__ == "__main__":
     sys.exit(scale_command())

@@ -12,7 +12,7 @@ PACKAGE = Path(flashdmd_ray.__file__).parent
 
 
 def functions_named():
-    parts = "batch|diffusion|objectives|models|roles|driver"
+    parts = "batch|diffusion|losses|models|roles|driver"
     return sorted(set(re.findall(rf"`((?:{parts})\.[a-z_]+(?:\.[A-Za-z_0-9]+)*)`", PAGE)))
 
 
@@ -55,11 +55,11 @@ def test_every_function_of_the_page_exists():
 def test_every_public_objective_and_sampler_is_on_the_page():
     named = set(functions_named())
     for module in (
-        "objectives/matching",
-        "objectives/score",
-        "objectives/adversarial",
-        "objectives/preference",
-        "objectives/reward_model",
+        "losses/distribution_matching",
+        "losses/denoising",
+        "losses/adversarial",
+        "losses/preference",
+        "losses/reward_model",
         "diffusion/sampling",
     ):
         tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ def test_every_public_objective_and_sampler_is_on_the_page():
         assert missing <= {
             "diffusion.sampling.full",
             "diffusion.sampling.trailing_timesteps",
-            "objectives.adversarial.halves",
+            "losses.adversarial.halves",
         }
 
 

@@ -51,7 +51,8 @@ def test_ci_runs_check_and_test():
 
 
 FORBIDDEN_IMPORTS = {
-    "layers": ("objectives/planted.py", "from flashdmd_ray import driver\n"),
+    "layers": ("losses/planted.py", "from flashdmd_ray import driver\n"),
+    "no cycles": ("data/precomputed.py", "from flashdmd_ray.data import precompute\n"),
     "only runtime/": ("roles/planted.py", "def f():\n    import ray\n"),
     "only engine/": ("models/planted.py", "import deepspeed\n"),
     "nothing imports jobs": ("roles/planted_too.py", "import jobs\n"),

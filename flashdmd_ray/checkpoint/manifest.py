@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashdmd_ray.storage import Location, children, size
+from flashdmd_ray.run.storage import Location, children, size
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashdmd_ray.checkpoint.manifest import Part, describe
 from flashdmd_ray.checkpoint.store import flush
 from flashdmd_ray.checkpoint.tensors import save_tensors
-from flashdmd_ray.storage import Location, RemotePath
+from flashdmd_ray.run.storage import Location, RemotePath
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from flashdmd_ray.checkpoint.manifest import (
 )
 from flashdmd_ray.config import CheckpointConfig
 from flashdmd_ray.monitor import SEVERITY
-from flashdmd_ray.storage import Location
+from flashdmd_ray.run.storage import Location
 
 
 def newest_healthy(candidates: Iterable[Manifest]) -> Manifest | None:

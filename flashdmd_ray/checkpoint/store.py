@@ -26,7 +26,7 @@ from flashdmd_ray.checkpoint.manifest import (
     manifests,
 )
 from flashdmd_ray.checkpoint.selection import Best, newest_healthy
-from flashdmd_ray.storage import Location, RemotePath, size
+from flashdmd_ray.run.storage import Location, RemotePath, size
 
 BEGUN = "begun.json"
 """In a store: says whose unfinished checkpoint a folder is. The first of its files to be written, the last to go."""

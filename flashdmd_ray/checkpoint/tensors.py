@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashdmd_ray.checkpoint.manifest import MANIFEST, DamagedCheckpoint, check_same, describe, read_manifest
-from flashdmd_ray.storage import Location, RemotePath
+from flashdmd_ray.run.storage import Location, RemotePath
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

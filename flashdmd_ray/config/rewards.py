@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from flashdmd_ray import published
+from flashdmd_ray.catalog import published
 from flashdmd_ray.config.section import PositiveFloat, PositiveInt, Section, suggestion
 
 REWARD_KINDS = (*published.REWARD_KINDS, "latent", "remote", "custom")

@@ -43,7 +43,7 @@ def open_reals(config: Config, family: Family) -> ImageSource:
     if config.data.latents is None:
         return source
     from flashdmd_ray.data.files import FileSource
-    from flashdmd_ray.data.precompute import open_latents
+    from flashdmd_ray.data.precomputed import open_latents
 
     assert isinstance(source, FileSource), "the configuration refuses latents of the demo source"
     source.stored = open_latents(config.data.latents, family, config.model, source.images.index.content)

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from flashdmd_ray.config import DataConfig, ModelConfig
 from flashdmd_ray.data.build import open_file_images, open_prompt_index
-from flashdmd_ray.data.precomputed import FORMAT, MANIFEST, Key, StoredEmbeddings, StoredLatents, text_digest
+from flashdmd_ray.data.precomputed import FORMAT, MANIFEST, Key, embedding_key, latent_key, text_digest
 from flashdmd_ray.data.work import Spread, ranges
-from flashdmd_ray.run_directory import write_atomically
-from flashdmd_ray.weights import checksum
+from flashdmd_ray.run.folder import write_atomically
 
 if TYPE_CHECKING:
     from flashdmd_ray.models.family import Family
@@ -27,39 +26,6 @@ ROWS = 256
 """Rows of a shard: some 160 MB of SDXL's embeddings, 70 MB of its latents."""
 TOGETHER = 8
 """Images that the VAE encodes at a time, the last group padded: one shape, so that a latent does not depend on its neighbours."""
-
-
-def embedding_key(family: Family, model: ModelConfig) -> Key:
-    """What text embeddings depend on. revision: the digest of the encoders' weights."""
-    return {
-        "kind": "embeddings",
-        "family": model.family,
-        "model": model.teacher,
-        "revision": checksum(family.text.state_dict()),
-    }
-
-
-def latent_key(family: Family, model: ModelConfig, content: str) -> Key:
-    """What latents depend on: weights of the VAE, size of the images, and `content`, the digest of the data set."""
-    return {
-        "kind": "latents",
-        "family": model.family,
-        "model": model.vae or model.teacher,
-        "revision": checksum(family.vae.state_dict()),
-        "resolution": list(family.image_size),
-        "data": content,
-    }
-
-
-def use_embeddings(family: Family, data: DataConfig, model: ModelConfig) -> None:
-    """Let the family look prompts up before it encodes them. Raises ValueError when they were made for something else."""
-    if data.embeddings is not None:
-        family.text.stored = StoredEmbeddings(data.embeddings.expanduser(), embedding_key(family, model))
-
-
-def open_latents(folder: Path, family: Family, model: ModelConfig, content: str) -> StoredLatents:
-    """Latents of the real images. Raises ValueError when they were made for something else."""
-    return StoredLatents(folder.expanduser(), latent_key(family, model, content))
 
 
 class Embedding:

@@ -5,6 +5,15 @@ The manifest says what they were made with. A run whose model, weights, resoluti
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from flashdmd_ray.checkpoint.checksum import checksum
+from flashdmd_ray.config import DataConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from flashdmd_ray.models.family import Family
+
+
 import hashlib
 import json
 from bisect import bisect_right
@@ -138,3 +147,36 @@ def _check_key(found: Key, wanted: Key, folder: Path, setting: str) -> None:
         raise ValueError(
             f"{setting}: {folder} was computed for something else ({'; '.join(different)}); precompute again, or set it to null"
         )
+
+
+def embedding_key(family: Family, model: ModelConfig) -> Key:
+    """What text embeddings depend on. revision: the digest of the encoders' weights."""
+    return {
+        "kind": "embeddings",
+        "family": model.family,
+        "model": model.teacher,
+        "revision": checksum(family.text.state_dict()),
+    }
+
+
+def latent_key(family: Family, model: ModelConfig, content: str) -> Key:
+    """What latents depend on: weights of the VAE, size of the images, and `content`, the digest of the data set."""
+    return {
+        "kind": "latents",
+        "family": model.family,
+        "model": model.vae or model.teacher,
+        "revision": checksum(family.vae.state_dict()),
+        "resolution": list(family.image_size),
+        "data": content,
+    }
+
+
+def use_embeddings(family: Family, data: DataConfig, model: ModelConfig) -> None:
+    """Let the family look prompts up before it encodes them. Raises ValueError when they were made for something else."""
+    if data.embeddings is not None:
+        family.text.stored = StoredEmbeddings(data.embeddings.expanduser(), embedding_key(family, model))
+
+
+def open_latents(folder: Path, family: Family, model: ModelConfig, content: str) -> StoredLatents:
+    """Latents of the real images. Raises ValueError when they were made for something else."""
+    return StoredLatents(folder.expanduser(), latent_key(family, model, content))

@@ -224,3 +224,22 @@ def render(scenes: list[Scene], *, canvas: int = CANVAS) -> tuple[torch.Tensor, 
         coverage = ink[:, slot : slot + 1]
         image = image * (1 - coverage) + paints[:, slot + 1, :, None, None] * coverage
     return image * 2 - 1, ink > 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Pre-rendered scenes: images uint8 (N, 3, 24, 24), masks bool (N, 2, 24, 24) and captions."""
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    captions: list[str]
+
+    def batch(self, index: torch.Tensor) -> torch.Tensor:
+        """Images of these rows, float32 in [-1, 1]."""
+        return self.images[index].float() / 127.5 - 1
+
+
+def make_pool(count: int, split: Split, seed: int) -> Pool:
+    scenes = sample_scenes(count, split, seed)
+    images, masks = render(scenes)
+    return Pool(((images + 1) * 127.5).round().to(torch.uint8), masks, [scene.caption for scene in scenes])

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from flashdmd_ray.config import EngineConfig, OptimizerConfig, RateConfig
 from flashdmd_ray.engine.flat import FlatLayout
 from flashdmd_ray.engine.loading import Source, device_of, receive
-from flashdmd_ray.engine.optimizers import MOMENTS, read_moment, restored_state
+from flashdmd_ray.engine.optimizers import MOMENTS, learning_rate, read_moment, restored_state
 from flashdmd_ray.engine.processes import rank, world_size
-from flashdmd_ray.engine.rates import learning_rate
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flashdmd_ray.catalog.families import FAMILIES, latent_size
 from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.diffusion.schedule import NoiseSchedule, schedule_from_config
-from flashdmd_ray.models import FAMILIES, latent_size
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.loading import Source, load_config, load_module, load_part, open_source
 

@@ -7,8 +7,8 @@ from flashdmd_ray.data.catalogue import evaluation_prompts, named
 from flashdmd_ray.plan.fit import check_fit
 from flashdmd_ray.plan.models import Models, models_of
 from flashdmd_ray.plan.parts import Part, parts_of_models
-from flashdmd_ray.run_directory import RunDirectory
-from flashdmd_ray.storage import check_checkpoint_root
+from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.storage import check_checkpoint_root
 
 
 def check(config: Config) -> tuple[RunDirectory, list[Part]]:

@@ -66,7 +66,7 @@ def _cost(key: str, spec: str) -> Cost:
     if entry is not None:
         return _read(entry["cost"])
     log.warning("measuring a %s that is not in the table of costs: up to a minute or two", json.loads(spec)["kind"])
-    from flashdmd_ray.measure import measure
+    from flashdmd_ray.plan.measure import measure
 
     return _read(measure(json.loads(spec)))
 

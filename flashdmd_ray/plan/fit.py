@@ -85,7 +85,7 @@ def room_of(config: Config, group: str) -> float | None:
 
 def _detected_gib() -> float | None:
     """Memory of the smallest GPU of this machine, if the configuration asks for GPUs and there is one. Imports torch."""
-    from flashdmd_ray.measure.device import smallest_gpu
+    from flashdmd_ray.plan.measure.device import smallest_gpu
 
     found = smallest_gpu()
     return None if found is None else found / GIB

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashdmd_ray import published
+from flashdmd_ray.catalog import published
+from flashdmd_ray.catalog.families import FAMILIES, latent_size
 from flashdmd_ray.config import Config, RewardConfig
-from flashdmd_ray.model_files import DENOISER, VAE, ModelFiles, sam_files, teacher_files
-from flashdmd_ray.models import FAMILIES, latent_size
-from flashdmd_ray.reward_files import is_lpo, reward_files
+from flashdmd_ray.models.reward_files import is_lpo, reward_files
+from flashdmd_ray.models.teacher_files import DENOISER, VAE, ModelFiles, sam_files, teacher_files
 
 Json = Mapping[str, Any]
 OFFICIAL_SAM = re.compile(r"sam_(vit_[blh])_\w+\.pth")

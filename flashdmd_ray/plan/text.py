@@ -10,8 +10,8 @@ from flashdmd_ray.plan.fit import GIB, Process, processes, room_of
 from flashdmd_ray.plan.models import models_of
 from flashdmd_ray.plan.parts import Part
 from flashdmd_ray.plan.roles import Work, work_of
-from flashdmd_ray.run_directory import RunDirectory
-from flashdmd_ray.storage import checkpoint_root, children
+from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.storage import checkpoint_root, children
 
 UNKNOWN = "on loading"
 

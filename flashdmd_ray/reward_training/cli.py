@@ -9,12 +9,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashdmd_ray.cli import exit_code, refuse
 from flashdmd_ray.config import DEFAULT_CONFIG, dump_config, load_as
-from flashdmd_ray.model_files import teacher_files
-from flashdmd_ray.reward_files import reward_files
+from flashdmd_ray.models.reward_files import reward_files
+from flashdmd_ray.models.teacher_files import teacher_files
 from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
-from flashdmd_ray.run_directory import RunDirectory
+from flashdmd_ray.run.command_line import exit_code, refuse
+from flashdmd_ray.run.folder import RunDirectory
 
 DEMO = DEFAULT_CONFIG.with_name("latent_reward_demo.yaml")
 

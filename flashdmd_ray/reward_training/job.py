@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from flashdmd_ray.interruption import Interruption
-from flashdmd_ray.progress import Progress
 from flashdmd_ray.reward_training.accuracy import table
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.local_place import LocalPlace
@@ -19,7 +17,9 @@ from flashdmd_ray.reward_training.pairs import open_pair_data
 from flashdmd_ray.reward_training.prepare import prepare_pairs
 from flashdmd_ray.reward_training.result import ACCURACY, FOLDER
 from flashdmd_ray.reward_training.worker import METRICS, load_spaces, run_worker
-from flashdmd_ray.run_directory import RunDirectory, read_metrics
+from flashdmd_ray.run.folder import RunDirectory, read_metrics
+from flashdmd_ray.run.interruption import Interruption
+from flashdmd_ray.run.progress import Progress
 
 MAY_CHANGE = (
     "runtime",

@@ -22,8 +22,8 @@ Make = Callable[[int, int], Pairs]
 
 def demo_pairs(split: str, seed: int) -> Make:
     """Real scenes of a split, each beside one that contradicts its caption in one fact, or beside itself badly drawn; in random order."""
-    from flashdmd_ray.demo.recipes.preferences import contradicting_pool, degrade
-    from flashdmd_ray.demo.recipes.training import make_pool
+    from flashdmd_ray.demo.flawed_scenes import contradicting_pool, degrade
+    from flashdmd_ray.demo.scenes import make_pool
 
     side = "train" if split == TRAIN else HELD_OUT
 
@@ -90,8 +90,8 @@ def _prompts(config: PairsConfig, seed: int) -> tuple[str, ...]:
 
 
 def _student_sampler(config: PairsConfig, family: Family) -> Sampler:
-    from flashdmd_ray.export import load_student
-    from flashdmd_ray.finished_run import find_student, read_run_config, read_student
+    from flashdmd_ray.results.export import load_student
+    from flashdmd_ray.results.finished_run import find_student, read_run_config, read_student
 
     assert config.run is not None, "the configuration refuses a student without a run"
     run = read_run_config(config.run)

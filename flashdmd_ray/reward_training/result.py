@@ -14,7 +14,7 @@ from torch import Tensor
 from flashdmd_ray.models.latent_reward import LatentRewardModel, save_latent_reward
 from flashdmd_ray.reward_training.accuracy import table
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
-from flashdmd_ray.run_directory import environment
+from flashdmd_ray.run.folder import environment
 
 FOLDER, ACCURACY, CARD = "latent_reward", "accuracy.json", "README.md"
 

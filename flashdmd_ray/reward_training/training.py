@@ -17,9 +17,9 @@ from flashdmd_ray.checkpoint import load_tensors, save_tensors
 from flashdmd_ray.engine import build_engine
 from flashdmd_ray.engine.average import WeightAverage
 from flashdmd_ray.engine.base import Engine, under
+from flashdmd_ray.losses.reward_model import pair_loss
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel, latent_reward_of
-from flashdmd_ray.objectives.reward_model import pair_loss
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.pairs import PairFiles, Pairs
 from flashdmd_ray.roles.networks import Metrics, load_parts

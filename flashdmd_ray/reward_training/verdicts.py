@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.config import RewardConfig
+from flashdmd_ray.losses.preference import combine_rewards
 from flashdmd_ray.models.rewards import PixelReward
-from flashdmd_ray.objectives.preference import combine_rewards
 from flashdmd_ray.roles.reward import load_reward
 
 

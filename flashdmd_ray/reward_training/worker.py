@@ -15,7 +15,7 @@ from flashdmd_ray.reward_training.result import save_result
 from flashdmd_ray.reward_training.training import Place, RewardTrainer, train
 from flashdmd_ray.reward_training.verdicts import load_judges
 from flashdmd_ray.roles.networks import Metrics, load_parts
-from flashdmd_ray.run_directory import MetricsLog
+from flashdmd_ray.run.folder import MetricsLog
 
 BAD_PAIRS, METRICS = "bad_pairs.json", "metrics.jsonl"
 

@@ -13,12 +13,12 @@ from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config, EngineConfig
 from flashdmd_ray.data import ImageSource, open_reals
 from flashdmd_ray.engine import Engine, build_engine
+from flashdmd_ray.losses.adversarial import discriminator_loss, generator_loss, halves
 from flashdmd_ray.models.discriminator import PixelDiscriminator
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.sam import load_sam_encoder
-from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss, halves
 from flashdmd_ray.roles.networks import Metrics, group_family, resolve, save_engine
-from flashdmd_ray.storage import Location
+from flashdmd_ray.run.storage import Location
 
 
 class Discriminator(Saved):

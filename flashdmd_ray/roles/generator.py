@@ -14,10 +14,10 @@ from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import PredictX0, backward_simulations, complete, full, transition
 from flashdmd_ray.engine import Engine
 from flashdmd_ray.engine.average import WeightAverage
+from flashdmd_ray.losses.distribution_matching import surrogate
+from flashdmd_ray.losses.preference import log_ratio_difference, preference_loss
 from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.objectives.matching import surrogate
-from flashdmd_ray.objectives.preference import log_ratio_difference, preference_loss
 from flashdmd_ray.roles.drawing import draw_samples, student_sampler
 from flashdmd_ray.roles.networks import (
     Metrics,
@@ -29,7 +29,7 @@ from flashdmd_ray.roles.networks import (
     save_shared,
     trained_engine,
 )
-from flashdmd_ray.storage import Location
+from flashdmd_ray.run.storage import Location
 
 AVERAGE = "generator_average.safetensors"
 """The part of a checkpoint with the average of the weights over the steps, if `evaluation.ema` asks for one."""

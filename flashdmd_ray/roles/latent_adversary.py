@@ -18,11 +18,11 @@ from flashdmd_ray.checkpoint import Destination, Saved
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource, open_reals
 from flashdmd_ray.engine import build_engine
+from flashdmd_ray.losses.adversarial import discriminator_loss, generator_loss, halves
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
-from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss, halves
 from flashdmd_ray.roles.networks import Metrics, group_family, trained_network
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
-from flashdmd_ray.storage import Location
+from flashdmd_ray.run.storage import Location
 
 
 class DenoiserWithHead(nn.Module):

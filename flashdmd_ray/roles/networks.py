@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Prompts, noise
+from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.checkpoint import PartFile, save_part, save_tensors
 from flashdmd_ray.config import Config, ModelConfig, OptimizerConfig
-from flashdmd_ray.data.precompute import use_embeddings
+from flashdmd_ray.data.precomputed import use_embeddings
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.diffusion.sampling import PredictX0
 from flashdmd_ray.diffusion.schedule import NoiseSchedule
 from flashdmd_ray.engine import Engine, build_engine, in_turn, skeleton, world_size
-from flashdmd_ray.models import FAMILIES, family_class
+from flashdmd_ray.models import family_class
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import PARTS, Family

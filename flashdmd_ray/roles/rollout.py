@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Candidates, Prompts, PublishedWeights, noise, to_uint8
+from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import backward_simulation, complete, full, transition
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.roles.networks import bind, group_family, noise_stream, trained_network
-from flashdmd_ray.roles.proof import Proof
-from flashdmd_ray.weights import checksum
 
 
 class Rollout:
@@ -116,3 +115,30 @@ class Rollout:
                 lambda hop: shared(hop).repeat_interleave(count, dim=0),
             )
         return clean.unflatten(0, (groups, count))
+
+
+PATIENCE = 20
+"""Versions in a row that may leave the output as it was where half precision rounds small changes away."""
+
+
+class Proof:
+    """Compares what a network holds and what it gives, version after version."""
+
+    def __init__(self, name: str, exact: bool) -> None:
+        """name: of the worker, for errors. exact: the network computes in float32, where every update shows."""
+        self._name = name
+        self._allowed = 0 if exact else PATIENCE
+        self._last: tuple[str, str] | None = None
+        self._unchanged = 0
+
+    def check(self, version: int, weights: str, output: str) -> None:
+        """weights, output: checksums after `version` was loaded. Raises ValueError when weights changed and the output did not."""
+        before, self._last = self._last, (weights, output)
+        if before is None or before[0] == weights:
+            return
+        self._unchanged = self._unchanged + 1 if before[1] == output else 0
+        if self._unchanged > self._allowed:
+            raise ValueError(
+                f"{self._name}: weights of version {version} differ from those before, but the network's output for a fixed input does "
+                "not: the worker samples with stale weights"
+            )

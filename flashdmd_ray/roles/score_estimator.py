@@ -12,13 +12,13 @@ from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import guided
 from flashdmd_ray.engine import Engine
+from flashdmd_ray.losses.denoising import denoising_loss
+from flashdmd_ray.losses.distribution_matching import distribution_matching_gradient
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.objectives.matching import distribution_matching_gradient
-from flashdmd_ray.objectives.score import denoising_loss
 from flashdmd_ray.roles.drawing import draw_samples, teacher_sampler
 from flashdmd_ray.roles.generator import Generator
 from flashdmd_ray.roles.networks import Metrics, bind, group_family, save_engine, trained_engine
-from flashdmd_ray.storage import Location
+from flashdmd_ray.run.storage import Location
 
 
 class ScoreEstimator(Saved):

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.runtime.protocol import ScalablePool, Task
-from flashdmd_ray.weights import checksum
 
 T = TypeVar("T")
 

@@ -11,16 +11,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import Config
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
 from flashdmd_ray.runtime.placement import WorkerGroup, check_placement
-from flashdmd_ray.runtime.pool_handle import PoolHandle
 from flashdmd_ray.runtime.pools import Pool
 from flashdmd_ray.runtime.protocol import ScalablePool, Task
 from flashdmd_ray.runtime.wire import put_weights, register_tensors
-from flashdmd_ray.runtime.workers import StatefulGroup
-from flashdmd_ray.weights import checksum
+from flashdmd_ray.runtime.workers import PoolHandle, StatefulGroup
 
 T = TypeVar("T")
 

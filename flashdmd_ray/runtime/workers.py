@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError
@@ -188,3 +188,24 @@ class RoleHandle:
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return self.group.call(self.role, method, args, kwargs)
+
+
+class Callee(Protocol):
+    """What answers: a pool."""
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
+
+
+class PoolHandle:
+    """The role of a pool, with the methods of its class."""
+
+    def __init__(self, pool: Callee) -> None:
+        self.pool = pool
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return functools.partial(self._call, method)
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self.pool.call(method, args, kwargs)

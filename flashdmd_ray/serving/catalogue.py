@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flashdmd_ray.catalog.families import FAMILIES, latent_size
 from flashdmd_ray.config import LoraConfig, ModelConfig
 from flashdmd_ray.demo import weights_path
-from flashdmd_ray.models import FAMILIES, family_class, latent_size
+from flashdmd_ray.models import family_class
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import PARTS, Family

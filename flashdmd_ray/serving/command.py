@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashdmd_ray.cli import FAILED, brief, prepare_process, refuse, say
 from flashdmd_ray.config import apply_override
+from flashdmd_ray.run.command_line import FAILED, brief, prepare_process, refuse, say
 from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.front import answering, take_address
 from flashdmd_ray.serving.keys import VARIABLE, is_loopback, read_keys

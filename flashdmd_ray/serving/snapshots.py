@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from flashdmd_ray.run_directory import write_atomically
+from flashdmd_ray.run.folder import write_atomically
 from flashdmd_ray.serving.sources import Source
 
 KEPT = 2

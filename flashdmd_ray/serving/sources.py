@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from flashdmd_ray.run_directory import RunDirectory
+from flashdmd_ray.run.folder import RunDirectory
 
 FACTS = "flashdmd.json"
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
@@ -64,7 +64,7 @@ class RunFolder(Source):
             ExportFolder(self._run.export).fetch(into, patience_s)
             return
         # In a process of its own, whose memory ends with it.
-        program = "import sys; from flashdmd_ray.finished_run import export_command; sys.exit(export_command())"
+        program = "import sys; from flashdmd_ray.results.finished_run import export_command; sys.exit(export_command())"
         step = str(int(self._newest().rpartition("-")[2]))
         command = [sys.executable, "-c", program, str(self._run.path), "--checkpoint", step, "--out", str(into)]
         try:
@@ -77,8 +77,8 @@ class RunFolder(Source):
 
     def _newest(self) -> str:
         from flashdmd_ray.checkpoint.manifest import newest_first
-        from flashdmd_ray.finished_run import read_run_config
-        from flashdmd_ray.storage import checkpoint_root
+        from flashdmd_ray.results.finished_run import read_run_config
+        from flashdmd_ray.run.storage import checkpoint_root
 
         found = newest_first(checkpoint_root(read_run_config(self._run.path), self._run.path))
         if not found:

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from flashdmd_ray.checkpoint import Destination, Saved, open_store, save_part
-from flashdmd_ray.checkpoint.saver import CheckpointSaver
-from flashdmd_ray.storage import parse_location
+from flashdmd_ray.run.storage import parse_location
+from flashdmd_ray.training.checkpoint_saver import CheckpointSaver
 
 WATCHED = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.scandir", "os.listdir"}
 
@@ -61,7 +61,7 @@ def write(order: dict[str, object], say: int) -> None:
     root, role = parse_location(str(order["root"])), Role()
     saver = CheckpointSaver(open_store(root, "run", keep=2), [role], asynchronous=True, deadline_s=60)
     if order.get("remote"):  # a folder used like an object store: no renames
-        from flashdmd_ray.storage import RemotePath
+        from flashdmd_ray.run.storage import RemotePath
 
         saver.store = open_store(RemotePath(f"file://{order['root']}"), "run", keep=2)
     for step in (1, 2):

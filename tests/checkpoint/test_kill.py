@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flashdmd_ray.checkpoint import latest_checkpoint, load_tensors, manifests, read_state, verify_checkpoint
-from flashdmd_ray.storage import RemotePath, children
+from flashdmd_ray.run.storage import RemotePath, children
 from tests.checkpoint.writing import write
 
 PROGRAM = Path(__file__).with_name("killed_writer.py")

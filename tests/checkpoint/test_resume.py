@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from flashdmd_ray import job
 from flashdmd_ray.checkpoint import (
     Destination,
     latest_checkpoint,
@@ -19,19 +18,20 @@ from flashdmd_ray.checkpoint import (
     read_state,
     select_checkpoint,
 )
+from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.checkpoint.selection import Best
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
-from flashdmd_ray.interruption import Interruption
-from flashdmd_ray.progress import Progress
 from flashdmd_ray.roles.generator import Generator
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
-from flashdmd_ray.run_directory import RunDirectory, read_metrics
+from flashdmd_ray.run.folder import RunDirectory, read_metrics
+from flashdmd_ray.run.interruption import Interruption
+from flashdmd_ray.run.progress import Progress
+from flashdmd_ray.run.storage import RemotePath, checkpoint_root
+from flashdmd_ray.run.tracking import Tracker
 from flashdmd_ray.runtime import build_runtime
-from flashdmd_ray.storage import RemotePath, checkpoint_root
-from flashdmd_ray.tracking import Tracker
-from flashdmd_ray.weights import checksum
+from flashdmd_ray.training import job
 from tests.checkpoint.troubled_store import TroubledFileSystem
 from tests.checkpoint.writing import PART, write
 from tests.tiny import save_sdxl

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from flashdmd_ray.checkpoint import Saved, latest_checkpoint, load_tensors, manifests, open_store, read_state, save_part
-from flashdmd_ray.checkpoint.saver import CheckpointError, CheckpointSaver
+from flashdmd_ray.run.storage import RemotePath
 from flashdmd_ray.runtime import WorkerLost
-from flashdmd_ray.storage import RemotePath
+from flashdmd_ray.training.checkpoint_saver import CheckpointError, CheckpointSaver
 from tests.checkpoint.troubled_store import TroubledFileSystem
 from tests.checkpoint.writing import place
 

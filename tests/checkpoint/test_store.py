@@ -22,7 +22,7 @@ from flashdmd_ray.checkpoint import (
     select_checkpoint,
     verify_checkpoint,
 )
-from flashdmd_ray.storage import RemotePath, children
+from flashdmd_ray.run.storage import RemotePath, children
 from tests.checkpoint.writing import LOWEST, PART, VALUES, place, store, write
 
 KINDS = ["local", "memory", "remote"]

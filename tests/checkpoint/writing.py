@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashdmd_ray.checkpoint import Best, CheckpointStore, open_store
 from flashdmd_ray.checkpoint.parts import write_part
-from flashdmd_ray.storage import Location, RemotePath
+from flashdmd_ray.run.storage import Location, RemotePath
 
 VALUES = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(3), "c": torch.ones(2, dtype=torch.bfloat16)}
 PART = "generator.safetensors"

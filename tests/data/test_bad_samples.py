@@ -13,8 +13,8 @@ from flashdmd_ray.config import DataConfig
 from flashdmd_ray.data.build import build_images, open_file_images
 from flashdmd_ray.data.formats import Columns, open_images, open_prompts
 from flashdmd_ray.data.index import open_index, scan_piece
-from flashdmd_ray.data.report import note_replaced, start_report
 from flashdmd_ray.data.samples import NAMES, Bad, Sample, Tally
+from flashdmd_ray.training.data_report import note_replaced, start_report
 
 SIZE = (24, 24)
 GOOD = samples(1)[0][1]

@@ -9,7 +9,8 @@ from scenes_on_disk import samples, write_folder, write_tars
 
 from flashdmd_ray.config import load_config
 from flashdmd_ray.data.build import build_images, open_reals
-from flashdmd_ray.data.precompute import distinct_texts, precompute, use_embeddings
+from flashdmd_ray.data.precompute import distinct_texts, precompute
+from flashdmd_ray.data.precomputed import use_embeddings
 from flashdmd_ray.data.work import in_threads
 from flashdmd_ray.roles.networks import load_family, load_parts
 

@@ -3,7 +3,7 @@
 import pytest
 from scenes_on_disk import samples, tar_members, write_folder, write_tar
 
-from flashdmd_ray.prepare_data import prepare_data_command
+from flashdmd_ray.commands.prepare_data import prepare_data_command
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def test_a_run_on_an_image_folder(tmp_path):
     """Two steps of joint training with the demo teacher on 30 real files, one of them damaged; then a resumed third."""
     from scenes_on_disk import write_folder
 
-    from flashdmd_ray import job
+    from flashdmd_ray.training import job
 
     data = samples(30)
     data[4] = (data[4][0], data[4][1][: len(data[4][1]) // 2])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flashdmd_ray.demo.checker import PromptChecker
-from flashdmd_ray.demo.recipes.preferences import contradicting_pool
-from flashdmd_ray.demo.recipes.training import make_pool
+from flashdmd_ray.demo.flawed_scenes import contradicting_pool
+from flashdmd_ray.demo.scenes import make_pool
 
 _COUNT = 600
 

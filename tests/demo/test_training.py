@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashdmd_ray.demo.recipes.training import Plan, fit
+from recipes.training import Plan, fit
 
 _PLAN = Plan(steps=12, learning_rate=0.05, warmup=2, ema_decay=0.9, seed=3)
 

@@ -15,11 +15,11 @@ from flashdmd_ray import demo
 from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.demo.checker import PromptChecker
-from flashdmd_ray.demo.recipes import latent_reward, reward, sam, teacher
-from flashdmd_ray.demo.recipes.parts import PARTS, RECORD, card
-from flashdmd_ray.demo.recipes.training import make_pool
+from flashdmd_ray.demo.scenes import make_pool
 from flashdmd_ray.models.latent_reward import load_latent_reward
 from flashdmd_ray.roles.networks import load_parts
+from recipes import latent_reward, reward, sam, teacher
+from recipes.parts import PARTS, RECORD, card
 
 
 @pytest.fixture(scope="module")

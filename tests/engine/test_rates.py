@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashdmd_ray.config import RateConfig
-from flashdmd_ray.engine.rates import learning_rate
+from flashdmd_ray.engine.optimizers import learning_rate
 
 RATES = st.builds(
     lambda lr, warmup, fall, floor: RateConfig(

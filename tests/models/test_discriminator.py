@@ -7,9 +7,9 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch.nn import functional as F
 
+from flashdmd_ray.losses.adversarial import discriminator_loss, generator_loss
 from flashdmd_ray.models.discriminator import PixelDiscriminator
 from flashdmd_ray.models.sdxl import SDXL
-from flashdmd_ray.objectives.adversarial import discriminator_loss, generator_loss
 from tests.tiny import save_sdxl
 
 

@@ -16,8 +16,9 @@ from diffusers import (
 )
 
 from flashdmd_ray.batch import Prompts
+from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.diffusion.sampling import ddim_sample, few_step_sample, guided
-from flashdmd_ray.models import FAMILIES, family_class
+from flashdmd_ray.models import family_class
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.roles.networks import bind, noise_stream
 from tests.tiny import LENGTH, save_sd3, save_sd15, save_sdxl

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flashdmd_ray.models import FAMILIES, family_class
+from flashdmd_ray.catalog.families import FAMILIES
+from flashdmd_ray.models import family_class
 from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import (

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flashdmd_ray import job
 from flashdmd_ray.checkpoint import manifests, read_state, select_checkpoint
 from flashdmd_ray.config import Config, parse_config
-from flashdmd_ray.run_directory import read_metrics
+from flashdmd_ray.run.folder import read_metrics
+from flashdmd_ray.training import job
 
 
 def hackable(root: Path, **monitor: object) -> Config:
     """Preference updates alone, towards brightness, at a rate that ruins the images within a few steps."""
-    brightness = {"kind": "custom", "name": "brightness", "path": "flashdmd_ray.demo.brightness:Brightness"}
+    brightness = {"kind": "custom", "name": "brightness", "path": "brightness:Brightness"}
     return parse_config(
         {
             "steps": 30,

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from flashdmd_ray.batch import Draws
 from flashdmd_ray.config import dump_config, load_as, parse_config, validated
+from flashdmd_ray.losses.reward_model import pair_loss
 from flashdmd_ray.models import family_class
 from flashdmd_ray.models.latent_reward import load_latent_reward
-from flashdmd_ray.objectives.reward_model import pair_loss
 from flashdmd_ray.reward_training.cli import train_latent_reward_command
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.job import run_reward_training
@@ -34,7 +34,7 @@ from flashdmd_ray.reward_training.training import (
     spread_timesteps,
 )
 from flashdmd_ray.roles.networks import load_parts
-from flashdmd_ray.run_directory import read_metrics
+from flashdmd_ray.run.folder import read_metrics
 from tests.reward_training.conftest import write_pairs
 
 SHIPPED = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("latent_reward*.yaml"))

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from flashdmd_ray.batch import Prompts
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.engine.base import under
+from flashdmd_ray.results.sample_sheet import equal_shards
 from flashdmd_ray.roles.drawing import draw_samples, student_sampler, teacher_sampler
 from flashdmd_ray.roles.generator import Generator
 from flashdmd_ray.roles.networks import load_family, student_network
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
-from flashdmd_ray.sheet import equal_shards
 from tests.levels import levels
 from tests.tiny import save_sdxl
 

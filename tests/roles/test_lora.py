@@ -9,6 +9,7 @@ import torch
 
 from flashdmd_ray.batch import Latents, PreferencePairs, Prompts, PublishedWeights, noise
 from flashdmd_ray.checkpoint import load_tensors
+from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import Config, load_config, parse_config
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import UNetDenoiser
@@ -17,7 +18,6 @@ from flashdmd_ray.roles.latent_adversary import AdversarialScoreEstimator, Laten
 from flashdmd_ray.roles.networks import load_family, whole_weights
 from flashdmd_ray.roles.rollout import Rollout
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
-from flashdmd_ray.weights import checksum
 from tests.levels import levels
 from tests.tiny import save_sdxl
 

@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import load_config
-from flashdmd_ray.roles.proof import PATIENCE, Proof
-from flashdmd_ray.roles.rollout import Rollout
-from flashdmd_ray.weights import checksum
+from flashdmd_ray.roles.rollout import PATIENCE, Proof, Rollout
 
 
 def test_new_weights_must_show_at_once_in_float32():

@@ -10,8 +10,8 @@ from saving_roles import SAVING
 from toy_roles import toy_config
 
 from flashdmd_ray.checkpoint import latest_checkpoint, load_tensors, open_store, read_state
-from flashdmd_ray.checkpoint.saver import CheckpointError, CheckpointSaver
 from flashdmd_ray.runtime import WorkerLost, build_runtime
+from flashdmd_ray.training.checkpoint_saver import CheckpointError, CheckpointSaver
 
 
 @pytest.mark.usefixtures("ray_cluster")

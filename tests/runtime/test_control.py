@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from flashdmd_ray.commands.scale import scale_command
 from flashdmd_ray.config import ControlConfig
-from flashdmd_ray.run_directory import CONTROL
+from flashdmd_ray.run.folder import CONTROL
 from flashdmd_ray.runtime.control import open_control
 from flashdmd_ray.runtime.usage import PoolState
-from flashdmd_ray.scale import scale_command
 
 
 class Sized:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Prompts
 from flashdmd_ray.config import parse_config
+from flashdmd_ray.results.sample_sheet import SampleSheet
 from flashdmd_ray.runtime import build_runtime
 from flashdmd_ray.runtime.build import ROLES
-from flashdmd_ray.sheet import SampleSheet
 from tests.levels import levels
 from tests.tiny import save_sdxl
 

@@ -22,8 +22,8 @@ from flashdmd_ray.batch import (
     noise,
     to_uint8,
 )
+from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import Config, parse_config
-from flashdmd_ray.weights import checksum
 
 SHAPE = (2, 4, 4)
 TOYS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flashdmd_ray.export import export_pipeline
 from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.results.export import export_pipeline
 from flashdmd_ray.serving.api import build_api
 from flashdmd_ray.serving.front import answering, take_address
 from flashdmd_ray.serving.generator import Generator

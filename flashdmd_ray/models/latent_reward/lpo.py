@@ -20,8 +20,8 @@ from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family, TextTowers, clip_ids
 from flashdmd_ray.models.latent_reward.unet import UNetLatentReward
 from flashdmd_ray.models.loading import load_module, load_part, load_tokenizer
+from flashdmd_ray.models.reward_files import LPO_FILE, LPO_UNUSED
 from flashdmd_ray.models.sdxl import SDXLText
-from flashdmd_ray.reward_files import LPO_FILE, LPO_UNUSED
 
 GUIDANCE = 7.5
 """Of the mid feature, as published; the other features are the conditional half."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from flashdmd_ray import published
+from flashdmd_ray.catalog import published
 from flashdmd_ray.config import RewardConfig, validated
 from flashdmd_ray.models.latent_reward import LatentRewardModel, load_latent_reward, load_lpo
+from flashdmd_ray.models.reward_files import is_lpo
 from flashdmd_ray.models.rewards.aesthetic import Aesthetic
 from flashdmd_ray.models.rewards.base import BatchedReward, ImageFeatures, PixelReward, RewardSource
 from flashdmd_ray.models.rewards.clip import ClipScore, PickScore
@@ -18,7 +19,6 @@ from flashdmd_ray.models.rewards.hpsv2 import HPSv2
 from flashdmd_ray.models.rewards.imagereward import ImageReward
 from flashdmd_ray.models.rewards.mps import MPS
 from flashdmd_ray.models.rewards.remote import Remote
-from flashdmd_ray.reward_files import is_lpo
 
 _PRETRAINED: Mapping[str, Callable[[RewardSource], BatchedReward]] = {
     "pickscore": PickScore.from_source,

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashdmd_ray import published
+from flashdmd_ray.catalog import published
 from flashdmd_ray.models.assembly import assemble, find_file, read_weights
 from flashdmd_ray.models.loading import load_part
 from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource, unique_rows

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from flashdmd_ray import published
+from flashdmd_ray.catalog import published
 
 FILE = Path(__file__).with_name("layouts.json.gz")
 Layout = dict[str, list[int]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig
 
-from flashdmd_ray import published
+from flashdmd_ray.catalog import published
 from flashdmd_ray.models.assembly import assemble
 from flashdmd_ray.models.rewards import imagereward, mps
 from flashdmd_ray.models.rewards.clip import clip_of

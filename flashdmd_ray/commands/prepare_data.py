@@ -1,0 +1,131 @@
+"""The command that judges a data set before a run, and computes text embeddings and latents of it.
+
+Exit codes: 0 usable (or precomputed), 1 refused or failed, 2 there is no such data set or an option is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flashdmd_ray.config import Config, load_config
+from flashdmd_ray.data.work import Spread, in_threads
+from flashdmd_ray.run.command_line import FAILED, brief, prepare_process, refuse, say
+
+PROMPTS = (".txt", ".jsonl", ".ndjson")
+
+
+def prepare_data_command(arguments: Sequence[str] | None = None) -> int:
+    """`prepare_data.py SOURCE [--check] [--embeddings] [--latents] [--out DIR] ...`; returns the exit code."""
+    options = _parse(arguments)
+    prepare_process()
+    try:
+        config = _config(options)
+        steps = [step for step in ("embeddings", "latents") if getattr(options, step)]
+        if steps and options.out is None:
+            raise ValueError("--out: name the folder that the computed files go to")
+        return _on(options.runtime, lambda spread: _run(config, options, steps, spread))
+    except ValueError as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        say(f"failed: {brief(error)}")
+        return FAILED
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py",
+        description="Judge a data set before a run (--check, what is done without other options), or precompute what a run reads of it.",
+        epilog="Formats and keys are explained in docs/data.md.",
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="as data.source; or prompts: .txt, .jsonl, .parquet without images"
+    )
+    parser.add_argument("--check", action="store_true", help="decode every image and print a table and a verdict")
+    parser.add_argument(
+        "--embeddings", action="store_true", help="encode every distinct prompt and caption to OUT/embeddings"
+    )
+    parser.add_argument("--latents", action="store_true", help="encode every image with the VAE to OUT/latents")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where computed files go; started again, it goes on")
+    parser.add_argument("--model", metavar="TEACHER", help="short for --set model.teacher=TEACHER")
+    parser.add_argument(
+        "--config", type=Path, metavar="CONFIG.yaml", help="a run's configuration; its model and data keys hold"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="key=value",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="set a key, e.g. model.resolution=[512,512]",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="threads, or Ray actors (default: data.workers)")
+    parser.add_argument(
+        "--runtime",
+        choices=["local", "ray"],
+        default="local",
+        help="ray: on the cluster of RAY_ADDRESS, through Ray Data",
+    )
+    return parser.parse_args(arguments)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    is_prompts = Path(options.source).suffix in PROMPTS
+    settings = [*options.set, f"data.{'prompts' if is_prompts else 'source'}={options.source}"]
+    if options.model is not None:
+        settings.append(f"model.teacher={options.model}")
+    if options.workers is not None:
+        settings.append(f"data.workers={options.workers}")
+    # What is computed here cannot be read yet, and where a run decodes is the run's business.
+    return load_config(options.config, [*settings, "data.embeddings=null", "data.latents=null", "data.decode=threads"])
+
+
+def _on(runtime: str, work: Callable[[Spread], int]) -> int:
+    if runtime == "local":
+        return work(in_threads)
+    from flashdmd_ray.runtime.data_stream import on_ray, start_ray
+
+    cluster = start_ray()
+    try:
+        return work(on_ray)
+    finally:
+        cluster.leave()
+
+
+def _run(config: Config, options: argparse.Namespace, steps: Sequence[str], spread: Spread) -> int:
+    if options.check or not steps:
+        code = _check(config, spread)
+        if code:
+            return code
+    if steps:
+        _precompute(config, options.out, steps, spread)
+    return 0
+
+
+def _check(config: Config, spread: Spread) -> int:
+    from flashdmd_ray.data.catalogue import named
+    from flashdmd_ray.data.check import accepted, check_images, check_prompts, table
+
+    code = 0
+    for key, format in named(config.data).items():
+        is_source = key == "source"
+        checked = check_images(config.data, spread) if is_source else check_prompts(config.data, format, spread)
+        size = config.model.resolution if is_source else None
+        print(
+            "\n".join([getattr(config.data, key), *(f"  {line}" for line in table(checked, size, config.data.max_bad))])
+        )
+        if not accepted(checked, config.data.max_bad):
+            code = FAILED
+    return code
+
+
+def _precompute(config: Config, out: Path, steps: Sequence[str], spread: Spread) -> None:
+    from flashdmd_ray.data.precompute import precompute
+    from flashdmd_ray.roles.networks import load_parts
+
+    for what in steps:
+        folder = precompute(what, config.data, config.model, out, spread, load_parts)
+        print(f"{what} written; use them with data.{what}={folder}", flush=True)

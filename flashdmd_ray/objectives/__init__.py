@@ -1,1 +1,0 @@
-"""The objectives of Flash-DMD, one pure function per equation; no networks, no randomness, no state."""

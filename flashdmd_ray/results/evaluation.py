@@ -1,0 +1,237 @@
+"""How good samples are: Frechet distance, prompt accuracy, rewards and diversity, whatever of these the data allow.
+
+A judge of prompts is never optimised; a reward may be, and then only says how far optimisation went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from time import monotonic
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from flashdmd_ray.models.family import Family
+from flashdmd_ray.models.rewards import PixelReward
+from flashdmd_ray.results.evaluation_data import Reference
+from flashdmd_ray.roles.drawing import Sampler, sample_images
+
+DIVERSITY_PROMPTS, DIVERSITY_NOISES = 32, 4
+QUIET_S = 30.0
+"""Between two lines about a row that is being measured."""
+
+Say = Callable[[str], None]
+Features = Callable[[Tensor], Tensor]
+"""images (B, 3, H, W) in [-1, 1] -> float32 (B, F)."""
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What samples are measured by. What is None or empty has no column.
+
+    features: the space of Frechet distance and diversity, space its name. correct: (images, prompts) -> bool (B,), does
+    the image show what its prompt says? optimised: the labels of those rewards that training raised.
+    """
+
+    space: str = ""
+    features: Features | None = None
+    correct: Callable[[Tensor, list[str]], Tensor] | None = None
+    rewards: Mapping[str, PixelReward] | None = None
+    optimised: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. nfe: network forwards per sample. diversity: mean distance, in the space of features, between samples of
+    one prompt from different noises. What was not measured is None."""
+
+    name: str
+    nfe: int
+    samples: int
+    frechet: float | None
+    accuracy: float | None
+    rewards: Mapping[str, float]
+    diversity: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table. prompts: what the prompts are called. space, optimised: as in `Yardstick`; space is empty without distances."""
+
+    rows: Sequence[Row]
+    prompts: str
+    space: str
+    optimised: Sequence[str]
+
+
+def evaluate(
+    family: Family,
+    samplers: Sequence[Sampler],
+    reference: Reference,
+    yardstick: Yardstick,
+    seed: int,
+    batch: int,
+    say: Say = print,
+) -> Comparison:
+    """One row for other real images of the very prompts, where there are such (what a perfect sampler would reach), then one per sampler.
+
+    All samplers see the same prompts and the same noise, a function of `seed` and position; `batch` changes only the speed.
+    Frechet distances depend on the number of samples: compare only rows of equal `samples`.
+    """
+    measuring = _Measuring(family, reference, yardstick, seed, batch, say)
+    rows = [] if reference.twins is None else [measuring.real_row(reference.twins)]
+    for sampler in samplers:
+        rows.append(measuring.row(sampler))
+        say(f"{sampler.name}: {', '.join(' '.join(pair) for pair in figures(rows[-1]).items())}")
+    space = "" if yardstick.features is None else yardstick.space
+    return Comparison(rows, reference.prompts, space, tuple(yardstick.optimised))
+
+
+class _Measuring:
+    """One evaluation: what all of its rows share."""
+
+    def __init__(
+        self, family: Family, reference: Reference, yardstick: Yardstick, seed: int, batch: int, say: Say
+    ) -> None:
+        self.family = family
+        self.texts = reference.texts
+        self.yardstick = yardstick
+        self.seed = seed
+        self.batch = batch
+        self.say = say
+        features = [] if yardstick.features is None else [yardstick.features(i).cpu() for i in reference.reals]
+        self.reals = torch.cat(features) if features else None
+
+    @torch.no_grad()
+    def row(self, sampler: Sampler) -> Row:
+        drawn = sample_images(self.family, sampler, self.texts, range(len(self.texts)), self.seed, self.batch)
+        judged, said = [], monotonic()
+        for number, (images, texts) in enumerate(zip(drawn, self._chunks(self.texts), strict=True), 1):
+            judged.append(self._judge(images, texts))
+            if monotonic() - said > QUIET_S:
+                said = monotonic()
+                self.say(f"{sampler.name}: {min(number * self.batch, len(self.texts))} of {len(self.texts)} samples")
+        columns = {name: torch.cat([part[name] for part in judged]) for name in judged[0]}
+        return self._row(sampler.name, sampler.nfe, columns, self._diversity(sampler))
+
+    @torch.no_grad()
+    def real_row(self, twins: Tensor) -> Row:
+        """The row of real images of the same prompts."""
+        parts = [self._judge(*one) for one in zip(twins.split(self.batch), self._chunks(self.texts), strict=True)]
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        diversity = None
+        if self.reals is not None:
+            diversity = mean_pairwise_distance(torch.stack([self.reals, columns["features"]], dim=1))
+        return self._row("real images", 0, columns, diversity)
+
+    def _judge(self, images: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
+        """By column, one value per image."""
+        yardstick, found = self.yardstick, {}
+        if yardstick.features is not None:
+            found["features"] = yardstick.features(images).cpu()
+        if yardstick.correct is not None:
+            found["correct"] = yardstick.correct(images, list(texts)).float()
+        for label, reward in (yardstick.rewards or {}).items():
+            found[f"reward/{label}"] = reward.score(images, texts).cpu()
+        return found
+
+    def _row(self, name: str, nfe: int, columns: Mapping[str, Tensor], diversity: float | None) -> Row:
+        def mean(column: str) -> float | None:
+            return columns[column].mean().item() if column in columns else None
+
+        return Row(
+            name,
+            nfe,
+            len(self.texts),
+            None if self.reals is None else frechet_distance(self.reals, columns["features"]),
+            mean("correct"),
+            {label: columns[f"reward/{label}"].mean().item() for label in self.yardstick.rewards or {}},
+            diversity,
+        )
+
+    def _diversity(self, sampler: Sampler) -> float | None:
+        """Several noises for each of the first prompts; their noise indices follow those of the table's samples."""
+        if self.yardstick.features is None:
+            return None
+        repeated = [text for text in self.texts[:DIVERSITY_PROMPTS] for _ in range(DIVERSITY_NOISES)]
+        indices = range(len(self.texts), len(self.texts) + len(repeated))
+        drawn = sample_images(self.family, sampler, repeated, indices, self.seed, self.batch)
+        features = torch.cat([self.yardstick.features(images).cpu() for images in drawn])
+        return mean_pairwise_distance(features.unflatten(0, (-1, DIVERSITY_NOISES)))
+
+    def _chunks(self, texts: Sequence[str]) -> list[Sequence[str]]:
+        return [texts[start : start + self.batch] for start in range(0, len(texts), self.batch)]
+
+
+def mean_pairwise_distance(features: Tensor) -> float:
+    """Mean Euclidean distance between different members of a group, over all groups; features float (G, K, F), K >= 2."""
+    count = features.shape[1]
+    distances = torch.cdist(features.double(), features.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return (distances.sum(dim=(1, 2)) / (count * (count - 1))).mean().item()
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Squared Frechet distance between the Gaussians fitted to two sets of features, float (N, F) and (M, F), in float64:
+
+        |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2)).
+
+    Raises ValueError for fewer than two samples, different widths, or features that are not finite.
+    """
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
+        raise ValueError(
+            f"two sets of at least 2 features are needed, got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    x, y = (features.detach().cpu().double() for features in (first, second))
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("features are not finite: the samples or the feature network are broken")
+    gap = x.mean(dim=0) - y.mean(dim=0)
+    # C = R'R with R from a QR decomposition of the centred samples; the trace of the root is then the nuclear norm of Ry Rx',
+    # which loses no digits to squaring and holds for fewer samples than features too.
+    rx, ry = (torch.linalg.qr((z - z.mean(dim=0)) / (len(z) - 1) ** 0.5, mode="r").R for z in (x, y))
+    cross = torch.linalg.svdvals(ry @ rx.T).sum()
+    return max(0.0, (gap @ gap + rx.square().sum() + ry.square().sum() - 2 * cross).item())
+
+
+def print_table(table: Comparison, console: Console | None = None) -> None:
+    """The rows as a table that also reads well in a log."""
+    shown = Table(box=box.MARKDOWN, title=escape(title(table)))
+    shown.add_column("sampler", no_wrap=True)
+    for heading in ("NFE", *figures(table.rows[0], table.optimised)):
+        shown.add_column(escape(heading), justify="right")
+    for row in table.rows:
+        shown.add_row(row.name, str(row.nfe) if row.nfe else "-", *figures(row).values())
+    (console or Console(width=110)).print(shown)
+
+
+def title(table: Comparison) -> str:
+    """What the figures are about: number and kind of the prompts, the space of the distances, which rewards were optimised."""
+    facts = [f"{table.rows[0].samples} {table.prompts}"]
+    if table.space:
+        facts.append(f"distances between {table.space}")
+    if table.optimised:
+        facts.append("* optimised in training")
+    return "; ".join(facts)
+
+
+def figures(row: Row, marked: Collection[str] = ()) -> dict[str, str]:
+    """What was measured, as text by heading; those of `marked` rewards get an asterisk."""
+    found = {} if row.frechet is None else {"Frechet distance": f"{row.frechet:.4g}"}
+    others = {"prompt accuracy": row.accuracy}
+    others |= {f"{label}{'*' if label in marked else ''}": value for label, value in row.rewards.items()}
+    others |= {"diversity": row.diversity}
+    return found | {name: f"{value:.3f}" for name, value in others.items() if value is not None}
+
+
+def as_record(row: Row) -> dict[str, object]:
+    """The row as JSON values, without what was not measured."""
+    return {name: value for name, value in asdict(row).items() if value is not None}
+
+
+def as_json(table: Comparison) -> dict[str, object]:
+    """The table as JSON values."""
+    return asdict(table) | {"rows": [as_record(row) for row in table.rows]}

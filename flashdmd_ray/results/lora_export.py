@@ -1,0 +1,72 @@
+"""A LoRA student as one small file beside the teacher: for diffusers, or under kohya's names for ComfyUI and others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from diffusers import SchedulerMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashdmd_ray.catalog.families import FAMILIES
+from flashdmd_ray.config import LoraConfig
+from flashdmd_ray.models.family import Family
+from flashdmd_ray.results.export import CardFacts, few_step_scheduler, loading_arguments, write_export
+
+LoraFormat = Literal["lora", "kohya"]
+FILES: Mapping[LoraFormat, str] = {"lora": LORA_WEIGHT_NAME_SAFE, "kohya": "flashdmd_lora.safetensors"}
+"""The file of weights in an export's directory."""
+
+
+def export_lora(
+    family: Family,
+    lora: LoraConfig,
+    weights: Mapping[str, Tensor],
+    timesteps: Sequence[int],
+    out: Path,
+    facts: CardFacts,
+    form: LoraFormat,
+) -> Path:
+    """Write the adapter, the few-step scheduler, `flashdmd.json` and a model card to `out`, in one rename; returns `out`.
+
+    weights: of the adapter (`AdaptedDenoiser.state_dict`). Both formats load with `pipeline.load_lora_weights`. Raises
+    ValueError for kohya's format of a network that is no U-Net, and when `out` holds something else.
+    """
+    if form == "kohya" and FAMILIES[family.name].denoiser != "unet":
+        raise ValueError(
+            f"--format kohya: kohya's names are those of U-Nets, and a model of family '{family.name}' has none; use --format lora"
+        )
+    factor = (lora.alpha or lora.rank) / lora.rank
+    tensors = {name: at_factor_one(name, tensor, factor) for name, tensor in weights.items()}
+    if form == "kohya":
+        tensors = {name: tensor.float() for name, tensor in convert_state_dict_to_kohya(tensors).items()}
+
+    def save(directory: Path, scheduler: SchedulerMixin) -> None:
+        save_file(tensors, directory / FILES[form], metadata={"format": "pt"})
+        scheduler.save_pretrained(directory / "scheduler")
+
+    return write_export(
+        family, timesteps, out, facts, save, _loading(family, timesteps, facts.base, form), relation="adapter"
+    )
+
+
+def at_factor_one(name: str, tensor: Tensor, factor: float) -> Tensor:
+    """The matrix with alpha / rank taken into B, so that a file needs no word about alpha: readers assume the rank."""
+    return (tensor * factor if ".lora_B." in name else tensor).contiguous()
+
+
+def _loading(family: Family, timesteps: Sequence[int], base: str, form: LoraFormat) -> str:
+    pipeline, scheduler = (
+        family.pipeline_class.__name__,
+        type(few_step_scheduler(family.scheduler_config, timesteps)[0]).__name__,
+    )
+    teacher = loading_arguments(base if base.count("/") == 1 else "path/to/the/base", family.load_settings())
+    return f"""from diffusers import {scheduler}, {pipeline}
+
+pipeline = {pipeline}.from_pretrained({teacher})
+pipeline.load_lora_weights("path/to/this/directory", weight_name="{FILES[form]}")
+pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/directory", subfolder="scheduler")"""

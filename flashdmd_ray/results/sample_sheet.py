@@ -1,0 +1,55 @@
+"""Sample sheets: what the generator draws while it is trained, drawn where it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashdmd_ray.batch import Prompts, derive_seed
+from flashdmd_ray.config import Config
+from flashdmd_ray.results.evaluation_data import choose_prompts
+from flashdmd_ray.results.grid import write_grid
+from flashdmd_ray.roles.drawing import student_label, teacher_label
+from flashdmd_ray.runtime.protocol import Runtime
+
+COLUMNS = 10
+"""Prompts of a sheet, and of the grid at the end."""
+
+
+class SampleSheet:
+    """The same prompts and noise again and again: the teacher's row above the student's."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        """Raises ValueError for prompts that cannot be read."""
+        self.config = config
+        self.runtime = runtime
+        self.seed = derive_seed(config.seed, "sheet")
+        self.texts = choose_prompts(config, COLUMNS, self.seed)
+        self.prompts = equal_shards(self.texts, config.placement.learner.workers)
+        self._teacher: Tensor | None = None
+
+    def write(self, path: Path) -> Path:
+        """Draw the sheet for the generator as it is now."""
+        evaluation, guidance = self.config.evaluation, self.config.teacher_guidance
+        if self._teacher is None:
+            self._teacher = self.runtime.score.draw_teacher(self.prompts, evaluation.teacher_steps, guidance, self.seed)
+        timesteps = self.config.sampling.timesteps
+        rows = [
+            (teacher_label(evaluation.teacher_steps, guidance), self._teacher),
+            (student_label("student", timesteps), self.draw_student(timesteps)),
+        ]
+        return write_grid(path, [(label, images[: len(self.texts)]) for label, images in rows], self.texts)
+
+    def draw_student(self, timesteps: tuple[int, ...]) -> Tensor:
+        """One image of the generator for each prompt by a hop from each timestep, float (N, 3, H, W) in [-1, 1]."""
+        images: Tensor = self.runtime.generator.draw(self.prompts, timesteps, self.seed)
+        return images[: len(self.texts)]
+
+
+def equal_shards(texts: Sequence[str], ranks: int) -> Prompts:
+    """The texts, the last one again and again until every rank gets equally many: all must make the same forwards."""
+    count = -(-len(texts) // ranks) * ranks
+    return Prompts((*texts, *[texts[-1]] * (count - len(texts))), torch.arange(count))

@@ -1,0 +1,153 @@
+"""What a run tells the world: `metrics.jsonl` at once, MLflow in the background. Imports neither torch nor mlflow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Literal, Self
+
+from flashdmd_ray.config import TrackingConfig
+from flashdmd_ray.run.folder import MetricsLog, RunDirectory
+
+log = logging.getLogger(__name__)
+
+REGISTERED_MODEL = "flashdmd_ray"
+SILENCE_S = 120.0
+"""At the end, how long to wait for the next sign of life of the MLflow process before it is left behind."""
+HURRY_S = 5.0
+"""The same for someone who pressed Ctrl-C twice."""
+
+Status = Literal["finished", "interrupted", "failed"]
+MLFLOW_STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+
+
+class Tracker:
+    """Metrics, grids and the exported model of one run.
+
+    Metrics are on disk when `metrics` returns. MLflow is fed by a process of its own (flashdmd_ray/run/mlflow_mirror.py) that reads the run
+    folder; if it or its server fails, one warning is logged and the run goes on. Records of steps after `after_step` are dropped first:
+    a resumed run computes them again.
+    """
+
+    def __init__(self, run: RunDirectory, config: TrackingConfig, after_step: int) -> None:
+        self._run = run
+        self._metrics = MetricsLog(run.metrics, after_step)
+        self._mirror = (
+            MlflowProcess(run.path, config.uri or default_uri(run), config.experiment) if config.enabled else None
+        )
+
+    def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record numbers (Python, numpy or torch scalars) of one step."""
+        self._metrics.write(step, metrics)
+
+    def rewind(self, after_step: int) -> None:
+        """Forget the steps after `after_step`: the job was built anew from a checkpoint and computes them again."""
+        self._metrics.rewind(after_step)
+
+    def image(self, key: str, path: Path, step: int) -> None:
+        """Show an image file of the run folder under a key such as 'samples'."""
+        self._order({"image": [key, self._relative(path), step]})
+
+    def tag(self, key: str, text: str) -> None:
+        """Set a text that describes the run as it is now."""
+        self._order({"tag": [key, text]})
+
+    def model(self, folder: Path) -> None:
+        """Log an exported pipeline of the run folder as a model, with its README.md as the card, and register it."""
+        self._order({"model": self._relative(folder)})
+
+    def finish(self, status: Status, patience_s: float | None = None) -> None:
+        """Close the metrics and give MLflow the rest; waits as long as MLflow makes progress. Further calls do nothing."""
+        self._metrics.close()
+        if self._mirror is not None:
+            self._mirror.finish(MLFLOW_STATUS[status], SILENCE_S if patience_s is None else patience_s)
+            self._mirror = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.finish("finished")
+        elif issubclass(kind, Exception):
+            self.finish("failed")
+        else:
+            self.finish("interrupted", HURRY_S)
+
+    def _order(self, order: dict[str, Any]) -> None:
+        if self._mirror is not None:
+            self._mirror.order(order)
+
+    def _relative(self, path: Path) -> str:
+        return path.resolve().relative_to(self._run.path.resolve()).as_posix()
+
+
+def default_uri(run: RunDirectory) -> str:
+    """A sqlite database beside the run folders."""
+    return f"sqlite:///{(run.path.parent / 'mlflow.db').resolve()}"
+
+
+class MlflowProcess:
+    """The other end of `python -m flashdmd_ray.run.mlflow_mirror`. No method raises, and only `finish` waits."""
+
+    def __init__(self, folder: Path, uri: str, experiment: str) -> None:
+        self._folder = folder
+        self._last_sign = time.monotonic()
+        self._warned = False
+        command = [sys.executable, "-m", "flashdmd_ray.run.mlflow_mirror", str(folder), "--uri", uri]
+        command += ["--experiment", experiment, "--registered-model", REGISTERED_MODEL]
+        self._errors: IO[bytes] = (folder / "mlflow.log").open("ab")
+        package_root = str(Path(__file__).resolve().parents[2])
+        paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        )
+        self._listener = threading.Thread(target=self._listen, name="mlflow-listener", daemon=True)
+        self._listener.start()
+
+    def order(self, order: dict[str, Any]) -> None:
+        """Queue an order. The other side always reads, so a few hundred short lines cannot fill the pipe."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+        except (OSError, ValueError):
+            self._warn("the MLflow process ended early; the run folder has everything")
+
+    def finish(self, status: str, patience_s: float) -> None:
+        self._last_sign = time.monotonic()
+        self.order({"finish": status})
+        while self._process.poll() is None and time.monotonic() - self._last_sign < patience_s:
+            time.sleep(0.05)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._warn(f"MLflow was silent for {patience_s:g} s and is left behind; the run folder has everything")
+        self._process.wait()
+        self._listener.join(timeout=5)
+        if self._process.returncode != 0:
+            self._warn(f"the MLflow process failed; see {self._folder / 'mlflow.log'}")
+        self._errors.close()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._last_sign = time.monotonic()
+            if line.strip() != "ok":
+                self._warn(line.strip())
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            log.warning("tracking: %s", text)
+        self._warned = True

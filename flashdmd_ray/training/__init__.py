@@ -1,0 +1,1 @@
+"""Joint training as a job: command line, run, checkpoints."""

@@ -1,0 +1,144 @@
+"""The plan: parameters from file headers, memory and schedule as arithmetic, damaged files refused before anything is loaded."""
+
+import json
+
+import pytest
+from model_folders import PARTS, model_settings, write_model
+
+from flashdmd_ray import plan
+from flashdmd_ray.config import parse_config
+from flashdmd_ray.models import teacher_files
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return model_settings(tmp_path)
+
+
+def plan_text(settings, **changes):
+    config = parse_config(settings | changes)
+    return plan.describe(config, *plan.check(config))
+
+
+def row(text, name):
+    """The first line that starts so: of the roles, of the learner where others have it too."""
+    return next(line.split() for line in text.splitlines() if line.strip().startswith(name))
+
+
+def test_parameters_are_counted_without_loading(settings):
+    text = plan_text(settings, steps=200)
+    assert row(text, "teacher ")[2] == f"{PARTS['unet']:,}"
+    assert row(text, "discriminator: SAM")[3] == "500"
+    assert row(text, "reward: latent")[3] == "70"
+    assert "200 steps, batch 32" in text
+    assert "1,000 preference updates" in text
+
+
+def test_header_counts_agree_with_the_loaded_module(tmp_path):
+    from safetensors.torch import save_model
+    from torch import nn
+
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 5))
+    save_model(module, tmp_path / "model.safetensors")
+    assert teacher_files.count_parameters(tmp_path) == sum(p.numel() for p in module.parameters())
+
+
+def test_shards_are_summed_and_variants_are_not(tmp_path):
+    sharded, variants = tmp_path / "sharded", tmp_path / "variants"
+    for part in (1, 2):
+        write_model(sharded, 100 * part, f"diffusion_pytorch_model-{part:05}-of-00002.safetensors")
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"):
+        write_model(variants, 100, name)
+    assert teacher_files.count_parameters(sharded) == 300
+    assert teacher_files.count_parameters(variants) == 100
+
+
+def test_schedule_counts_updates(settings):
+    text = plan_text(settings, steps=100, ttur=2, preference={"updates": 3, "every": 4, "start_step": 10})
+    assert (
+        "in all: 100 generator, 200 score-estimator, 200 discriminator, 69 preference updates; 3,200 distillation samples"
+        in text
+    )
+
+
+def test_schedule_says_which_rates_fall(settings):
+    falling = {"generator": {"lr": 3e-5, "decay": 100, "floor": 0.1}, "score": {"lr": 6e-4, "decay": 1500}}
+    text = plan_text(settings, steps=1000, ttur=2, **falling)
+    assert "generator rate: from 3e-05 down to 3e-06 at update 100 of 1,000" in text
+    assert "score-estimator rate: from 0.0006 down to 0 at update 1,500 of 2,000" in text
+    assert "discriminator rate" not in text
+    assert "score-estimator rate" not in plan_text(settings, score={"decay": 50}, preference={"distill": False})
+
+
+def test_without_preference_updates_there_are_no_pools(settings):
+    text = plan_text(settings, preference={"updates": 0})
+    assert "rollout" not in text
+    assert "reward" not in text
+    assert "reference policy" not in text
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda root: (root / "teacher/unet/diffusion_pytorch_model.safetensors").unlink(),
+            r"model\.teacher: .*unet has no \.safetensors",
+        ),
+        (
+            lambda root: truncate(root / "teacher/vae/diffusion_pytorch_model.safetensors"),
+            r"model\.teacher: .*vae.* is damaged",
+        ),
+        (
+            lambda root: (root / "sam/model.safetensors").write_bytes(b"not a model"),
+            r"model\.sam: .*model\.safetensors is damaged",
+        ),
+        (
+            lambda root: (root / "clip/model.safetensors").write_bytes(b""),
+            r"rewards\.0\.path: .*model\.safetensors is damaged",
+        ),
+        (lambda root: (root / "lrm/config.json").write_text("{"), r"rewards\.1\.path: .*config\.json is damaged"),
+        (
+            lambda root: (root / "teacher/unet/config.json").write_text("{}"),
+            r"model\.teacher: .*config\.json lacks 'sample_size'",
+        ),
+        (
+            lambda root: (root / "teacher/model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
+            r"model\.teacher: .* holds a FluxPipeline",
+        ),
+        (lambda root: (root / "teacher/model_index.json").unlink(), r"model\.teacher: .*model_index\.json is missing"),
+    ],
+)
+def test_missing_and_damaged_files_are_named(settings, tmp_path, damage, message):
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as refusal:
+        plan.check(parse_config(settings))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_official_sam_checkpoint_is_one_file(settings, tmp_path):
+    settings["model"]["sam"] = str(tmp_path / "sam_vit_b.pth")
+    with pytest.raises(ValueError, match=r"model\.sam: .* does not exist"):
+        plan.check(parse_config(settings))
+    (tmp_path / "sam_vit_b.pth").write_bytes(bytes(4000))
+    assert row(plan_text(settings), "discriminator: SAM")[3] == "1,000"
+
+
+@pytest.mark.parametrize("path", ["/no/where", "./no", "no\nwhere", "nobody/nothing"])
+def test_a_path_that_is_no_model_is_refused(settings, path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings["model"]["teacher"] = path
+    with pytest.raises(ValueError, match=r"model\.teacher: .*; correct the path"):
+        plan.check(parse_config(settings))
+
+
+def test_checking_creates_nothing(settings, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    plan.check(parse_config(settings))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def truncate(path):
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert len(header) == 2, "a real file with two tensors"
+    path.write_bytes(data[:-4])

@@ -1,0 +1,133 @@
+"""The command line: what a user can get wrong is one line and exit code 2, and leaves nothing behind."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from model_folders import model_settings
+
+from flashdmd_ray.config import Config
+from flashdmd_ray.training import cli
+
+ROOT = Path(__file__).parents[2]
+JOB = ROOT / "jobs" / "joint_train.py"
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(model_settings(tmp_path / "world")))
+    return path
+
+
+def files(folder):
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+BAD_SETTINGS = {
+    "unknown key": ("stepz=3", "stepz: unknown key, did you mean 'steps'?"),
+    "unknown nested key": ("preference.betta=1", "preference.betta: unknown key, did you mean 'beta'?"),
+    "wrong type": ("steps=many", "steps: "),
+    "not a whole number": ("batch=2.5", "batch: "),
+    "one candidate": ("preference.candidates=1", "preference.candidates: "),
+    "timesteps not descending": (
+        "sampling.timesteps=[249,999]",
+        "sampling.timesteps: must be a strictly descending list",
+    ),
+    "beta not positive": ("preference.beta=0", "preference.beta: "),
+    "TTUR 0": ("ttur=0", "ttur: "),
+    "more ranks than batch": ("placement.learner.workers=64", "placement.learner.workers: "),
+    "unknown reward": (
+        "rewards=[{kind: pikscore}]",
+        "rewards.0.kind: unknown reward 'pikscore', did you mean 'pickscore'?",
+    ),
+    "run name that leaves the folder": ("run.name=../elsewhere", "run.name: "),
+    "empty run name": ("run.name=''", "run.name: "),
+    "run folder that cannot be written": ("run.dir=/proc/runs", "run.dir: cannot write"),
+    "weights that are not there": ("model.teacher=/no/where", "model.teacher: no such directory: '/no/where'"),
+    "no value": ("steps", "--set steps: expected key=value"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_SETTINGS)
+def test_bad_settings_are_one_clear_line_and_leave_nothing(what, config_file, tmp_path, capsys):
+    setting, message = BAD_SETTINGS[what]
+    before = files(tmp_path)
+    assert cli.main([str(config_file), "--set", setting]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1, "one line"
+    assert out == ""
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(": :", "not valid YAML"), ("- 1", "expected keys and values"), (None, "cannot read the configuration")],
+)
+def test_bad_configuration_files(tmp_path, capsys, text, message):
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert cli.main([str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {path}: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_damaged_weights_in_a_real_process(config_file, tmp_path):
+    weights = tmp_path / "world" / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    before = files(tmp_path)
+    answer = subprocess.run(
+        [sys.executable, JOB, config_file], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 2
+    assert (
+        answer.stderr
+        == f"error: model.teacher: {weights} is damaged (not a complete safetensors file); download or make it again\n"
+    )
+    assert "Traceback" not in answer.stdout
+    assert files(tmp_path) == before
+
+
+def test_dry_run_prints_configuration_and_plan_without_torch(config_file, tmp_path):
+    before = files(tmp_path)
+    code = (
+        "import sys; from flashdmd_ray.training.cli import main; code = main(sys.argv[1:])\n"
+        "print('heavy:', sorted({'torch', 'ray', 'diffusers', 'mlflow'} & set(sys.modules))); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, config_file, "--set", "steps=7", "--dry-run"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    printed, _, text = answer.stdout.partition("\nrun\n")
+    assert Config.model_validate(yaml.safe_load(printed)).steps == 7, "the resolved configuration can be run again"
+    for word in ("roles", "placement", "schedule", "score estimator", "memory in all", "7 steps"):
+        assert word in text
+    assert "heavy: []" in text
+    assert files(tmp_path) == before
+
+
+def test_errors_and_help_are_fast(tmp_path):
+    started = time.process_time(), os.times().children_user
+    for arguments, code in ((["--help"], 0), (["--set", "stepz=1"], 2)):
+        assert (
+            subprocess.run([sys.executable, JOB, *arguments], cwd=tmp_path, capture_output=True, check=False).returncode
+            == code
+        )
+    assert os.times().children_user - started[1] < 4, (
+        "seconds of processor time for two calls; torch alone would take that"
+    )
+
+
+def test_files_that_are_whole_but_no_model_are_one_line_when_loading_finds_out(config_file, tmp_path, capfd):
+    assert cli.main([str(config_file), "--set", "runtime=local", "tracking.enabled=false"]) == 2
+    out, err = capfd.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("error: cannot load")
+    assert "Traceback" not in out
+    assert not (tmp_path / "world" / "runs" / "first").exists(), "nothing half-written"
