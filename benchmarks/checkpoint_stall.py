@@ -18,11 +18,11 @@ import time
 import uuid
 from collections.abc import Iterable
 
+from flashdmd_ray.batch import Metrics
 from flashdmd_ray.checkpoint import manifests, open_store
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
-from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.run.storage import Location, parse_location
 from flashdmd_ray.runtime import Runtime, build_runtime
 from flashdmd_ray.training.checkpoint_saver import CheckpointSaver

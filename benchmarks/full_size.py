@@ -20,10 +20,10 @@ from random_models import write_models
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashdmd_ray import plan
+from flashdmd_ray.batch import Metrics
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
-from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.runtime.build import build_runtime
 
 RECIPE = Path(__file__).parents[1] / "jobs" / "configs" / "sdxl_lora_80gb.yaml"

@@ -77,11 +77,10 @@ def train(settings: list[str]) -> int:
     """One run in this process, with the checker looking on; returns the exit code."""
     import torch
 
-    from flashdmd_ray.batch import Prompts
+    from flashdmd_ray.batch import Metrics, Prompts
     from flashdmd_ray.config import load_config
     from flashdmd_ray.demo.checker import PromptChecker
     from flashdmd_ray.results.evaluation_data import demo_held_out
-    from flashdmd_ray.roles.networks import Metrics
     from flashdmd_ray.training import job
 
     checker, texts = PromptChecker.load(), demo_held_out(CHECKED, 1).texts
@@ -93,7 +92,7 @@ def train(settings: list[str]) -> int:
     class CheckedRun(job.TrainingRun):
         def finish(self, step: int, metrics: Metrics) -> None:
             if step % every == 0 or step + 1 == self.config.steps:
-                images = self.runtime.generator.draw(prompts, self.config.sampling.timesteps, seed=1)
+                images = self.runtime.generator.generate_images(prompts, self.config.sampling.timesteps, seed=1)
                 metrics = metrics | {"check/accuracy": checker.correct(images, list(texts)).float().mean().item()}
             super().finish(step, metrics)
 

@@ -26,10 +26,10 @@ from rounds import Way, compare, describe, measure_rounds
 from straight_line import DMD2, TIMESTEPS, FlashDMD
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashdmd_ray.batch import Draws
+from flashdmd_ray.batch import StepRng
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.data import ImageSource, build_images, open_reals
-from flashdmd_ray.driver import distil, draw_noise_levels
+from flashdmd_ray.driver import distil, sample_noise_levels
 from flashdmd_ray.roles.discriminator import Discriminator
 from flashdmd_ray.roles.latent_adversary import AdversarialScoreEstimator, DenoiserWithHead
 from flashdmd_ray.roles.networks import load_family
@@ -110,7 +110,7 @@ def flash_dmd(overrides: list[str]) -> dict[str, Way]:
     script = FlashDMD(family, heads.engine.module, config.matching.guidance_scale, config.score.ema)  # type: ignore[arg-type]
 
     def ours(step: int) -> object:
-        return distil(config, runtime, data, Draws(config.seed, step))
+        return distil(config, runtime, data, StepRng(config.seed, step))
 
     def theirs(step: int) -> object:
         texts, reals, _, levels = batch_of(config, data, step, "predict", 0)
@@ -129,7 +129,7 @@ def baseline(overrides: list[str]) -> dict[str, Way]:
     script = DMD2(family, head, config.matching.guidance_scale, config.ttur)
 
     def ours(step: int) -> object:
-        return distil(config, runtime, data, Draws(config.seed, step))
+        return distil(config, runtime, data, StepRng(config.seed, step))
 
     def theirs(step: int) -> object:
         purposes = ["predict", *(f"critics/{update}" for update in range(1, config.ttur))]
@@ -146,9 +146,9 @@ def batch_of(
     rows = torch.arange(config.batch)
     family = load_family(config.model)
     reals = open_reals(config, family).reals((step * config.ttur + update) * config.batch + rows, family.image_size)
-    levels = draw_noise_levels(config, Draws(config.seed, step), purpose)
-    assert levels.deepest < len(TIMESTEPS)
-    return data.prompts(purpose, step * config.batch + rows), reals.images, reals.captions, levels.coarse
+    levels = sample_noise_levels(config, StepRng(config.seed, step), purpose)
+    assert levels.max_step < len(TIMESTEPS)
+    return data.prompts(purpose, step * config.batch + rows), reals.images, reals.captions, levels.high_noise
 
 
 if __name__ == "__main__":

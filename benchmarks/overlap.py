@@ -24,8 +24,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "
 UPDATES, WORKERS = 5, 4
 LEARNER_S, ROLLOUT_S, REWARD_S = 1.0, 0.4, 1.5
 LONGEST_S = max(LEARNER_S, ROLLOUT_S, REWARD_S / WORKERS)
-COSTS = dict.fromkeys(("predict", "gradient", "update", "score"), LEARNER_S / 5) | {
-    "prefer": LEARNER_S / 5 / UPDATES,
+COSTS = dict.fromkeys(("generate", "gradient", "update", "score"), LEARNER_S / 5) | {
+    "preference": LEARNER_S / 5 / UPDATES,
     "rollout": ROLLOUT_S / UPDATES,
     "reward": REWARD_S / UPDATES,
 }

@@ -22,7 +22,7 @@ import psutil
 import torch
 from rounds import Way, compare, describe, measure_rounds
 
-from flashdmd_ray.batch import Draws, Latents, Prompts
+from flashdmd_ray.batch import Latents, Prompts, StepRng
 from flashdmd_ray.config import load_config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import distil
@@ -108,7 +108,7 @@ def measure_step(seconds: float, batch: int) -> dict[str, dict[str, object]]:
         data = build_images(config.data, config.seed)
 
         def step_of(runtime: Any) -> Way:
-            return lambda number: distil(config, runtime, data, Draws(config.seed, number))
+            return lambda number: distil(config, runtime, data, StepRng(config.seed, number))
 
         ways = {"local": step_of(local), "ray, in turn": step_of(InTurn(on_ray)), "ray, as it runs": step_of(on_ray)}
         rounds = measure_rounds(ways, seconds, cpu_seconds)

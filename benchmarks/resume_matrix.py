@@ -30,13 +30,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flashdmd_ray.batch import Metrics
 from flashdmd_ray.checkpoint import load_tensors
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
 from flashdmd_ray.engine import free_port, init_process_group
 from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
-from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.runtime.build import build_runtime, worker_groups
 from flashdmd_ray.runtime.local import LocalRuntime
 from flashdmd_ray.runtime.placement import create_roles

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from flashdmd_ray.batch import (
     Candidates,
+    Fakes,
     Latents,
     NoiseLevels,
-    Prediction,
     PreferencePairs,
     Prompts,
     PublishedWeights,
@@ -65,18 +65,18 @@ class Simulated:
 class Generator(Simulated):
     used = 0
 
-    def predict(self, prompts: Prompts, levels: NoiseLevels, seed: int) -> Prediction:
-        self.spend("predict")
+    def generate(self, prompts: Prompts, levels: NoiseLevels, seed: int) -> Fakes:
+        self.spend("generate")
         latents = Latents(noise(prompts.indices, SHAPE, seed, "x"), prompts)
-        return Prediction(latents, latents)
+        return Fakes(latents, latents)
 
-    def update(self, matching: Tensor, realism: Tensor) -> dict[str, float]:
+    def distillation_step(self, matching: Tensor, realism: Tensor) -> dict[str, float]:
         self.spend("update")
         self.weight = self.weight + 0.01
         return {"generator/loss": 0.0}
 
-    def prefer(self, pairs: PreferencePairs, rate: float = 1.0) -> dict[str, float]:
-        self.spend("prefer")
+    def preference_step(self, pairs: PreferencePairs, rate: float = 1.0) -> dict[str, float]:
+        self.spend("preference")
         self.used += int((pairs.weights > 0).sum())
         return {"preference/loss": 0.0}
 
@@ -91,22 +91,22 @@ class Generator(Simulated):
 
 
 class Score(Simulated):
-    def gradient(self, coarse: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
+    def dm_gradient(self, high_noise: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
         self.spend("gradient")
-        return torch.ones_like(coarse.values), {"matching/gap": 0.0}
+        return torch.ones_like(high_noise.values), {"matching/gap": 0.0}
 
-    def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_positions: Tensor) -> dict[str, float]:
+    def denoising_step(self, fakes: Latents, timesteps: Tensor, seed: int, real_positions: Tensor) -> dict[str, float]:
         self.spend("score")
         return {"score/loss": 0.0}
 
-    def couple(self, generator: Generator, decay: float) -> None: ...
+    def ema_update_from(self, generator: Generator, decay: float) -> None: ...
 
 
 class Discriminator(Simulated):
-    def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
-        return torch.ones_like(fine.values), {"adversarial/loss": 0.0}
+    def gan_gradient(self, low_noise: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
+        return torch.ones_like(low_noise.values), {"adversarial/loss": 0.0}
 
-    def update(self, fakes: Latents, real_positions: Tensor) -> dict[str, float]:
+    def step(self, fakes: Latents, real_positions: Tensor) -> dict[str, float]:
         return {"discriminator/loss": 0.0}
 
 

@@ -43,7 +43,7 @@ class FlashDMD:
 
     def step(self, texts: Sequence[str], reals: Tensor, levels: Tensor) -> None:
         """levels: int64 (B,), the step of each sample's coarse forward."""
-        count, deepest = len(texts), int(levels.max())
+        count, max_step = len(texts), int(levels.max())
         conditioning, blank = self.family.encode(texts), self.family.unconditional(count)
 
         def at(t: int) -> Tensor:
@@ -51,41 +51,41 @@ class FlashDMD:
 
         with torch.no_grad():
             inputs = [torch.randn(count, *self.family.latent_shape)]
-            for k in range(deepest):
+            for k in range(max_step):
                 x = self.x0(self.generator, inputs[k], at(TIMESTEPS[k]), conditioning)
                 inputs.append(self.noised(x, at(TIMESTEPS[k + 1])))
         noisy = torch.stack(inputs)[levels, torch.arange(count)]
-        coarse = self.x0(self.generator, noisy, torch.tensor(TIMESTEPS)[levels], conditioning)
+        high_noise = self.x0(self.generator, noisy, torch.tensor(TIMESTEPS)[levels], conditioning)
         with torch.no_grad():
-            x = self.x0(self.generator, inputs[deepest], at(TIMESTEPS[deepest]), conditioning)
-            for k in range(deepest + 1, len(TIMESTEPS)):
+            x = self.x0(self.generator, inputs[max_step], at(TIMESTEPS[max_step]), conditioning)
+            for k in range(max_step + 1, len(TIMESTEPS)):
                 x = self.x0(self.generator, self.noised(x, at(TIMESTEPS[k])), at(TIMESTEPS[k]), conditioning)
             low = self.noised(x, at(TIMESTEPS[-1]))
-        fine = self.x0(self.generator, low, at(TIMESTEPS[-1]), conditioning)
+        low_noise = self.x0(self.generator, low, at(TIMESTEPS[-1]), conditioning)
 
         with torch.no_grad():
             t = torch.randint(*RENOISE, (count,))
-            noisy = self.noised(coarse.detach(), t)
+            noisy = self.noised(high_noise.detach(), t)
             real, unconditional = (self.x0(self.teacher, noisy, t, c) for c in (conditioning, blank))
             real = unconditional + self.guidance * (real - unconditional)
             fake = self.x0(self.score, noisy, t, conditioning)
-            scale = (coarse - real).abs().mean(dim=(1, 2, 3), keepdim=True)
-            matching = (fake - real) / (scale + 1e-6) / coarse.numel()
-        latents = fine.detach().requires_grad_()
+            scale = (high_noise - real).abs().mean(dim=(1, 2, 3), keepdim=True)
+            matching = (fake - real) / (scale + 1e-6) / high_noise.numel()
+        latents = low_noise.detach().requires_grad_()
         (realism,) = torch.autograd.grad(-self.discriminator(self.family.decode(latents), None).mean(), latents)
         weight = matching.norm() / realism.norm()
 
-        ((coarse * matching).sum() + (fine * (weight * realism)).sum()).backward()
+        ((high_noise * matching).sum() + (low_noise * (weight * realism)).sum()).backward()
         update(self.opt_generator, list(self.generator.parameters()))
         couple(self.score, self.generator, self.coupling)
 
-        x, t = coarse.detach(), torch.randint(0, 1000, (count,))
+        x, t = high_noise.detach(), torch.randint(0, 1000, (count,))
         noise = torch.randn_like(x)
         F.mse_loss(self.score(self.a[t] * x + self.s[t] * noise, t, conditioning), noise).backward()
         update(self.opt_score, list(self.score.parameters()))
 
         with torch.no_grad():
-            images = torch.cat([reals, self.family.decode(fine.detach())])
+            images = torch.cat([reals, self.family.decode(low_noise.detach())])
         real_logits, fake_logits = self.discriminator(images, None).chunk(2)
         (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()).backward()
         update(self.opt_heads, self.heads)

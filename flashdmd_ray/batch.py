@@ -1,4 +1,4 @@
-"""What crosses a role border: plain dataclasses of tensors and texts, and the only source of randomness.
+"""Messages between driver and roles: plain dataclasses of tensors and texts, and the only source of randomness.
 
 Every dataclass here splits and concatenates along the batch, so that a worker group can hand each rank its shard. Noise is drawn per
 sample from (seed, stream, global index): the numbers a sample sees do not depend on how many ranks share the batch.
@@ -14,6 +14,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+Metrics = dict[str, float]
+"""Named figures of a role call or a step."""
 
 
 class Batch:
@@ -106,15 +109,16 @@ class Prompts(Batch):
 
 @dataclass(frozen=True)
 class NoiseLevels(Batch):
-    """Where the two forwards of one update are made.
+    """Noise levels of the generator's two forwards in one update.
 
-    coarse: int64 (B,), each sample's index into the denoising timesteps; deepest: the highest of the whole global batch, so that all ranks
-    simulate equally far; fine: the timestep of the second forward, None when both objectives act on the first (DMD2).
+    high_noise: int64 (B,), each sample's index into the denoising timesteps, where distribution matching acts.
+    max_step: the highest index of the whole global batch, so that all ranks simulate equally far.
+    low_noise: the timestep of the forward that the GAN judges; None when both losses act on the first forward (DMD2).
     """
 
-    coarse: Tensor
-    deepest: int
-    fine: int | None
+    high_noise: Tensor
+    max_step: int
+    low_noise: int | None
 
 
 @dataclass(frozen=True)
@@ -126,19 +130,19 @@ class Latents(Batch):
 
 
 @dataclass(frozen=True)
-class Prediction(Batch):
-    """The two generator forwards of one update: `coarse` at high noise (distribution matching), `fine` at low noise (pixel GAN).
+class Fakes(Batch):
+    """Generated samples of one update: x at high noise for distribution matching, y at low noise for the pixel GAN.
 
     In the DMD2 baseline both losses act on one forward and the two are the same values.
     """
 
-    coarse: Latents
-    fine: Latents
+    high_noise: Latents
+    low_noise: Latents
 
 
 @dataclass(frozen=True)
 class Candidates(Batch):
-    """K Gaussian hops from one noisy latent (ALGORITHM 4).
+    """K candidates for each prompt: one noisy latent, denoised once and renoised K times.
 
     noisy: float32 (B, C, h, w) at `timestep`; values: float32 (B, K, C, h, w) at `next_timestep`; images: uint8 (B, K, 3, H, W), each
     candidate carried on to a clean latent and decoded, once for all that look at it, or (B, 0, 3, H, W) when nobody does;
@@ -207,23 +211,26 @@ def noise(indices: Tensor, shape: Sequence[int], seed: int, stream: str) -> Tens
 
 
 @dataclass(frozen=True)
-class Draws:
-    """All discrete choices of one step. Each is named by its purpose, so adding one never shifts another."""
+class StepRng:
+    """Random choices of one step. Each has a named stream, so adding one never shifts another.
+
+    The names enter the seeds: renaming a stream changes the numbers.
+    """
 
     run_seed: int
     step: int
 
-    def seed(self, purpose: str) -> int:
-        """A seed for the ranks' noise."""
-        return derive_seed(self.run_seed, self.step, purpose)
+    def seed(self, stream: str) -> int:
+        """Seed of the ranks' noise in this stream."""
+        return derive_seed(self.run_seed, self.step, stream)
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed(purpose))
+    def _generator(self, stream: str) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed(stream))
 
-    def index(self, purpose: str, count: int) -> int:
-        """One draw from 0..count-1 for the whole global batch (all ranks must make the same number of forwards)."""
-        return int(torch.randint(count, (), generator=self._generator(purpose)))
+    def index(self, stream: str, count: int) -> int:
+        """One index from 0..count-1 for the whole global batch: all ranks must make the same number of forwards."""
+        return int(torch.randint(count, (), generator=self._generator(stream)))
 
-    def timesteps(self, purpose: str, count: int, low: int, high: int) -> Tensor:
-        """int64 (count,), uniform on low..high-1."""
-        return torch.randint(low, high, (count,), generator=self._generator(purpose))
+    def timesteps(self, stream: str, count: int, low: int, high: int) -> Tensor:
+        """Uniform timesteps from low..high-1, int64 (count,)."""
+        return torch.randint(low, high, (count,), generator=self._generator(stream))

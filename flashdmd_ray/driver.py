@@ -1,132 +1,142 @@
 """Algorithm 1 of Flash-DMD: timestep-aware distillation, and latent preference RL beside it.
 
-Every verb below belongs to a role (flashdmd_ray/roles) and runs on all ranks of its worker group; the driver draws every discrete choice
-and hands out seeds, so the loop reads the same on one process and on a cluster.
+Every call below goes to a role (flashdmd_ray/roles) and runs on all ranks of its worker group. The driver makes every discrete choice
+and hands out seeds, so the loop reads the same on one process and on a cluster. docs/algorithm.md maps each equation to its function and
+lists what deviates from the paper's Algorithm 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Draws, NoiseLevels, Prediction, Prompts
+from flashdmd_ray.batch import Fakes, Metrics, NoiseLevels, Prompts, StepRng
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource
 from flashdmd_ray.losses.adversarial import balanced_weight
 from flashdmd_ray.preferences import PreferenceSource
-from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.runtime.protocol import Runtime
 
 
 class Run(Protocol):
-    """What the loop reports to."""
+    """The side effects of the loop: which steps to do, and what to keep of each."""
 
     @property
     def preference_rate(self) -> float:
-        """What the learning rate of preference updates is multiplied with: 1, or less after the hack monitor lowered it."""
+        """Factor of the learning rate of preference updates: 1, or less after the hack monitor lowered it."""
 
     def steps(self) -> Iterable[int]:
-        """The steps to do: from the one after the last checkpoint, until done or interrupted."""
+        """Steps to do: from the one after the last checkpoint, until done or interrupted."""
 
     def finish(self, step: int, metrics: Metrics) -> None:
-        """Metrics, sample grids and the checkpoint of every role, when due."""
+        """Record metrics; write sample grids and the checkpoint of every role when due."""
 
 
 def train(config: Config, runtime: Runtime, data: ImageSource, run: Run) -> None:
     """Interleave distillation and preference updates until the run's steps are done."""
-    source = PreferenceSource(config, runtime, lambda *which: next_prompts(data, *which))
+    preferences = PreferenceSource(config, runtime, partial(next_prompts, data))
     for step in run.steps():
         runtime.step = step
-        draw = Draws(config.seed, step)
+        rng = StepRng(config.seed, step)
         if config.preference.updates and step == config.preference.start_step:
             runtime.generator.freeze_reference()
-        source.publish(step)
-        requested = source.request(draw)  # the preference pairs of this step, prepared while we distil
+        preferences.publish(step)
+        requests = preferences.request(rng)  # the preference pairs of this step, made while we distil
 
-        metrics = distil(config, runtime, data, draw) if config.preference.distill else {}
+        distillation_metrics = distil(config, runtime, data, rng) if config.preference.distill else {}
 
-        rated, updates = [], 0
-        for answer in source.collect(requested):
-            rated.append(answer.metrics)
-            if answer.pairs is not None:
-                rated.append(runtime.generator.prefer(answer.pairs, run.preference_rate))
+        preference_metrics, updates = [], 0
+        for rated in preferences.collect(requests):
+            preference_metrics.append(rated.metrics)
+            if rated.pairs is not None:
+                preference_metrics.append(runtime.generator.preference_step(rated.pairs, run.preference_rate))
                 updates += 1
         if config.evaluation.ema:
-            runtime.generator.take_average()
-        counted = source.counted() | runtime.pool_metrics() | {"preference/updates": updates}
-        run.finish(step, metrics | average(rated) | counted)
+            runtime.generator.update_ema()
+        counts = preferences.group_counts() | runtime.pool_metrics() | {"preference/updates": float(updates)}
+        run.finish(step, distillation_metrics | average(preference_metrics) | counts)
 
 
-def distil(config: Config, runtime: Runtime, data: ImageSource, draw: Draws) -> Metrics:
-    """One generator update and `ttur` updates of the score estimator and the discriminator (ALGORITHM 3)."""
+def distil(config: Config, runtime: Runtime, data: ImageSource, rng: StepRng) -> Metrics:
+    """One generator update, then `ttur` updates of the score estimator and the discriminator."""
     generator, score, discriminator = runtime.generator, runtime.score, runtime.discriminator
-    count = config.batch
+    dm_timesteps = rng.timesteps("matching", config.batch, *inclusive(config.matching.timestep_range))
+    gan_timesteps = rng.timesteps("realism", config.batch, 0, 1000)  # read by DMD2's latent discriminator only
 
-    def update_generator() -> Metrics:
-        moved = generator.update(matching, weight * realism)
-        score.couple(generator, config.score.ema)
-        return moved
-
-    def update_score(fakes: Prediction, update: int) -> Metrics:
-        purpose = f"critics/{update}/score"
-        timesteps = draw.timesteps(purpose, count, *inclusive(config.score.timestep_range))
-        return score.update(fakes.coarse, timesteps, draw.seed(purpose), next_reals(config, draw, update))
-
-    def update_discriminator(fakes: Prediction, update: int) -> Metrics:
-        return discriminator.update(fakes.fine, next_reals(config, draw, update))
-
-    prediction = generator.predict(
-        next_prompts(data, draw, "predict", count), draw_noise_levels(config, draw, "predict"), draw.seed("predict")
+    # x at high noise for distribution matching, y at low noise for the GAN; their graphs are kept for distillation_step.
+    fakes = generator.generate(*generator_inputs(config, data, rng, "predict"))
+    (dm_grad, dm_metrics), (gan_grad, gan_metrics) = runtime.parallel(
+        lambda: score.dm_gradient(fakes.high_noise, dm_timesteps, rng.seed("matching")),
+        lambda: discriminator.gan_gradient(fakes.low_noise, gan_timesteps, rng.seed("realism")),
     )
-    matching_timesteps = draw.timesteps("matching", count, *inclusive(config.matching.timestep_range))
-    (matching, gaps), (realism, judged) = runtime.parallel(
-        lambda: score.gradient(prediction.coarse, matching_timesteps, draw.seed("matching")),
-        lambda: discriminator.gradient(
-            prediction.fine, draw.timesteps("realism", count, 0, 1000), draw.seed("realism")
-        ),
-    )
-    weight = adversarial_weight(config, matching, realism)
+    weight = gan_weight(config, dm_grad, gan_grad)
 
-    # The first update of the critics learns from the forwards already made, as in GAN training; a TTUR above 1 samples afresh.
-    moved, told_apart = runtime.parallel(
-        lambda: update_generator() | update_score(prediction, 0),
-        lambda: update_discriminator(prediction, 0),
+    def update_learner() -> Metrics:
+        generator_metrics = generator.distillation_step(dm_grad, weight * gan_grad)
+        score.ema_update_from(generator, config.score.ema)
+        return generator_metrics | score.denoising_step(fakes.high_noise, *score_inputs(config, rng, 0))
+
+    # The critics' first update learns from the forwards already made, as in GAN training; a TTUR above 1 samples afresh.
+    learner_metrics, discriminator_metrics = runtime.parallel(
+        update_learner, lambda: discriminator.step(fakes.low_noise, real_positions(config, rng, 0))
     )
     for update in range(1, config.ttur):
-        purpose = f"critics/{update}"
-        fakes = generator.sample(
-            next_prompts(data, draw, purpose, count), draw_noise_levels(config, draw, purpose), draw.seed(purpose)
-        )
-        runtime.parallel(lambda: update_score(fakes, update), lambda: update_discriminator(fakes, update))  # noqa: B023
-    return gaps | judged | moved | told_apart | gradient_norms(matching, realism, weight)
+        fresh = generator.sample_fakes(*generator_inputs(config, data, rng, f"critics/{update}"))
+        update_critics(config, runtime, rng, fresh, update)
+    return (
+        dm_metrics | gan_metrics | learner_metrics | discriminator_metrics | gradient_norms(dm_grad, gan_grad, weight)
+    )
 
 
-def next_prompts(data: ImageSource, draw: Draws, purpose: str, count: int) -> Prompts:
-    """The prompts of this step for `purpose`: each once per epoch. A position in the data is a function of the step."""
+def update_critics(config: Config, runtime: Runtime, rng: StepRng, fakes: Fakes, update: int) -> None:
+    """One update of the score estimator and of the discriminator, at the same time."""
+    runtime.parallel(
+        lambda: runtime.score.denoising_step(fakes.high_noise, *score_inputs(config, rng, update)),
+        lambda: runtime.discriminator.step(fakes.low_noise, real_positions(config, rng, update)),
+    )
+
+
+def generator_inputs(config: Config, data: ImageSource, rng: StepRng, stream: str) -> tuple[Prompts, NoiseLevels, int]:
+    """Arguments of the generator's two forwards: prompts, noise levels and the seed of its noise."""
+    prompts = next_prompts(data, rng, stream, config.batch)
+    return prompts, sample_noise_levels(config, rng, stream), rng.seed(stream)
+
+
+def next_prompts(data: ImageSource, rng: StepRng, stream: str, count: int) -> Prompts:
+    """The prompts of this step in `stream`: each once per epoch. A position in the data is a function of the step."""
     rows = torch.arange(count)
-    return Prompts(data.prompts(purpose, draw.step * count + rows), rows)
+    return Prompts(data.prompts(stream, rng.step * count + rows), rows)
 
 
-def next_reals(config: Config, draw: Draws, update: int) -> Tensor:
-    """Positions of the real images of one critic update, int64 (batch,)."""
-    return (draw.step * config.ttur + update) * config.batch + torch.arange(config.batch)
-
-
-def draw_noise_levels(config: Config, draw: Draws, purpose: str) -> NoiseLevels:
-    """Each sample's step of the coarse forward and the timestep of the fine one.
+def sample_noise_levels(config: Config, rng: StepRng, stream: str) -> NoiseLevels:
+    """Choose each sample's denoising step for distribution matching, and the timestep of the GAN's forward.
 
     Timestep-aware: any but the last step for distribution matching, the last timestep for the GAN. Shared (DMD2), or a one-step
     generator: any step for both.
     """
     timesteps = config.sampling.timesteps
-    apart = config.matching.routing == "timestep_aware" and len(timesteps) > 1
-    count = len(timesteps) - 1 if apart else len(timesteps)
-    drawn = draw.timesteps(f"{purpose}/coarse", config.batch, 0, count)
-    coarse = drawn if config.matching.levels == "sample" else drawn[:1].expand(config.batch)
-    return NoiseLevels(coarse, int(coarse.max()), timesteps[-1] if apart else None)
+    split = config.matching.timestep_split == "timestep_aware" and len(timesteps) > 1
+    steps = len(timesteps) - 1 if split else len(timesteps)
+    high_noise = rng.timesteps(f"{stream}/coarse", config.batch, 0, steps)
+    if config.matching.timestep_per == "batch":
+        high_noise = high_noise[:1].expand(config.batch)
+    return NoiseLevels(high_noise, int(high_noise.max()), timesteps[-1] if split else None)
+
+
+def score_inputs(config: Config, rng: StepRng, update: int) -> tuple[Tensor, int, Tensor]:
+    """Arguments of one denoising update of the score estimator: timesteps int64 (batch,), noise seed, positions of real images."""
+    stream = f"critics/{update}/score"
+    timesteps = rng.timesteps(stream, config.batch, *inclusive(config.score.timestep_range))
+    return timesteps, rng.seed(stream), real_positions(config, rng, update)
+
+
+def real_positions(config: Config, rng: StepRng, update: int) -> Tensor:
+    """Positions of the real images of one critic update, int64 (batch,)."""
+    return (rng.step * config.ttur + update) * config.batch + torch.arange(config.batch)
 
 
 def inclusive(timestep_range: tuple[int, int]) -> tuple[int, int]:
@@ -135,19 +145,19 @@ def inclusive(timestep_range: tuple[int, int]) -> tuple[int, int]:
     return low, high + 1
 
 
-def adversarial_weight(config: Config, matching: Tensor, realism: Tensor) -> float:
-    """lambda of this update: as configured, or what brings the adversarial gradient to `balance` times the DM gradient."""
+def gan_weight(config: Config, dm_grad: Tensor, gan_grad: Tensor) -> float:
+    """lambda of this update: as configured, or what brings the GAN gradient to `balance` times the DM gradient."""
     adversarial = config.adversarial
     if adversarial.balance is None:
         return adversarial.weight
-    return adversarial.weight * balanced_weight(matching.norm().item(), realism.norm().item(), adversarial.balance)
+    return adversarial.weight * balanced_weight(dm_grad.norm().item(), gan_grad.norm().item(), adversarial.balance)
 
 
-def gradient_norms(matching: Tensor, realism: Tensor, weight: float) -> Metrics:
-    """What each objective asks of the latents."""
+def gradient_norms(dm_grad: Tensor, gan_grad: Tensor, weight: float) -> Metrics:
+    """Norms of both gradients with respect to the latents, and lambda."""
     return {
-        "matching/gradient_norm": matching.norm().item(),
-        "adversarial/gradient_norm": realism.norm().item(),
+        "matching/gradient_norm": dm_grad.norm().item(),
+        "adversarial/gradient_norm": gan_grad.norm().item(),
         "adversarial/weight": weight,
     }
 

@@ -15,11 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Candidates, Draws, PreferencePairs, Prompts, PublishedWeights
+from flashdmd_ray.batch import Candidates, Metrics, PreferencePairs, Prompts, PublishedWeights, StepRng
 from flashdmd_ray.config import Config
 from flashdmd_ray.losses.preference import combine_rewards, pair_weights, select_pairs
 from flashdmd_ray.monitor.signals import probe_signals
-from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.runtime.protocol import Runtime, Task
 from flashdmd_ray.scoring import REASONS, score
 
@@ -27,16 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 class NothingScored(RuntimeError):
-    """No reward could be had for so many updates in a row that going on would be pointless."""
+    """Raised when no reward was obtained for `preference.max_unscored` updates in a row."""
 
 
 @dataclass(frozen=True)
 class RatedPairs:
-    """The pairs of one preference update and what their making showed. `pairs` is None when no group was left to learn from, or when
-    nothing was to be learnt, as of a probe.
+    """Preference pairs of one update with their metrics. `pairs` is None when no group was left to learn from, and for a probe.
 
-    counts: "groups" that were asked for, those "scored" by every optimised reward, "pairs" that are learnt from, and for each reason of
-    `scoring.REASONS` the groups dropped for it, so that groups = scored + dropped. Empty of a probe.
+    counts: "groups" requested, those "scored" by every optimised reward, "pairs" that are learnt from, and for each reason of
+    `scoring.REASONS` the groups dropped for it, so that groups = scored + dropped. Empty for a probe.
     """
 
     pairs: PreferencePairs | None
@@ -45,26 +43,24 @@ class RatedPairs:
 
 
 class PreferenceSource:
-    """Asks the pools for the pairs of a step, one preference update after the other."""
+    """Makes the preference pairs of a step: candidates from the rollouts, scores from the reward pools, best against worst."""
 
     def __init__(
         self,
         config: Config,
         runtime: Runtime,
-        prompts: Callable[[Draws, str, int], Prompts],
+        prompts: Callable[[StepRng, str, int], Prompts],
     ):
-        """prompts(draw, purpose, count): the driver's choice of prompts."""
+        """prompts(rng, stream, count): the driver's choice of prompts."""
         self.config = config
         self.runtime = runtime
         self.prompts = prompts
         self.weights: PublishedWeights | None = None
         self._counts: Counter[str] = Counter()
-        self._unscored: list[
-            Mapping[str, int]
-        ] = []  # the counts of the latest updates in a row that had nothing scored
+        self._unscored: list[Mapping[str, int]] = []  # counts of the latest updates in a row without a score
 
     def due(self, step: int) -> bool:
-        """Whether `step` has preference updates."""
+        """Return True if `step` has preference updates."""
         preference = self.config.preference
         return (
             bool(preference.updates)
@@ -73,50 +69,54 @@ class PreferenceSource:
         )
 
     def publish(self, step: int) -> None:
-        """Give the rollout pool the generator's weights as they are before `step`, if that step needs them."""
+        """Give the rollout pool the generator's weights before `step`, if that step needs them."""
         if self.due(step):
             self.weights = self.runtime.publish(self.runtime.generator.weights(), version=step)
 
-    def request(self, draw: Draws) -> list[Task[RatedPairs]]:
+    def request(self, rng: StepRng) -> list[Task[RatedPairs]]:
         """Start making the pairs of this step, and the hack monitor's probe; empty when it has no preference updates."""
-        if not self.due(draw.step):
+        if not self.due(rng.step):
             return []
         updates = range(self.config.preference.updates)
-        tasks = [self.runtime.background(partial(self._rated_pairs, draw, update)) for update in updates]
-        if self.probes(draw.step):
+        tasks = [self.runtime.background(partial(self._rated_pairs, rng, update)) for update in updates]
+        if self.probe_due(rng.step):
             tasks.append(self.runtime.background(self._probe))
         return tasks
 
-    def probes(self, step: int) -> bool:
-        """Whether the hack monitor looks at a step that has preference updates."""
+    def probe_due(self, step: int) -> bool:
+        """Return True if the hack monitor probes this step, which has preference updates."""
         preference, monitor = self.config.preference, self.config.monitor
         return monitor.enabled and (step - preference.start_step) // preference.every % monitor.every == 0
 
-    def collect(self, requested: Sequence[Task[RatedPairs]]) -> Iterator[RatedPairs]:
-        """The answers in order. Raises what a rollout raised, and NothingScored after `preference.max_unscored` updates in a row without
-        a reward."""
+    def collect(self, requests: Sequence[Task[RatedPairs]]) -> Iterator[RatedPairs]:
+        """Yield the results in order.
+
+        Raises the error of a rollout, and NothingScored after `preference.max_unscored` updates in a row without a reward.
+        """
         self._counts.clear()
         deadlines = self.config.deadlines
-        # Every call inside has a deadline and replays of its own; this one only says that nothing here waits for ever.
-        patience = 2 * deadlines.start_s + (deadlines.retries + 1) * (deadlines.call_s + deadlines.reward_s)
-        for task in requested:
-            answer = task.result(patience)
-            if answer.counts:
-                self._account(answer.counts)
-            yield answer
+        # Every call inside has a deadline and replays of its own; this bound only excludes waiting for ever.
+        timeout = 2 * deadlines.start_s + (deadlines.retries + 1) * (deadlines.call_s + deadlines.reward_s)
+        for task in requests:
+            rated = task.result(timeout)
+            if rated.counts:
+                self._record_counts(rated.counts)
+            yield rated
 
-    def counted(self) -> Metrics:
-        """What became of the groups of this step, over its updates: preference/groups = preference/scored + all dropped/<reason>, and of
-        the scored ones preference/pairs are learnt from. preference/age: versions between the weights that made them and these."""
+    def group_counts(self) -> Metrics:
+        """Counts of this step's groups: preference/groups = preference/scored + all dropped/<reason>; preference/pairs are learnt from.
+
+        preference/age: versions between the weights that made the candidates and the present ones.
+        """
         if self.weights is None or not self._counts:
             return {}
-        named = {f"preference/{name}": float(self._counts[name]) for name in ("groups", "scored", "pairs")}
+        counts = {f"preference/{name}": float(self._counts[name]) for name in ("groups", "scored", "pairs")}
         dropped = {f"dropped/{reason}": float(self._counts[reason]) for reason in REASONS}
         step = self.runtime.step if self.runtime.step is not None else self.weights.version
         lag = {"preference/version": float(self.weights.version), "preference/age": float(step - self.weights.version)}
-        return named | dropped | lag
+        return counts | dropped | lag
 
-    def _account(self, counts: Mapping[str, int]) -> None:
+    def _record_counts(self, counts: Mapping[str, int]) -> None:
         self._counts.update(counts)
         self._unscored = [] if counts["scored"] else [*self._unscored, counts]
         if len(self._unscored) >= self.config.preference.max_unscored:
@@ -127,31 +127,31 @@ class PreferenceSource:
                 f"{self.runtime.step} ({lost['groups']} groups: {reasons}); see the warnings before this line and the workers' logs"
             )
 
-    def _rated_pairs(self, draw: Draws, update: int) -> RatedPairs:
+    def _rated_pairs(self, rng: StepRng, update: int) -> RatedPairs:
         preference = self.config.preference
-        purpose = f"preference/{update}"
+        stream = f"preference/{update}"
         assert self.weights is not None, "request() before publish()"
         candidates = self.runtime.rollouts.candidates(
-            self.prompts(draw, purpose, preference.batch),
-            draw.index(f"{purpose}/high", self.config.high_noise_steps),
-            draw.seed(f"{purpose}/noise"),
+            self.prompts(rng, stream, preference.batch),
+            rng.index(f"{stream}/high", self.config.high_noise_steps),
+            rng.seed(f"{stream}/noise"),
             self.weights,
         )
-        scored = score(candidates, self.config, self.runtime)
-        return rate(candidates, scored.rewards, self.config, scored.failures)
+        scores = score(candidates, self.config, self.runtime)
+        return rate(candidates, scores.rewards, self.config, scores.failures)
 
     def _probe(self) -> RatedPairs:
-        """The same prompts and noise at every step: what changes from one probe to the next is the generator.
+        """Score the same prompts and noise at every step: only the generator changes from one probe to the next.
 
-        From pure noise, where an error of the network is multiplied most: what goes wrong shows there first.
+        Starts from pure noise, where an error of the network is multiplied most: trouble shows there first.
         """
         preference = self.config.preference
-        draw = Draws(self.config.seed, preference.start_step)
+        rng = StepRng(self.config.seed, preference.start_step)
         assert self.weights is not None, "request() before publish()"
         candidates = self.runtime.rollouts.candidates(
-            self.prompts(draw, "monitor", preference.batch),
+            self.prompts(rng, "monitor", preference.batch),
             0,
-            draw.seed("monitor/noise"),
+            rng.seed("monitor/noise"),
             self.weights,
             decode=True,
         )
@@ -166,10 +166,10 @@ def rate(
     config: Config,
     failures: Mapping[str, Sequence[str]] | None = None,
 ) -> RatedPairs:
-    """Winner and loser of each prompt group, and the figures that tell whether the rewards are of use.
+    """Choose winner and loser of each prompt group, and measure how the rewards tell the candidates apart.
 
-    rewards: label -> float32 (B, K). failures: label -> the reason for each group without that reward, "" for others; where it says
-    nothing, a reward that is not finite is "not_finite". Only optimised rewards drop groups.
+    rewards: label -> float32 (B, K). failures: label -> for each group the reason why it lacks that reward, "" where it has it; a reward
+    that is not finite for no given reason counts as "not_finite". Only optimised rewards drop groups.
     """
     preference = config.preference
     weights = {reward.label: reward.weight for reward in config.rewards if not reward.held_out}
@@ -177,8 +177,8 @@ def rate(
     winner, loser, margin, kept = select_pairs(combined, preference.threshold, preference.temperature)
     kept = kept & finite
     rows = torch.arange(len(winner))
-    seen = {label: values[values.isfinite()] for label, values in rewards.items()}
-    metrics = {f"reward/{label}": values.mean().item() for label, values in seen.items() if len(values)}
+    finite_values = {label: values[values.isfinite()] for label, values in rewards.items()}
+    metrics = {f"reward/{label}": values.mean().item() for label, values in finite_values.items() if len(values)}
     metrics |= {
         "preference/kept": kept.float().mean().item(),
         "preference/dropped": (~finite).float().mean().item(),
@@ -189,7 +189,7 @@ def rate(
         for reward in config.rewards
         if reward.held_out
     }
-    dropped = _why(finite, list(weights), failures or {})
+    dropped = _drop_reasons(finite, list(weights), failures or {})
     if dropped:
         logger.warning(
             "step %d: %d of %d prompt groups dropped (%s)",
@@ -213,10 +213,10 @@ def rate(
     return RatedPairs(pairs if bool(kept.any()) else None, metrics, counts)
 
 
-def _why(finite: Tensor, labels: Sequence[str], failures: Mapping[str, Sequence[str]]) -> Counter[str]:
-    """Reason -> groups dropped for it. A group counts once: the first reason of the first reward that has one."""
-    found: Counter[str] = Counter()
+def _drop_reasons(finite: Tensor, labels: Sequence[str], failures: Mapping[str, Sequence[str]]) -> Counter[str]:
+    """Count dropped groups by reason. A group counts once: the first reason of the first reward that has one."""
+    counts: Counter[str] = Counter()
     for row in (~finite).nonzero().flatten().tolist():
         reasons = [failures[label][row] for label in labels if label in failures]
-        found[next(filter(None, reasons), "not_finite")] += 1
-    return found
+        counts[next(filter(None, reasons), "not_finite")] += 1
+    return counts

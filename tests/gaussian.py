@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashdmd_ray.diffusion import FlowSchedule, NoiseSchedule, PredictX0, VPSchedule, schedule_from_config
+from flashdmd_ray.diffusion.sampling import PredictX0
+from flashdmd_ray.diffusion.schedule import FlowSchedule, NoiseSchedule, VPSchedule, schedule_from_config
 
 SDXL_SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",

@@ -5,5 +5,5 @@ import torch
 from flashdmd_ray.batch import NoiseLevels, Prompts
 
 
-def levels(prompts: Prompts, step: int, fine: int | None = 249) -> NoiseLevels:
-    return NoiseLevels(torch.full((len(prompts),), step), step, fine)
+def levels(prompts: Prompts, step: int, low_noise: int | None = 249) -> NoiseLevels:
+    return NoiseLevels(torch.full((len(prompts),), step), step, low_noise)

@@ -66,7 +66,7 @@ def test_every_public_objective_and_sampler_is_on_the_page():
         public = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
         missing = {f"{module.replace('/', '.')}.{name}" for name in public} - named
         assert missing <= {
-            "diffusion.sampling.full",
+            "diffusion.sampling.timesteps_like",
             "diffusion.sampling.trailing_timesteps",
             "losses.adversarial.halves",
         }
@@ -78,7 +78,7 @@ def test_the_open_points_are_the_fields_marked_open():
 
 
 def test_the_seven_points_of_the_design_are_open():
-    """ALGORITHM.md marks: DM timesteps, form of the GAN loss, lambda, the score target, the EMA rate, the reward's timestep, beta."""
+    """Points that the paper leaves unstated: DM timesteps, form of the GAN loss, lambda, the score target, the EMA rate, the reward's timestep, beta."""
     marked = {
         "matching.timestep_range",
         "adversarial.loss",

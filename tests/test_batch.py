@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from flashdmd_ray.batch import (
     Candidates,
-    Draws,
+    Fakes,
     Latents,
-    Prediction,
     PreferencePairs,
     Prompts,
+    StepRng,
     concat_values,
     derive_seed,
     from_uint8,
@@ -36,7 +36,7 @@ def batches(count):
     pair = numbered(count, 4, 2, 2)
     return {
         "prompts": prompts(count),
-        "prediction": Prediction(latents, latents),
+        "prediction": Fakes(latents, latents),
         "candidates": Candidates(prompts(count), pair, group, group[:, :0], 999, 749, 7),
         "pairs": PreferencePairs(
             prompts(count),
@@ -153,23 +153,23 @@ def test_noise_is_standard_normal_and_its_streams_are_independent():
 def test_drawing_leaves_the_ambient_generator_alone():
     before = torch.random.get_rng_state()
     noise(torch.arange(3), (2,), 0, "start")
-    Draws(0, 1).timesteps("matching", 3, 0, 1000)
+    StepRng(0, 1).timesteps("matching", 3, 0, 1000)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_seeds_are_the_same_everywhere():
     """Recorded values: a change would make every recorded run irreproducible."""
     assert derive_seed(0, "start", 0) == 2154843950513044444
-    assert Draws(0, 1).timesteps("matching", 4, 0, 1000).tolist() == [270, 786, 561, 527]
+    assert StepRng(0, 1).timesteps("matching", 4, 0, 1000).tolist() == [270, 786, 561, 527]
 
 
 def test_draws_are_named_by_purpose():
-    draw, again = Draws(3, 10), Draws(3, 10)
+    draw, again = StepRng(3, 10), StepRng(3, 10)
     first = draw.timesteps("matching", 16, 20, 981)
     draw.index("high", 3)  # another draw in between shifts nothing
     assert torch.equal(draw.timesteps("matching", 16, 20, 981), first)
     assert torch.equal(again.timesteps("matching", 16, 20, 981), first)
-    for other in (Draws(3, 11), Draws(4, 10)):
+    for other in (StepRng(3, 11), StepRng(4, 10)):
         assert not torch.equal(other.timesteps("matching", 16, 20, 981), first)
     assert not torch.equal(draw.timesteps("score", 16, 20, 981), first)
     assert draw.seed("matching") != draw.seed("score")
@@ -177,11 +177,11 @@ def test_draws_are_named_by_purpose():
 
 @pytest.mark.parametrize(("low", "high"), [(0, 4), (20, 23)])
 def test_draws_are_uniform_on_a_half_open_range(low, high):
-    values = Draws(0, 0).timesteps("matching", 4000, low, high)
+    values = StepRng(0, 0).timesteps("matching", 4000, low, high)
     assert values.dtype == torch.int64
     shares = torch.bincount(values - low, minlength=high - low) / 4000
     assert len(shares) == high - low
     assert (shares - 1 / (high - low)).abs().max() < 0.03
-    indices = [Draws(0, step).index("high", 3) for step in range(600)]
+    indices = [StepRng(0, step).index("high", 3) for step in range(600)]
     assert set(indices) == {0, 1, 2}
     assert all(abs(indices.count(i) / 600 - 1 / 3) < 0.08 for i in range(3))

@@ -112,12 +112,18 @@ SMALL_STEP = [
 
 def assert_complete(found: dict[str, Any]) -> None:
     assert set(found["roles"]) == {"generator", "score", "discriminator", "rollouts", "pickscore"}
-    for name in ("generator.predict", "generator.update", "generator.prefer", "score.gradient", "discriminator.update"):
+    for name in (
+        "generator.generate",
+        "generator.distillation_step",
+        "generator.preference_step",
+        "score.dm_gradient",
+        "discriminator.step",
+    ):
         verb = found["verbs"][name]
         assert verb["calls"] > 0, name
         assert verb["seconds"] > 0, name
-    assert found["verbs"]["score.couple"]["tflop"] == 0
-    assert found["verbs"]["generator.predict"]["tflop"] > found["verbs"]["score.gradient"]["tflop"] > 0
+    assert found["verbs"]["score.ema_update_from"]["tflop"] == 0
+    assert found["verbs"]["generator.generate"]["tflop"] > found["verbs"]["score.dm_gradient"]["tflop"] > 0
     assert found["all"]["tflop"] == pytest.approx(sum(role["tflop"] for role in found["roles"].values()))
     assert found["all"]["seconds"] <= found["seconds_per_step"]
     assert 0 < found["unet_part"]["share_of_peak"] < 1

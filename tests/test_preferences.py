@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashdmd_ray.batch import Candidates, Draws, Prompts, noise, to_uint8
+from flashdmd_ray.batch import Candidates, Prompts, StepRng, noise, to_uint8
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.preferences import PreferenceSource, rate
 
@@ -64,7 +64,7 @@ def test_which_steps_have_preference_updates(every, start, due):
 
 
 def test_draws_of_one_step_are_independent_of_each_other():
-    draw = Draws(1, 2)
-    assert torch.equal(draw.timesteps("a", 5, 0, 1000), Draws(1, 2).timesteps("a", 5, 0, 1000))
+    draw = StepRng(1, 2)
+    assert torch.equal(draw.timesteps("a", 5, 0, 1000), StepRng(1, 2).timesteps("a", 5, 0, 1000))
     assert not torch.equal(draw.timesteps("a", 50, 0, 1000), draw.timesteps("b", 50, 0, 1000))
-    assert not torch.equal(draw.timesteps("a", 50, 0, 1000), Draws(1, 3).timesteps("a", 50, 0, 1000))
+    assert not torch.equal(draw.timesteps("a", 50, 0, 1000), StepRng(1, 3).timesteps("a", 50, 0, 1000))

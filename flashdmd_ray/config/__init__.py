@@ -19,6 +19,13 @@ the docstring under it.
 
 from __future__ import annotations
 
+from flashdmd_ray.config.algorithm import (
+    AdversarialConfig,
+    MatchingConfig,
+    PreferenceConfig,
+    SamplingConfig,
+    ScoreConfig,
+)
 from flashdmd_ray.config.data import DataConfig
 from flashdmd_ray.config.evaluation import EvaluationConfig
 from flashdmd_ray.config.joint import Config
@@ -33,13 +40,6 @@ from flashdmd_ray.config.loading import (
 )
 from flashdmd_ray.config.monitor import MonitorConfig, MonitorLimits
 from flashdmd_ray.config.networks import LoraConfig, ModelConfig
-from flashdmd_ray.config.objectives import (
-    AdversarialConfig,
-    MatchingConfig,
-    PreferenceConfig,
-    SamplingConfig,
-    ScoreConfig,
-)
 from flashdmd_ray.config.optimizers import EngineConfig, OptimizerConfig, RateConfig
 from flashdmd_ray.config.rewards import DEMO_REWARDS, REWARD_KINDS, RemoteConfig, RewardConfig
 from flashdmd_ray.config.run import CheckpointConfig, RunConfig, TrackingConfig

@@ -6,17 +6,17 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from flashdmd_ray.config.data import DataConfig
-from flashdmd_ray.config.evaluation import EvaluationConfig
-from flashdmd_ray.config.monitor import MonitorConfig
-from flashdmd_ray.config.networks import LoraConfig, ModelConfig
-from flashdmd_ray.config.objectives import (
+from flashdmd_ray.config.algorithm import (
     AdversarialConfig,
     MatchingConfig,
     PreferenceConfig,
     SamplingConfig,
     ScoreConfig,
 )
+from flashdmd_ray.config.data import DataConfig
+from flashdmd_ray.config.evaluation import EvaluationConfig
+from flashdmd_ray.config.monitor import MonitorConfig
+from flashdmd_ray.config.networks import LoraConfig, ModelConfig
 from flashdmd_ray.config.optimizers import EngineConfig, OptimizerConfig
 from flashdmd_ray.config.rewards import RewardConfig
 from flashdmd_ray.config.run import CheckpointConfig, RunConfig, TrackingConfig
@@ -165,15 +165,15 @@ class Config(Section):
                 )
 
     def _check_preference(self) -> None:
-        hops = len(self.sampling.timesteps) - 1
-        if not hops:
+        next_steps = len(self.sampling.timesteps) - 1
+        if not next_steps:
             raise ValueError(
-                "preference.updates: candidates need a hop to a next timestep, a one-step generator has none; set it to 0"
+                "preference.updates: candidates need a next timestep, a one-step generator has none; set it to 0"
             )
-        if (self.preference.high_noise or 0) > hops:
+        if (self.preference.high_noise or 0) > next_steps:
             raise ValueError(
-                f"preference.high_noise: candidates need a hop to a next timestep and {list(self.sampling.timesteps)} has {hops}; "
-                f"set it to at most {hops}"
+                f"preference.high_noise: candidates need a next timestep and {list(self.sampling.timesteps)} has {next_steps}; "
+                f"set it to at most {next_steps}"
             )
         if all(reward.held_out for reward in self.rewards):
             raise ValueError(
@@ -199,7 +199,7 @@ class Config(Section):
             return f"placement.{group}"
         return f"placement.pools.{group}" if group in self.placement.pools else "placement.reward"
 
-    def pieces(self, pool: str, groups: int) -> int:
+    def chunks(self, pool: str, groups: int) -> int:
         """Calls that so many prompt groups go to a pool of rewards in."""
         placed = self.placement.pools.get(pool, self.placement.reward)
         return -(-groups // (placed.groups_per_call or groups))

@@ -1,8 +1,8 @@
-"""Samplers: the few-step generator's stochastic hops, and the teacher's deterministic steps.
+"""Samplers: the few-step generator's stochastic steps, and the teacher's deterministic ones.
 
-`timesteps` is always descending, for example (999, 749, 499, 249). A sampler is given its noise: `draw_noise(k)` returns the noise of
-hop k, float32 (B, C, h, w), on the device of the model; k = 0 is the start and k > 0 the hop into timesteps[k]. It is asked once for
-each k it needs, so noise that depends on k alone is fresh at every hop. (Correlated noise leaves artefacts in DMD-type training.)
+`timesteps` is always descending, for example (999, 749, 499, 249). A sampler is given its noise: `noise_sampler(k)` returns the noise of
+step k, float32 (B, C, h, w), on the device of the model; k = 0 is the start and k > 0 renoises to timesteps[k]. It is called once for
+each k it needs, so noise that depends on k alone is fresh at every step. (Correlated noise leaves artefacts in DMD-type training.)
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flashdmd_ray.diffusion.schedule import NoiseSchedule, widen
+from flashdmd_ray.diffusion.schedule import NoiseSchedule, upcast
 
 PredictX0 = Callable[[Tensor, Tensor], Tensor]
 """(noisy (B, C, h, w), timesteps int64 (B,)) -> x0 (B, C, h, w) in float32; conditioning is already bound."""
 
-DrawNoise = Callable[[int], Tensor]
+NoiseSampler = Callable[[int], Tensor]
 
 
-def full(timestep: int, like: Tensor) -> Tensor:
+def timesteps_like(timestep: int, like: Tensor) -> Tensor:
     """`timestep` for every sample of `like`, int64 (B,), on its device."""
     return torch.full((len(like),), timestep, dtype=torch.int64, device=like.device)
 
@@ -40,70 +40,76 @@ def guided(predict_cond: PredictX0, predict_uncond: PredictX0, scale: float) -> 
     return predict
 
 
-def hop(schedule: NoiseSchedule, x0: Tensor, t_next: int, noise: Tensor) -> Tensor:
-    """One stochastic hop x_next = a_next x0 + s_next e with fresh noise e; all arguments (B, C, h, w). No skip or output scalings."""
-    return schedule.add_noise(x0, noise, full(t_next, x0))
+def renoise(schedule: NoiseSchedule, x0: Tensor, t_next: int, noise: Tensor) -> Tensor:
+    """Renoise to the next timestep: x_next = a_next x0 + s_next e with fresh noise e; all (B, C, h, w). No skip or output scalings."""
+    return schedule.add_noise(x0, noise, timesteps_like(t_next, x0))
 
 
-def transition(schedule: NoiseSchedule, x0: Tensor, next_timestep: int) -> tuple[Tensor, float]:
-    """The hop as a Gaussian policy N(mean, std^2 I): mean = a_next x0 (B, C, h, w), with gradient; std = s_next."""
+def step_distribution(schedule: NoiseSchedule, x0: Tensor, next_timestep: int) -> tuple[Tensor, float]:
+    """Distribution of the renoised sample, the policy N(mean, std^2 I): mean = a_next x0 (B, C, h, w), with gradient; std = s_next."""
     a, s = schedule.coefficients(torch.tensor([next_timestep]))
-    return a.item() * widen(x0), s.item()
+    return a.item() * upcast(x0), s.item()
 
 
 @torch.no_grad()
 def backward_simulation(
-    predict_x0: PredictX0, schedule: NoiseSchedule, timesteps: Sequence[int], step_index: int, draw_noise: DrawNoise
+    predict_x0: PredictX0,
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int],
+    step_index: int,
+    noise_sampler: NoiseSampler,
 ) -> Tensor:
     """B(t_i): the generator's own input at timesteps[step_index], simulated without gradient from pure noise.
 
     x_{k+1} = a_{k+1} G(x_k, t_k) + s_{k+1} e_{k+1}, from x_0 = e_0; float32 (B, C, h, w). Makes `step_index` forwards: all ranks of a
     group must be given the same.
     """
-    return backward_simulations(predict_x0, schedule, timesteps, step_index, draw_noise)[-1]
+    return backward_simulations(predict_x0, schedule, timesteps, step_index, noise_sampler)[-1]
 
 
 @torch.no_grad()
 def backward_simulations(
-    predict_x0: PredictX0, schedule: NoiseSchedule, timesteps: Sequence[int], deepest: int, draw_noise: DrawNoise
+    predict_x0: PredictX0, schedule: NoiseSchedule, timesteps: Sequence[int], max_step: int, noise_sampler: NoiseSampler
 ) -> Tensor:
-    """B(t_i) for every i up to `deepest`, of the same samples, in `deepest` forwards; float32 (deepest + 1, B, C, h, w)."""
-    assert 0 <= deepest < len(timesteps), f"step {deepest} of {len(timesteps)} timesteps"
-    inputs = [draw_noise(0)]
-    for k in range(deepest):
-        x0 = predict_x0(inputs[k], full(timesteps[k], inputs[k]))
-        inputs.append(hop(schedule, x0, timesteps[k + 1], draw_noise(k + 1)))
+    """B(t_i) for every i up to `max_step`, of the same samples, in `max_step` forwards; float32 (deepest + 1, B, C, h, w)."""
+    assert 0 <= max_step < len(timesteps), f"step {max_step} of {len(timesteps)} timesteps"
+    inputs = [noise_sampler(0)]
+    for k in range(max_step):
+        x0 = predict_x0(inputs[k], timesteps_like(timesteps[k], inputs[k]))
+        inputs.append(renoise(schedule, x0, timesteps[k + 1], noise_sampler(k + 1)))
     return torch.stack(inputs)
 
 
 @torch.no_grad()
-def complete(
+def denoise_to_clean(
     predict_x0: PredictX0,
     schedule: NoiseSchedule,
     timesteps: Sequence[int],
     step_index: int,
     x0: Tensor,
-    draw_noise: DrawNoise,
+    noise_sampler: NoiseSampler,
 ) -> Tensor:
     """Simulate on from the generator's output `x0` at timesteps[step_index] to its last step; clean float32 (B, C, h, w), no gradient.
 
     Asks draw_noise for k = step_index+1 .. len(timesteps)-1 only, none of which `backward_simulation` to the same step has used.
     """
     assert 0 <= step_index < len(timesteps), f"step {step_index} of {len(timesteps)} timesteps"
-    x0 = widen(x0.detach())
+    x0 = upcast(x0.detach())
     for k in range(step_index + 1, len(timesteps)):
-        noisy = hop(schedule, x0, timesteps[k], draw_noise(k))
-        x0 = predict_x0(noisy, full(timesteps[k], noisy))
+        noisy = renoise(schedule, x0, timesteps[k], noise_sampler(k))
+        x0 = predict_x0(noisy, timesteps_like(timesteps[k], noisy))
     return x0
 
 
 @torch.no_grad()
 def few_step_sample(
-    predict_x0: PredictX0, schedule: NoiseSchedule, timesteps: Sequence[int], draw_noise: DrawNoise
+    predict_x0: PredictX0, schedule: NoiseSchedule, timesteps: Sequence[int], noise_sampler: NoiseSampler
 ) -> Tensor:
     """The generator's samples, one forward per timestep: x0 float32 (B, C, h, w), the last forward's."""
-    noise = draw_noise(0)
-    return complete(predict_x0, schedule, timesteps, 0, predict_x0(noise, full(timesteps[0], noise)), draw_noise)
+    noise = noise_sampler(0)
+    return denoise_to_clean(
+        predict_x0, schedule, timesteps, 0, predict_x0(noise, timesteps_like(timesteps[0], noise)), noise_sampler
+    )
 
 
 def trailing_timesteps(steps: int, num_timesteps: int = 1000) -> tuple[int, ...]:
@@ -129,8 +135,8 @@ def ddim_sample(predict_x0: PredictX0, schedule: NoiseSchedule, steps: int, star
     pairs = [
         tuple(float(c) for c in column) for column in zip(*schedule.coefficients(torch.tensor(timesteps)), strict=True)
     ]
-    noisy = widen(start_noise)
+    noisy = upcast(start_noise)
     for t, (a, s), (a_next, s_next) in zip(timesteps, pairs, [*pairs[1:], schedule.final_coefficients], strict=True):
-        x0 = widen(predict_x0(noisy, full(t, noisy)))
+        x0 = upcast(predict_x0(noisy, timesteps_like(t, noisy)))
         noisy = a_next * x0 + s_next * ((noisy - a * x0) / s)
     return noisy

@@ -45,7 +45,7 @@ class NoiseSchedule(ABC):
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The forward process x_t = a_t x0 + s_t e, (B, ...)."""
         a, s = self._coefficients_like(x0, t)
-        return a * widen(x0) + s * widen(noise)
+        return a * upcast(x0) + s * upcast(noise)
 
     @abstractmethod
     def to_x0(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
@@ -118,22 +118,22 @@ class VPSchedule(NoiseSchedule):
     def to_x0(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """eps: x0 = (x_t - s e) / a;  v: x0 = a x_t - s v."""
         a, s = self._coefficients_like(noisy, t)
-        prediction, noisy = widen(prediction), widen(noisy)
+        prediction, noisy = upcast(prediction), upcast(noisy)
         return (noisy - s * prediction) / a if self.prediction_type == "epsilon" else a * noisy - s * prediction
 
     def to_noise(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """eps: e = prediction;  v: e = a v + s x_t."""
         if self.prediction_type == "epsilon":
-            return widen(prediction)
+            return upcast(prediction)
         a, s = self._coefficients_like(noisy, t)
-        return a * widen(prediction) + s * widen(noisy)
+        return a * upcast(prediction) + s * upcast(noisy)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """eps: e;  v: a e - s x0."""
         if self.prediction_type == "epsilon":
-            return widen(noise)
+            return upcast(noise)
         a, s = self._coefficients_like(x0, t)
-        return a * widen(noise) - s * widen(x0)
+        return a * upcast(noise) - s * upcast(x0)
 
     def network_timestep(self, t: Tensor) -> Tensor:
         """The training timestep itself, int64 (B,)."""
@@ -166,16 +166,16 @@ class FlowSchedule(NoiseSchedule):
     def to_x0(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """x0 = x_t - s v."""
         _, s = self._coefficients_like(noisy, t)
-        return widen(noisy) - s * widen(prediction)
+        return upcast(noisy) - s * upcast(prediction)
 
     def to_noise(self, prediction: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """e = x_t + (1 - s) v."""
         a, _ = self._coefficients_like(noisy, t)
-        return widen(noisy) + a * widen(prediction)
+        return upcast(noisy) + a * upcast(prediction)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """v = e - x0."""
-        return widen(noise) - widen(x0)
+        return upcast(noise) - upcast(x0)
 
     def network_timestep(self, t: Tensor) -> Tensor:
         """num_timesteps * s_t, float32 (B,): flow networks are conditioned on their noise level."""
@@ -201,6 +201,6 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     return VPSchedule.from_config(config)
 
 
-def widen(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """float64 stays, every other type becomes float32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -11,7 +11,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from flashdmd_ray.diffusion.schedule import widen
+from flashdmd_ray.diffusion.schedule import upcast
 
 KINDS = ("hinge", "non_saturating")
 
@@ -19,14 +19,14 @@ KINDS = ("hinge", "non_saturating")
 def generator_loss(fake_logits: Tensor, kind: str) -> Tensor:
     """Mean over all logits of the generator's loss, a float32 scalar. Raises ValueError for an unknown kind."""
     _check(kind)
-    fake_logits = widen(fake_logits)
+    fake_logits = upcast(fake_logits)
     return -fake_logits.mean() if kind == "hinge" else softplus(-fake_logits).mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str) -> Tensor:
     """Mean over real plus mean over fake logits, a float32 scalar. Raises ValueError for an unknown kind."""
     _check(kind)
-    real_logits, fake_logits = widen(real_logits), widen(fake_logits)
+    real_logits, fake_logits = upcast(real_logits), upcast(fake_logits)
     if kind == "hinge":
         return relu(1 - real_logits).mean() + relu(1 + fake_logits).mean()
     return softplus(-real_logits).mean() + softplus(fake_logits).mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flashdmd_ray.diffusion.schedule import widen
+from flashdmd_ray.diffusion.schedule import upcast
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -14,5 +14,5 @@ def denoising_loss(prediction: Tensor, target: Tensor, weights: Tensor | None = 
     only pads a batch has weight 0; the mean is over all B, so that shards of equal size average to the global loss.
     """
     assert prediction.shape == target.shape, f"prediction {tuple(prediction.shape)} for target {tuple(target.shape)}"
-    per_sample = (widen(prediction) - widen(target)).square().flatten(1).mean(dim=1)
+    per_sample = (upcast(prediction) - upcast(target)).square().flatten(1).mean(dim=1)
     return per_sample.mean() if weights is None else (weights * per_sample).mean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashdmd_ray.diffusion.schedule import widen
+from flashdmd_ray.diffusion.schedule import upcast
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def distribution_matching_gradient(x: Tensor, x_real: Tensor, x_fake: Tensor, ep
 
     Raises FloatingPointError when an input, hence the gradient, is not finite: a zero in its place would hide a broken network.
     """
-    x, x_real, x_fake = widen(x), widen(x_real), widen(x_fake)
+    x, x_real, x_fake = upcast(x), upcast(x_real), upcast(x_fake)
     assert x.shape == x_real.shape == x_fake.shape, "the generator's output and both denoisers' answers have one shape"
     per_sample = tuple(range(1, x.ndim))
     normaliser = (x - x_real).abs().mean(dim=per_sample, keepdim=True) + epsilon
@@ -44,4 +44,4 @@ def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
     reaches only the forward that made its x. x, gradient: (B, C, h, w), not necessarily on one device.
     """
     assert x.shape == gradient.shape, f"gradient {tuple(gradient.shape)} for output {tuple(x.shape)}"
-    return (widen(x) * widen(gradient.detach().to(x.device))).sum()
+    return (upcast(x) * upcast(gradient.detach().to(x.device))).sum()

@@ -1,4 +1,4 @@
-"""Latent preference RL: choose the best and the worst of K hops from one noisy latent, and move their likelihoods apart.
+"""Latent preference RL: choose the best and the worst of K candidates from one noisy latent, and move their likelihoods apart.
 
 The policy at a high-noise timestep is Gaussian, p(z | x_t) = N(mu, s_next^2 I) with mu = a_next G(x_t, t)
 (`diffusion.sampling.transition`), so its log-ratios are closed forms.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from flashdmd_ray.diffusion.schedule import widen
+from flashdmd_ray.diffusion.schedule import upcast
 
 
 def log_ratio_difference(mean_theta: Tensor, mean_ref: Tensor, winners: Tensor, losers: Tensor, std: float) -> Tensor:
@@ -23,7 +23,7 @@ def log_ratio_difference(mean_theta: Tensor, mean_ref: Tensor, winners: Tensor, 
     All tensors (B, C, h, w). Both candidates come from one x_t, hence one mean and the quadratic terms cancel. The log-probability is
     the mean over CHW, not the sum (LPO's convention; it fixes the scale of beta). Gradient flows to mean_theta.
     """
-    product = (widen(winners) - widen(losers)) * (widen(mean_theta) - widen(mean_ref))
+    product = (upcast(winners) - upcast(losers)) * (upcast(mean_theta) - upcast(mean_ref))
     return product.flatten(1).mean(dim=1) / std**2
 
 
@@ -88,7 +88,7 @@ def select_pairs(rewards: Tensor, threshold: float, temperature: float = 1.0) ->
     if not (0 <= threshold < 1 and temperature > 0):
         raise ValueError(f"threshold must be in [0, 1) and temperature above 0, got {threshold} and {temperature}")
     finite = torch.isfinite(rewards).all(dim=1)
-    usable = torch.where(finite[:, None], widen(rewards), 0.0)  # a tie, which is never kept
+    usable = torch.where(finite[:, None], upcast(rewards), 0.0)  # a tie, which is never kept
     winner, loser = usable.argmax(dim=1), usable.argmin(dim=1)
     probabilities = torch.softmax(usable / temperature, dim=1)
     margin = probabilities.amax(dim=1) - probabilities.amin(dim=1)

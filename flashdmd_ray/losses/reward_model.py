@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashdmd_ray.diffusion.schedule import widen
+from flashdmd_ray.diffusion.schedule import upcast
 
 
 def pair_loss(rewards: Tensor, labels: Tensor) -> Tensor:
@@ -15,5 +15,5 @@ def pair_loss(rewards: Tensor, labels: Tensor) -> Tensor:
 
     rewards: float (B, 2). labels: y, float (B,): 1 the first is better, 0 the second, 0.5 a tie. Returns a float32 scalar.
     """
-    rewards = widen(rewards)
+    rewards = upcast(rewards)
     return F.binary_cross_entropy_with_logits(rewards[:, 0] - rewards[:, 1], labels.to(rewards))

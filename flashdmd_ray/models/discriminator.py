@@ -92,7 +92,7 @@ class Head(nn.Module):
 
 
 class PixelDiscriminator(nn.Module):
-    """Real or generated, judged on pixels (ALGORITHM 3.5): one head per global-attention level of SAM.
+    """Real or generated, judged on pixels: one head per global-attention level of SAM.
 
     Only the heads are trained. Spectral norm keeps its power-iteration vectors in buffers, which belong to a
     checkpoint: they move at every forward in training mode.

@@ -142,9 +142,9 @@ def _generator(config: Config, cost: Cost, count: int) -> Work:
 def _forwards(config: Config) -> tuple[float, int]:
     """Forwards of one prediction: without gradient, on average, and with one."""
     steps = len(config.sampling.timesteps)
-    if config.matching.routing == "shared" or steps == 1:
+    if config.matching.timestep_split == "shared" or steps == 1:
         # To the step that is drawn, or to the deepest of many; and no fine forward.
-        return (steps - 1) / (2 if config.matching.levels == "batch" else 1), 1
+        return (steps - 1) / (2 if config.matching.timestep_per == "batch" else 1), 1
     return steps, 2  # to the deepest step that is drawn, and on from it to the end
 
 
@@ -219,7 +219,7 @@ def _rollout(config: Config, models: Models) -> list[Work] | None:
     works = [_pool_texts(config, models, "rollout", rollouts / workers * prompts)]
     with_images = rollouts if config.needs_images else probes(config)
     if with_images:
-        hops = 1.0 if preference.candidate_image == "one_hop" else len(config.sampling.timesteps) - 1 - index
+        hops = 1.0 if preference.candidate_image == "one_step" else len(config.sampling.timesteps) - 1 - index
         flops += with_images * hops * forward.flops(samples)
         peak = forward.peak(samples)
         decode, at_once = vae.uses["decode"], min(samples, preference.decode_batch)
@@ -238,7 +238,7 @@ def _reward_pool(config: Config, models: Models, pool: str) -> list[Work] | None
     preference = config.preference
     share = (updates(config) + probes(config)) / config.placed(pool).workers
     samples = preference.batch * preference.candidates
-    at_once = ceil(preference.batch / config.pieces(pool, preference.batch)) * preference.candidates
+    at_once = ceil(preference.batch / config.chunks(pool, preference.batch)) * preference.candidates
     works, rewards = [], config.reward_pools[pool]
     for reward in rewards:
         if reward.kind == "custom":

@@ -19,7 +19,7 @@ from torch import Tensor
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.rewards import PixelReward
 from flashdmd_ray.results.evaluation_data import Reference
-from flashdmd_ray.roles.drawing import Sampler, sample_images
+from flashdmd_ray.roles.image_sampling import Sampler, sample_images
 
 DIVERSITY_PROMPTS, DIVERSITY_NOISES = 32, 4
 QUIET_S = 30.0

@@ -23,8 +23,8 @@ from flashdmd_ray.results.evaluation_data import build_reference, choose_prompts
 from flashdmd_ray.results.export import CardFacts, export_pipeline, load_student
 from flashdmd_ray.results.grid import write_grid
 from flashdmd_ray.results.sample_sheet import COLUMNS
-from flashdmd_ray.roles.drawing import Sampler, draw_samples, seed_of, student_sampler, teacher_sampler
 from flashdmd_ray.roles.generator import AVERAGE
+from flashdmd_ray.roles.image_sampling import Sampler, sample_all_images, seed_of, student_sampler, teacher_sampler
 from flashdmd_ray.roles.networks import load_family, whole_weights
 from flashdmd_ray.roles.reward import load_reward
 from flashdmd_ray.run.folder import RunDirectory, write_atomically
@@ -165,7 +165,7 @@ def draw_comparison(config: Config, family: Family, student: Denoiser, texts: Se
     chosen = [teacher] + [s for s in few if s.name.startswith("before") and s.nfe == longest]
     chosen += sorted((s for s in few if s.name.startswith("student")), key=lambda s: -s.nfe)
     indices, seed, batch = range(len(texts)), grid_seed(config), config.evaluation.batch
-    rows = [(s.name, draw_samples(family, s, texts, indices, seed, batch)) for s in chosen]
+    rows = [(s.name, sample_all_images(family, s, texts, indices, seed, batch)) for s in chosen]
     return write_grid(path, rows, texts)
 
 

@@ -12,7 +12,7 @@ from flashdmd_ray.batch import Prompts, derive_seed
 from flashdmd_ray.config import Config
 from flashdmd_ray.results.evaluation_data import choose_prompts
 from flashdmd_ray.results.grid import write_grid
-from flashdmd_ray.roles.drawing import student_label, teacher_label
+from flashdmd_ray.roles.image_sampling import student_label, teacher_label
 from flashdmd_ray.runtime.protocol import Runtime
 
 COLUMNS = 10
@@ -35,7 +35,9 @@ class SampleSheet:
         """Draw the sheet for the generator as it is now."""
         evaluation, guidance = self.config.evaluation, self.config.teacher_guidance
         if self._teacher is None:
-            self._teacher = self.runtime.score.draw_teacher(self.prompts, evaluation.teacher_steps, guidance, self.seed)
+            self._teacher = self.runtime.score.generate_teacher_images(
+                self.prompts, evaluation.teacher_steps, guidance, self.seed
+            )
         timesteps = self.config.sampling.timesteps
         rows = [
             (teacher_label(evaluation.teacher_steps, guidance), self._teacher),
@@ -45,7 +47,7 @@ class SampleSheet:
 
     def draw_student(self, timesteps: tuple[int, ...]) -> Tensor:
         """One image of the generator for each prompt by a hop from each timestep, float (N, 3, H, W) in [-1, 1]."""
-        images: Tensor = self.runtime.generator.draw(self.prompts, timesteps, self.seed)
+        images: Tensor = self.runtime.generator.generate_images(self.prompts, timesteps, self.seed)
         return images[: len(self.texts)]
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashdmd_ray.batch import derive_seed
-from flashdmd_ray.diffusion.sampling import full
+from flashdmd_ray.diffusion.sampling import timesteps_like
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel
 from flashdmd_ray.models.rewards import PixelReward
@@ -94,7 +94,7 @@ def count_right(
         clean = encode_pairs(family, batch.images)
         indices = torch.tensor(some, device=clean.device)
         for timestep in settings.timesteps:
-            seed, times = derive_seed(config.seed, "accuracy", timestep), full(timestep, clean)
+            seed, times = derive_seed(config.seed, "accuracy", timestep), timesteps_like(timestep, clean)
             for kind in NOISES:
                 noisy = noised(family, clean, times, indices, seed, kind)
                 counts.add(f"{kind}/{timestep}", pair_rewards(family, model, noisy, times, batch.texts), batch)

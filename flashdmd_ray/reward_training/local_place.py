@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from flashdmd_ray.batch import Metrics
 from flashdmd_ray.reward_training.training import STEP
-from flashdmd_ray.roles.networks import Metrics
 
 
 class LocalPlace:

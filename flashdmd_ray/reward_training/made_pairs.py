@@ -11,7 +11,7 @@ from flashdmd_ray.batch import derive_seed
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.reward_training.config import PairsConfig, RewardTrainingConfig
 from flashdmd_ray.reward_training.pairs import HELD_OUT, TRAIN, Pairs
-from flashdmd_ray.roles.drawing import Sampler, draw_samples, student_sampler, teacher_sampler
+from flashdmd_ray.roles.image_sampling import Sampler, sample_all_images, student_sampler, teacher_sampler
 
 BADLY_DRAWN_SHARE = 0.35
 HELD_OUT_SCENES = 2000
@@ -67,7 +67,7 @@ def drawn_pairs(config: RewardTrainingConfig, family: Family) -> Make:
                 rows = (chosen[:, image] == which).nonzero()[:, 0].tolist()
                 if rows:
                     indices = [2 * (start + row) + image for row in rows]
-                    drawn = draw_samples(family, sampler, [prompts[row] for row in rows], indices, config.seed, 64)
+                    drawn = sample_all_images(family, sampler, [prompts[row] for row in rows], indices, config.seed, 64)
                     images[rows, image] = drawn
         unknown = torch.full((count,), torch.nan)
         return Pairs(images, tuple(prompts), unknown, unknown)

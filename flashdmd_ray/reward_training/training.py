@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Draws, noise
+from flashdmd_ray.batch import Metrics, StepRng, noise
 from flashdmd_ray.checkpoint import load_tensors, save_tensors
 from flashdmd_ray.engine import build_engine
 from flashdmd_ray.engine.average import WeightAverage
@@ -22,7 +22,7 @@ from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel, latent_reward_of
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.pairs import PairFiles, Pairs
-from flashdmd_ray.roles.networks import Metrics, load_parts
+from flashdmd_ray.roles.networks import load_parts
 
 STATE, STEP = "state.safetensors", "step.json"
 OBJECTIVE = "preference"
@@ -66,7 +66,7 @@ class RewardTrainer:
 
     def step(self, step: int, pairs: Pairs, indices: Tensor) -> Metrics:
         """One update from this rank's pairs. indices: their places in the global batch, int64 (B,), which name their noise."""
-        draw, own = Draws(self.config.seed, step), indices.to(self.family.device)
+        draw, own = StepRng(self.config.seed, step), indices.to(self.family.device)
         clean = encode_pairs(self.family, pairs.images)
         timesteps = spread_timesteps(draw, self.config.batch, self.config.timestep_range)[indices].to(own.device)
         labels = pairs.labels.to(own.device)
@@ -178,7 +178,7 @@ def choose_trained(model: LatentRewardModel, which: str) -> None:
         model.logit_scale.requires_grad_(True)
 
 
-def spread_timesteps(draw: Draws, count: int, bounds: tuple[int, int]) -> Tensor:
+def spread_timesteps(draw: StepRng, count: int, bounds: tuple[int, int]) -> Tensor:
     """int64 (count,), one from each of `count` equal parts of [lowest, highest]: less variance in the loss than independent draws."""
     low, high = bounds
     generator = torch.Generator().manual_seed(draw.seed("timesteps"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from flashdmd_ray.batch import Metrics
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.reward_training.accuracy import as_report, count_right
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
@@ -14,7 +15,7 @@ from flashdmd_ray.reward_training.pairs import open_pair_data
 from flashdmd_ray.reward_training.result import save_result
 from flashdmd_ray.reward_training.training import Place, RewardTrainer, train
 from flashdmd_ray.reward_training.verdicts import load_judges
-from flashdmd_ray.roles.networks import Metrics, load_parts
+from flashdmd_ray.roles.networks import load_parts
 from flashdmd_ray.run.folder import MetricsLog
 
 BAD_PAIRS, METRICS = "bad_pairs.json", "metrics.jsonl"

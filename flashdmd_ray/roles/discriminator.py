@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Latents
-from flashdmd_ray.checkpoint import Destination, Saved, load_tensors
+from flashdmd_ray.batch import Latents, Metrics
+from flashdmd_ray.checkpoint import Destination, load_tensors
 from flashdmd_ray.config import Config, EngineConfig
 from flashdmd_ray.data import ImageSource, open_reals
 from flashdmd_ray.engine import Engine, build_engine
@@ -17,17 +17,15 @@ from flashdmd_ray.losses.adversarial import discriminator_loss, generator_loss, 
 from flashdmd_ray.models.discriminator import PixelDiscriminator
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.sam import load_sam_encoder
-from flashdmd_ray.roles.networks import Metrics, group_family, resolve, save_engine
+from flashdmd_ray.roles.networks import TrainedRole, group_family, resolve, save_engine
 from flashdmd_ray.run.storage import Location
 
 
-class Discriminator(Saved):
-    """Answers the generator with a gradient in latent space, and learns to tell its decoded images from real ones."""
+class Discriminator(TrainedRole):
+    """Tells decoded samples from real images, and gives the generator a gradient in latent space."""
 
     def __init__(self, config: Config, family: Family, engine: Engine, images: ImageSource):
-        self.config = config
-        self.family = family
-        self.engine = engine
+        super().__init__(config, family, engine)
         self.images = images
 
     @classmethod
@@ -46,42 +44,37 @@ class Discriminator(Saved):
         engine = build_engine(plain, network.to(family.device), config.adversarial.optimizer, role="discriminator")
         return cls(config, family, engine, open_reals(config, family))
 
-    @property
-    def device(self) -> torch.device:
-        """Where its networks compute."""
-        return self.family.device
+    def gan_gradient(self, fakes: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
+        """Per-sample dL_adv/dlatents, float32 (B, C, h, w), through decoder and SAM. The heads do not move.
 
-    def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
-        """Per-sample dL_adv/dlatents, float32 (B, C, h, w), through decoder and SAM (ALGORITHM 3.2). The heads do not move.
-
-        `timesteps` and `seed` serve the DMD2 form, which judges re-noised latents.
+        `timesteps` and `seed` serve the DMD2 form, which judges renoised latents.
         """
-        prompts, losses = self._prompts(fine), []
+        prompts, losses = self._prompts(fakes), []
         gradients: list[Tensor] = []
-        for rows in self._in_turn(self.engine.cut(len(fine.values))):
-            latents = fine.values[rows].detach().requires_grad_()
+        for rows in self._in_turn(self.engine.cut(len(fakes.values))):
+            latents = fakes.values[rows].detach().requires_grad_()
             logits = self.engine.module(self.family.decode(latents), None if prompts is None else prompts[rows])
             loss = len(latents) * generator_loss(logits, self.config.adversarial.loss)
             gradients += torch.autograd.grad(loss, latents)
             losses.append(loss.item())
-        return torch.cat(gradients), {"adversarial/generator_loss": sum(losses) / len(fine.values)}
+        return torch.cat(gradients), {"adversarial/generator_loss": sum(losses) / len(fakes.values)}
 
-    def update(self, fakes: Latents, real_positions: Tensor) -> Metrics:
-        """One update of the heads: decoded fakes against the real images at `real_positions`, int64 (B,) (ALGORITHM 3.5)."""
+    def step(self, fakes: Latents, real_positions: Tensor) -> Metrics:
+        """Make one update of the heads: decoded fakes against the real images at `real_positions`, int64 (B,)."""
         with torch.no_grad():
             real_images, captions, replaced = self._reals(real_positions)
         prompts = self._prompts(fakes)
         real_prompts = None if prompts is None else self.family.encode(captions).pooled
-        loss, judged = torch.zeros(()), []
+        loss, logit_pairs = torch.zeros(()), []
         for rows in self._in_turn(self.engine.micro_batches(len(real_images))):
             with torch.no_grad():
                 images = torch.cat([real_images[rows], self.family.decode(fakes.values[rows])])
             both = None if prompts is None or real_prompts is None else torch.cat([real_prompts[rows], prompts[rows]])
             logits = self.engine(images, both)
             loss += self.engine.backward(discriminator_loss(*halves(logits), self.config.adversarial.loss)).cpu()
-            judged.append(torch.stack(halves(logits)).detach())
+            logit_pairs.append(torch.stack(halves(logits)).detach())
         norm = self.engine.update("distillation")
-        real_logits, fake_logits = torch.cat(judged, dim=1)
+        real_logits, fake_logits = torch.cat(logit_pairs, dim=1)
         return {
             "discriminator/loss": loss.item(),
             "discriminator/grad_norm": norm,

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashdmd_ray.batch import Latents, noise
+from flashdmd_ray.batch import Latents, Metrics, noise
 from flashdmd_ray.checkpoint import Destination, Saved
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource, open_reals
 from flashdmd_ray.engine import build_engine
 from flashdmd_ray.losses.adversarial import discriminator_loss, generator_loss, halves
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
-from flashdmd_ray.roles.networks import Metrics, group_family, trained_network
+from flashdmd_ray.roles.networks import group_family, trained_network
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
 from flashdmd_ray.run.storage import Location
 
@@ -72,9 +72,9 @@ class AdversarialScoreEstimator(ScoreEstimator):
         estimator.images = open_reals(config, family)
         return estimator
 
-    def update(self, fakes: Latents, timesteps: Tensor, seed: int, real_positions: Tensor) -> Metrics:
-        draw = self._noise(fakes, seed)
-        noisy = self.schedule.add_noise(fakes.values, draw, timesteps)
+    def denoising_step(self, fakes: Latents, timesteps: Tensor, seed: int, real_positions: Tensor) -> Metrics:
+        eps = self._noise(fakes, seed)
+        noisy = self.schedule.add_noise(fakes.values, eps, timesteps)
         conditioning = self.family.encode(fakes.prompts.texts)
         reals = self.images.latents(real_positions, self.family.image_size, self.family.encode_images)
         noisy_reals = self.schedule.add_noise(
@@ -92,7 +92,7 @@ class AdversarialScoreEstimator(ScoreEstimator):
                 Conditioning.concat([real_conditioning[rows], conditioning[rows]]),
             )
             prediction, logits = self.engine(noisy[rows], network_timesteps[rows], conditioning[rows], judged)
-            denoising = self._denoising_loss(prediction, fakes.values[rows], noisy[rows], draw[rows], timesteps[rows])
+            denoising = self._denoising_loss(prediction, fakes.values[rows], noisy[rows], eps[rows], timesteps[rows])
             adversarial = discriminator_loss(*halves(logits), self.config.adversarial.loss)
             self.engine.backward(denoising + self.config.adversarial.score_weight * adversarial)
             losses += torch.stack([denoising, adversarial]).detach() * (len(prediction) / len(noisy))
@@ -125,24 +125,24 @@ class LatentDiscriminator(Saved):
         """Where its networks compute."""
         return self.estimator.device
 
-    def gradient(self, fine: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
-        """Per-sample dL_adv/dlatents, float32 (B, C, h, w), from latents re-noised to `timesteps`, int64 (B,)."""
+    def gan_gradient(self, fakes: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:
+        """Per-sample dL_adv/dlatents, float32 (B, C, h, w), from latents renoised to `timesteps`, int64 (B,)."""
         estimator = self.estimator
-        draw = noise(fine.prompts.indices, estimator.family.latent_shape, seed, "judge")
-        conditioning, at = estimator.family.encode(fine.prompts.texts), estimator.schedule.network_timestep(timesteps)
+        eps = noise(fakes.prompts.indices, estimator.family.latent_shape, seed, "judge")
+        conditioning, at = estimator.family.encode(fakes.prompts.texts), estimator.schedule.network_timestep(timesteps)
         network, losses = estimator.engine.module, []
         gradients: list[Tensor] = []
         assert isinstance(network, DenoiserWithHead)
-        for rows in estimator.engine.cut(len(fine.values)):
-            latents = fine.values[rows].detach().requires_grad_()
-            noisy = estimator.schedule.add_noise(latents, draw[rows], timesteps[rows])
+        for rows in estimator.engine.cut(len(fakes.values)):
+            latents = fakes.values[rows].detach().requires_grad_()
+            noisy = estimator.schedule.add_noise(latents, eps[rows], timesteps[rows])
             logits = network.logits(noisy, at[rows], conditioning[rows])
             loss = len(latents) * generator_loss(logits, estimator.config.adversarial.loss)
             gradients += torch.autograd.grad(loss, latents)
             losses.append(loss.item())
-        return torch.cat(gradients), {"adversarial/generator_loss": sum(losses) / len(fine.values)}
+        return torch.cat(gradients), {"adversarial/generator_loss": sum(losses) / len(fakes.values)}
 
-    def update(self, fakes: Latents, real_positions: Tensor) -> Metrics:
+    def step(self, fakes: Latents, real_positions: Tensor) -> Metrics:
         """Nothing to do: the estimator's own update trains the head."""
         return {}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Prompts, noise
 from flashdmd_ray.catalog.families import FAMILIES
-from flashdmd_ray.checkpoint import PartFile, save_part, save_tensors
+from flashdmd_ray.checkpoint import PartFile, Saved, save_part, save_tensors
 from flashdmd_ray.config import Config, ModelConfig, OptimizerConfig
 from flashdmd_ray.data.precomputed import use_embeddings
 from flashdmd_ray.demo import weights_path
@@ -25,7 +25,7 @@ from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import PARTS, Family
 
-TrainedRole = Literal["generator", "score"]
+NetworkName = Literal["generator", "score"]
 
 
 def resolve(path: str, part: str) -> str:
@@ -80,7 +80,7 @@ def load_parts(model: ModelConfig, parts: Collection[str]) -> Family:
     return family_class(model.family).from_config(located, parts)
 
 
-def trained_network(config: Config, family: Family, role: TrainedRole) -> Denoiser:
+def trained_network(config: Config, family: Family, role: NetworkName) -> Denoiser:
     """Where the training of a role starts: a whole float32 copy of the teacher, or an adapter of it that changes nothing yet.
 
     Generator and score estimator start from the same values either way. Raises ValueError for an unusable `lora.targets`.
@@ -90,7 +90,7 @@ def trained_network(config: Config, family: Family, role: TrainedRole) -> Denois
     return family.denoiser(gradient_checkpointing=config.engine.gradient_checkpointing)
 
 
-def trained_engine(config: Config, family: Family, role: TrainedRole, settings: OptimizerConfig, name: str) -> Engine:
+def trained_engine(config: Config, family: Family, role: NetworkName, settings: OptimizerConfig, name: str) -> Engine:
     """The engine that trains a role from where `trained_network` starts.
 
     Ranks of ZeRO stage 3 never hold a whole float32 network: they get the teacher's weights one parameter at a time.
@@ -126,8 +126,23 @@ def whole_weights(config: Config, family: Family, weights: Mapping[str, Tensor])
     return adapted.merge_into(family.denoiser()).state_dict()
 
 
-def bind(network: Callable[..., Tensor], schedule: NoiseSchedule, conditioning: Conditioning) -> PredictX0:
-    """A network as the objectives see it: (noisy latents, timesteps) -> x0, for these prompts."""
+class TrainedRole(Saved):
+    """Base of the roles that train a network with an engine."""
+
+    def __init__(self, config: Config, family: Family, engine: Engine) -> None:
+        self.config = config
+        self.family = family
+        self.schedule = family.schedule
+        self.engine = engine
+
+    @property
+    def device(self) -> torch.device:
+        """Device of its networks."""
+        return self.family.device
+
+
+def x0_predictor(network: Callable[..., Tensor], schedule: NoiseSchedule, conditioning: Conditioning) -> PredictX0:
+    """Bind a network to its prompts: (noisy latents, timesteps) -> x0."""
 
     def predict_x0(noisy: Tensor, timesteps: Tensor) -> Tensor:
         prediction = network(noisy, schedule.network_timestep(timesteps), conditioning)
@@ -136,8 +151,8 @@ def bind(network: Callable[..., Tensor], schedule: NoiseSchedule, conditioning: 
     return predict_x0
 
 
-def frozen(predict_x0: PredictX0) -> PredictX0:
-    """The same prediction outside autograd."""
+def without_grad(predict_x0: PredictX0) -> PredictX0:
+    """Make the same prediction outside autograd."""
 
     @torch.no_grad()
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
@@ -146,9 +161,9 @@ def frozen(predict_x0: PredictX0) -> PredictX0:
     return predict
 
 
-def noise_stream(prompts: Prompts, shape: tuple[int, ...], seed: int, stream: str) -> Callable[[int], Tensor]:
-    """draw(k): the k-th fresh noise of a sampling run, float32 (B, *shape)."""
-    return lambda hop: noise(prompts.indices, shape, seed, f"{stream}/{hop}")
+def prompt_noise(prompts: Prompts, shape: tuple[int, ...], seed: int, stream: str) -> Callable[[int], Tensor]:
+    """Noise sampler of these prompts: k -> the k-th fresh noise, float32 (B, *shape)."""
+    return lambda k: noise(prompts.indices, shape, seed, f"{stream}/{k}")
 
 
 def save_shared(path: Path | PartFile, tensors: Mapping[str, Tensor]) -> None:
@@ -173,6 +188,3 @@ def _save(path: Path | PartFile, tensors: Mapping[str, Tensor]) -> None:
         save_part(path, tensors)
     else:
         save_tensors(path, tensors)
-
-
-Metrics = dict[str, float]

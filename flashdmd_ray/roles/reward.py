@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Candidates, from_uint8
 from flashdmd_ray.config import Config, RewardConfig
-from flashdmd_ray.diffusion.sampling import full
+from flashdmd_ray.diffusion.sampling import timesteps_like
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel
 from flashdmd_ray.models.rewards import PixelReward, reward_model
@@ -69,7 +69,7 @@ class Reward:
         assert self.family is not None, "latent rewards read the teacher's schedule and text embeddings"
         size = next(reward.batch for reward in self.config.rewards if reward.label == label)
         parts = [
-            model.score(noisy, full(timestep, noisy), texts[start : start + size], self.family)
+            model.score(noisy, timesteps_like(timestep, noisy), texts[start : start + size], self.family)
             for start, noisy in zip(range(0, len(texts), size), latents.split(size), strict=True)
         ]
         return torch.cat(parts)

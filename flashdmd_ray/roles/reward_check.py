@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashdmd_ray.batch import from_uint8, noise, to_uint8
 from flashdmd_ray.config import Config, RewardConfig
-from flashdmd_ray.diffusion.sampling import full
+from flashdmd_ray.diffusion.sampling import timesteps_like
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel
 from flashdmd_ray.models.rewards import PixelReward
@@ -53,7 +53,7 @@ def check_rewards(
         if isinstance(model, LatentRewardModel):
             assert family is not None, "latent rewards come with their family"
             latents, texts = _latents(config, family)
-            timesteps = full(config.sampling.timesteps[-1], latents)
+            timesteps = timesteps_like(config.sampling.timesteps[-1], latents)
             score = _latent_score(model, latents, timesteps, texts, family)
         else:
             images, texts = known_image(SIDE, SIDE)
@@ -96,5 +96,5 @@ def _latents(config: Config, family: Family) -> tuple[Tensor, list[str]]:
     vae = load_parts(config.model, ("vae",)).to(family.device)
     clean = torch.cat([vae.encode_images(image[None]) for image in images])
     same = noise(torch.zeros(1, dtype=torch.long, device=clean.device), clean.shape[1:], 0, "known image")
-    timesteps = full(config.sampling.timesteps[-1], clean)
+    timesteps = timesteps_like(config.sampling.timesteps[-1], clean)
     return family.schedule.add_noise(clean, same.expand_as(clean), timesteps), texts

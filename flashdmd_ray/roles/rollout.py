@@ -8,10 +8,10 @@ from torch import Tensor
 from flashdmd_ray.batch import Candidates, Prompts, PublishedWeights, noise, to_uint8
 from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import Config
-from flashdmd_ray.diffusion.sampling import backward_simulation, complete, full, transition
+from flashdmd_ray.diffusion.sampling import backward_simulation, denoise_to_clean, step_distribution, timesteps_like
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.roles.networks import bind, group_family, noise_stream, trained_network
+from flashdmd_ray.roles.networks import group_family, prompt_noise, trained_network, x0_predictor
 
 
 class Rollout:
@@ -26,7 +26,9 @@ class Rollout:
         self.network = network.eval().requires_grad_(False)
         self.version: int | None = None
         self.name = name
-        self._proof = Proof(name, exact=all(p.dtype == torch.float32 for p in family.teacher.parameters()))
+        self._staleness = StaleWeightsCheck(
+            name, exact=all(p.dtype == torch.float32 for p in family.teacher.parameters())
+        )
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Rollout:
@@ -47,12 +49,12 @@ class Rollout:
         if self.version == weights.version:
             return
         self.network.load_state_dict(weights.tensors)
-        found = checksum(self.network.state_dict())
-        if found != weights.checksum:
+        arrived = checksum(self.network.state_dict())
+        if arrived != weights.checksum:
             raise ValueError(
-                f"{self.name}: weights of version {weights.version} arrived with checksum {found}, published as {weights.checksum}"
+                f"{self.name}: weights of version {weights.version} arrived with checksum {arrived}, published as {weights.checksum}"
             )
-        self._proof.check(weights.version, found, self._fingerprint())
+        self._staleness.check(weights.version, arrived, self._fingerprint())
         self.version = weights.version
 
     @torch.no_grad()
@@ -60,29 +62,31 @@ class Rollout:
         """Checksum of the network's output for one fixed input: pure noise at the first timestep, without a prompt."""
         index = torch.zeros(1, dtype=torch.long, device=self.device)
         noisy = noise(index, self.family.latent_shape, seed=0, stream="proof")
-        output = bind(self.network, self.schedule, self.family.unconditional(1))(noisy, full(self.timesteps[0], noisy))
+        output = x0_predictor(self.network, self.schedule, self.family.unconditional(1))(
+            noisy, timesteps_like(self.timesteps[0], noisy)
+        )
         return checksum({"output": output})
 
     @torch.no_grad()
     def candidates(
         self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights, decode: bool = False
     ) -> Candidates:
-        """K hops from one noisy latent at step index `high`: z^k = mean + std e^k (ALGORITHM 4).
+        """K renoised candidates from one noisy latent at step index `high`: z^k = mean + std e^k.
 
         decode: make images even when no reward reads them.
         """
         self.load_weights(weights)
         shape, count = self.family.latent_shape, self.config.preference.candidates
         conditioning = self.family.encode(prompts.texts)
-        predict_x0 = bind(self.network, self.schedule, conditioning)
+        predict_x0 = x0_predictor(self.network, self.schedule, conditioning)
         noisy = backward_simulation(
-            predict_x0, self.schedule, self.timesteps, high, noise_stream(prompts, shape, seed, "simulate")
+            predict_x0, self.schedule, self.timesteps, high, prompt_noise(prompts, shape, seed, "simulate")
         )
-        x0 = predict_x0(noisy, full(self.timesteps[high], noisy))
-        mean, std = transition(self.schedule, x0, self.timesteps[high + 1])
+        x0 = predict_x0(noisy, timesteps_like(self.timesteps[high], noisy))
+        mean, std = step_distribution(self.schedule, x0, self.timesteps[high + 1])
         values = mean[:, None] + std * noise(prompts.indices, (count, *shape), seed, "candidates")
         if decode or self.config.needs_images:
-            images = self._decode(self._carry_on(values, high + 1, conditioning, prompts, seed))
+            images = self._decode(self._denoise_candidates(values, high + 1, conditioning, prompts, seed))
         else:
             images = torch.zeros((len(values), 0, 3, *self.family.image_size), dtype=torch.uint8)
         return Candidates(
@@ -95,39 +99,39 @@ class Rollout:
         images = torch.cat([to_uint8(self.family.decode(part)) for part in parts])
         return images.unflatten(0, clean.shape[:2])
 
-    def _carry_on(
+    def _denoise_candidates(
         self, values: Tensor, step_index: int, conditioning: Conditioning, prompts: Prompts, seed: int
     ) -> Tensor:
         """Each candidate as a clean latent, float32 (B, K, C, h, w)."""
         groups, count = values.shape[:2]
         flat = values.flatten(0, 1)
-        predict_x0 = bind(self.network, self.schedule, conditioning.repeat_interleave(count))
-        clean = predict_x0(flat, full(self.timesteps[step_index], flat))
-        if self.config.preference.candidate_image == "remaining_hops":
+        predict_x0 = x0_predictor(self.network, self.schedule, conditioning.repeat_interleave(count))
+        clean = predict_x0(flat, timesteps_like(self.timesteps[step_index], flat))
+        if self.config.preference.candidate_image == "remaining_steps":
             # Every candidate of a group takes the same later noise, so that the reward compares the candidates and nothing else.
-            shared = noise_stream(prompts, self.family.latent_shape, seed, "carry")
-            clean = complete(
+            shared = prompt_noise(prompts, self.family.latent_shape, seed, "carry")
+            clean = denoise_to_clean(
                 predict_x0,
                 self.schedule,
                 self.timesteps,
                 step_index,
                 clean,
-                lambda hop: shared(hop).repeat_interleave(count, dim=0),
+                lambda k: shared(k).repeat_interleave(count, dim=0),
             )
         return clean.unflatten(0, (groups, count))
 
 
-PATIENCE = 20
+UNCHANGED_VERSIONS_ALLOWED = 20
 """Versions in a row that may leave the output as it was where half precision rounds small changes away."""
 
 
-class Proof:
+class StaleWeightsCheck:
     """Compares what a network holds and what it gives, version after version."""
 
     def __init__(self, name: str, exact: bool) -> None:
         """name: of the worker, for errors. exact: the network computes in float32, where every update shows."""
         self._name = name
-        self._allowed = 0 if exact else PATIENCE
+        self._allowed = 0 if exact else UNCHANGED_VERSIONS_ALLOWED
         self._last: tuple[str, str] | None = None
         self._unchanged = 0
 

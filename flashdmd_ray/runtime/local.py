@@ -24,10 +24,10 @@ class LocalRuntime:
     def __init__(self, roles: Mapping[str, Any], rewards: Mapping[str, Any] | None = None) -> None:
         """roles: by the attribute names of `Runtime`; rewards: by pool. A job without preference updates has no rollouts
         and no rewards."""
-        self.generator = roles.get("generator")
-        self.score = roles.get("score")
-        self.discriminator = roles.get("discriminator")
-        self.rollouts = roles.get("rollouts")
+        self.generator: Any = roles.get("generator")
+        self.score: Any = roles.get("score")
+        self.discriminator: Any = roles.get("discriminator")
+        self.rollouts: Any = roles.get("rollouts")
         self.rewards: Mapping[str, Any] = rewards or {}
         self.pools: Mapping[str, ScalablePool] = {}
         self.step: int | None = None

@@ -1,14 +1,21 @@
-"""What a runtime offers the driver."""
+"""Interface between the driver and the runtimes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from flashdmd_ray.batch import PublishedWeights
 from flashdmd_ray.runtime.usage import PoolState
+
+if TYPE_CHECKING:  # the types of the handles: an editor jumps from the loop to the role
+    from flashdmd_ray.roles.discriminator import Discriminator
+    from flashdmd_ray.roles.generator import Generator
+    from flashdmd_ray.roles.reward import Reward
+    from flashdmd_ray.roles.rollout import Rollout
+    from flashdmd_ray.roles.score_estimator import ScoreEstimator
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -35,16 +42,16 @@ class ScalablePool(Protocol):
 class Runtime(Protocol):
     """The roles, wherever they run.
 
-    Every attribute below has the methods of its role class (flashdmd_ray/roles) with the same arguments and results.
+    Each attribute is the role itself (one process) or a handle that has the methods of its class, with the same arguments and results.
     Arguments must not be changed by a role, and results must not be changed by the driver: in the local runtime they
     are shared.
     """
 
-    generator: Any
-    score: Any
-    discriminator: Any
-    rollouts: Any
-    rewards: Mapping[str, Any]
+    generator: Generator
+    score: ScoreEstimator
+    discriminator: Discriminator
+    rollouts: Rollout
+    rewards: Mapping[str, Reward]
     """One for each pool of rewards, by its name."""
     pools: Mapping[str, ScalablePool]
     """The pools that can be looked at and resized while the job runs, by name: "rollout" and those of rewards. Empty in

@@ -53,10 +53,10 @@ class RayRuntime:
         handles = {
             role: self._handle(group.name, role) for group in groups for role in group.roles if role != "rewards"
         }
-        self.generator = handles.get("generator")
-        self.score = handles.get("score")
-        self.discriminator = handles.get("discriminator")
-        self.rollouts = handles.get("rollouts")
+        self.generator: Any = handles.get("generator")
+        self.score: Any = handles.get("score")
+        self.discriminator: Any = handles.get("discriminator")
+        self.rollouts: Any = handles.get("rollouts")
         self.pools: Mapping[str, ScalablePool] = {n: pool for n, pool in self._groups.items() if isinstance(pool, Pool)}
         self.rewards: Mapping[str, Any] = {
             g.name: self._handle(g.name, "rewards") for g in groups if "rewards" in g.roles

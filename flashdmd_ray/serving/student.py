@@ -16,7 +16,7 @@ from torch import Tensor
 from flashdmd_ray.diffusion.sampling import guided, trailing_timesteps
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.roles.networks import bind
+from flashdmd_ray.roles.networks import x0_predictor
 from flashdmd_ray.serving.numerics import filled_size
 
 Size = tuple[int, int]
@@ -159,7 +159,7 @@ class Student(Artist):
         return self.trained[:: len(self.trained) // steps]
 
     def _next(self, samples: Sequence[Sample], noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        x0 = bind(self.network, self.schedule, conditioning)(noisy, timesteps)
+        x0 = x0_predictor(self.network, self.schedule, conditioning)(noisy, timesteps)
         going_on = [i for i, sample in enumerate(samples) if sample.done + 1 < len(sample.timesteps)]
         if not going_on:
             return x0
@@ -186,8 +186,8 @@ class Teacher(Artist):
         with ENCODING:
             unconditional = resized(self.family, self.family.unconditional(len(samples)), size)
         predict_x0 = guided(
-            bind(self.network, self.schedule, conditioning),
-            bind(self.network, self.schedule, unconditional),
+            x0_predictor(self.network, self.schedule, conditioning),
+            x0_predictor(self.network, self.schedule, unconditional),
             self.guidance_scale,
         )
         x0 = predict_x0(noisy, timesteps)

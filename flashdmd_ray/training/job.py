@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 
+from flashdmd_ray.batch import Metrics
 from flashdmd_ray.checkpoint import (
     Best,
     damage_explained,
@@ -25,7 +26,6 @@ from flashdmd_ray.driver import train
 from flashdmd_ray.monitor import SEVERITY, HackMonitor
 from flashdmd_ray.results.report import report
 from flashdmd_ray.results.sample_sheet import SampleSheet
-from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.run.folder import RESUME_MAY_CHANGE, RunDirectory, changed_settings, fixed_settings
 from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.progress import Progress

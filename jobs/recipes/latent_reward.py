@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from flashdmd_ray.batch import Metrics
 from flashdmd_ray.config import validated
 from flashdmd_ray.demo.flawed_scenes import contradicting_pool, degrade
 from flashdmd_ray.demo.scenes import make_pool
-from flashdmd_ray.diffusion.sampling import full
+from flashdmd_ray.diffusion.sampling import timesteps_like
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel, save_latent_reward
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
@@ -23,7 +24,7 @@ from flashdmd_ray.reward_training.pairs import open_pair_data
 from flashdmd_ray.reward_training.prepare import prepare_pairs
 from flashdmd_ray.reward_training.training import RewardTrainer, encode_pairs, noised, pair_rewards
 from flashdmd_ray.reward_training.training import train as train_pairs
-from flashdmd_ray.roles.networks import Metrics, load_parts
+from flashdmd_ray.roles.networks import load_parts
 from recipes.training import Plan
 
 PLAN = Plan(steps=1500, learning_rate=5e-4, warmup=100, ema_decay=0.998, seed=71)
@@ -85,7 +86,7 @@ def evaluate(model: LatentRewardModel, family: Family, count: int = 1500) -> dic
         for kind, loser in losers.items():
             clean = encode_pairs(family, torch.stack([good, loser], dim=1))
             for time_step in EVALUATION_TIMESTEPS:
-                times = full(time_step, clean)
+                times = timesteps_like(time_step, clean)
                 noisy = noised(family, clean, times, rows, 7272 + time_step, "own")
                 rewards = pair_rewards(family, model, noisy, times, texts)
                 wins.setdefault(f"t{time_step}_beats_{kind}", []).append(rewards[:, 0] > rewards[:, 1])

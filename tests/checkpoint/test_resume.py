@@ -159,8 +159,8 @@ def test_roles_hand_over_values_that_training_does_not_touch(tmp_path, teacher):
         for role in roles:
             nudge(role, "distillation")
         nudge(generator, "preference")
-        generator.take_average()
-        score.couple(generator, 0.5)
+        generator.update_ema()
+        score.ema_update_from(generator, 0.5)
 
     train_on()
     now, later = tmp_path / "now", RemotePath(f"troubled://{uuid.uuid4().hex}")

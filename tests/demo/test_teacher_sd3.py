@@ -10,7 +10,7 @@ from transformers import CLIPTextModel
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.demo.checker import PromptChecker
 from flashdmd_ray.demo.scenes import make_pool
-from flashdmd_ray.diffusion import schedule_from_config
+from flashdmd_ray.diffusion.schedule import schedule_from_config
 from recipes import teacher, teacher_sd3
 from recipes.text import MAX_LENGTH, tokenize
 

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flashdmd_ray.diffusion import (
-    FlowSchedule,
+from flashdmd_ray.diffusion.sampling import (
     backward_simulation,
-    complete,
     ddim_sample,
+    denoise_to_clean,
     few_step_sample,
     guided,
-    hop,
+    renoise,
+    step_distribution,
     trailing_timesteps,
-    transition,
 )
+from flashdmd_ray.diffusion.schedule import FlowSchedule
 from tests.gaussian import FAMILIES, SDXL_SCHEDULER, Gaussian, at, normal, vp
 
 SHAPE = (2, 4, 3, 3)
@@ -164,7 +164,7 @@ def test_simulating_to_any_step_and_on_is_the_whole_sampler(family, steps):
     for i in range(steps):
         noisy = backward_simulation(predict_x0, schedule, timesteps, i, drawn())
         x0 = predict_x0(noisy, at(timesteps[i], 2))
-        assert torch.equal(complete(predict_x0, schedule, timesteps, i, x0, drawn()), whole)
+        assert torch.equal(denoise_to_clean(predict_x0, schedule, timesteps, i, x0, drawn()), whole)
 
 
 def test_backward_simulation_starts_from_pure_noise():
@@ -184,11 +184,11 @@ def test_every_hop_takes_fresh_noise(family):
         seen.append((noisy, answer(noisy, t)))
         return seen[-1][1]
 
-    def draw_noise(k):
+    def noise_sampler(k):
         asked.append(k)
         return normal(shape, k)
 
-    few_step_sample(predict_x0, schedule, FOUR, draw_noise)
+    few_step_sample(predict_x0, schedule, FOUR, noise_sampler)
     assert asked == [0, 1, 2, 3]
     noises = [seen[0][0]]
     for k in range(1, 4):
@@ -199,10 +199,10 @@ def test_every_hop_takes_fresh_noise(family):
     assert correlation.abs().max() < 0.08  # 3.6 standard errors of 2000 independent pairs
 
     asked.clear()
-    backward_simulation(predict_x0, schedule, FOUR, 2, draw_noise)
+    backward_simulation(predict_x0, schedule, FOUR, 2, noise_sampler)
     assert asked == [0, 1, 2]
     asked.clear()
-    complete(predict_x0, schedule, FOUR, 2, normal(shape, 9), draw_noise)
+    denoise_to_clean(predict_x0, schedule, FOUR, 2, normal(shape, 9), noise_sampler)
     assert asked == [3]
 
 
@@ -252,7 +252,7 @@ def test_simulations_carry_no_gradient():
     assert predict_x0(start, at(999, 2)).requires_grad
     for found in (
         backward_simulation(predict_x0, schedule, FOUR, 2, drawn()),
-        complete(predict_x0, schedule, FOUR, 0, predict_x0(start, at(999, 2)), drawn()),
+        denoise_to_clean(predict_x0, schedule, FOUR, 0, predict_x0(start, at(999, 2)), drawn()),
         few_step_sample(predict_x0, schedule, FOUR, drawn()),
         ddim_sample(predict_x0, schedule, 2, start),
     ):
@@ -263,8 +263,8 @@ def test_simulations_carry_no_gradient():
 def test_the_transition_is_the_hop_and_keeps_the_gradient(family):
     schedule = FAMILIES[family]
     x0, noise = normal(SHAPE, 0).requires_grad_(), normal(SHAPE, 1)
-    mean, std = transition(schedule, x0, 749)
-    assert torch.equal(mean + std * noise, hop(schedule, x0, 749, noise))
+    mean, std = step_distribution(schedule, x0, 749)
+    assert torch.equal(mean + std * noise, renoise(schedule, x0, 749, noise))
     (gradient,) = torch.autograd.grad(mean.sum(), x0)
     assert torch.equal(gradient, schedule.coefficients(at(749, 1))[0].expand(SHAPE))
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashdmd_ray.diffusion import FlowSchedule, VPSchedule, schedule_from_config
+from flashdmd_ray.diffusion.schedule import FlowSchedule, VPSchedule, schedule_from_config
 from tests.gaussian import FAMILIES, SDXL_SCHEDULER, at, normal, vp
 
 ALL = torch.arange(1000)

@@ -134,18 +134,18 @@ def test_one_backward_routes_each_gradient_to_the_forward_that_made_its_output()
     """matching -> high-noise forward, realism -> low-noise forward, exactly as two backwards on their own would."""
     torch.manual_seed(0)
     student = Student()
-    coarse, fine = student(normal(SHAPE, 0).double()), student(normal(SHAPE, 1).double())
+    high_noise, low_noise = student(normal(SHAPE, 0).double()), student(normal(SHAPE, 1).double())
     matching, realism, nothing = normal(SHAPE, 2).double(), normal(SHAPE, 3).double(), torch.zeros(SHAPE).double()
-    joint = parameter_gradient(surrogate(coarse, matching) + surrogate(fine, realism), student)
+    joint = parameter_gradient(surrogate(high_noise, matching) + surrogate(low_noise, realism), student)
     alone = [
-        parameter_gradient(surrogate(coarse, matching), student),
-        parameter_gradient(surrogate(fine, realism), student),
+        parameter_gradient(surrogate(high_noise, matching), student),
+        parameter_gradient(surrogate(low_noise, realism), student),
     ]
     torch.testing.assert_close(joint, alone[0] + alone[1], rtol=1e-12, atol=1e-14)
 
     # The outputs' own gradients show that nothing crosses over.
     at_coarse, at_fine = torch.autograd.grad(
-        surrogate(coarse, nothing) + surrogate(fine, realism), [coarse, fine], retain_graph=True
+        surrogate(high_noise, nothing) + surrogate(low_noise, realism), [high_noise, low_noise], retain_graph=True
     )
     assert torch.equal(at_coarse, nothing)
     assert torch.equal(at_fine, realism)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
-from flashdmd_ray.diffusion import transition
+from flashdmd_ray.diffusion.sampling import step_distribution
 from flashdmd_ray.losses.preference import (
     combine_rewards,
     log_ratio_difference,
@@ -43,7 +43,7 @@ def test_h_is_the_difference_of_gaussian_log_densities(seed, std):
 @pytest.mark.parametrize("beta", [0.1, 500.0])
 def test_at_the_reference_h_is_zero_and_the_loss_log_2(family, beta):
     x0 = normal(SHAPE, 0)
-    mean, std = transition(FAMILIES[family], x0, 749)
+    mean, std = step_distribution(FAMILIES[family], x0, 749)
     winners, losers = mean + std * normal(SHAPE, 1), mean + std * normal(SHAPE, 2)
     ratio = log_ratio_difference(mean, mean.clone(), winners, losers, std)
     assert torch.equal(ratio, torch.zeros(3))

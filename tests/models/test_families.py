@@ -20,7 +20,7 @@ from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.diffusion.sampling import ddim_sample, few_step_sample, guided
 from flashdmd_ray.models import family_class
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.roles.networks import bind, noise_stream
+from flashdmd_ray.roles.networks import prompt_noise, x0_predictor
 from tests.tiny import LENGTH, save_sd3, save_sd15, save_sdxl
 
 TEXTS = ["a red 4 on a gray background", "two 7s", "", "a very long prompt that is cut after a few letters"]
@@ -103,7 +103,7 @@ def test_guided_sampling_gives_the_latents_of_the_stock_pipeline(case):
     expected = case.pipeline(TEXTS, guidance_scale=4.0, latents=start, **case.call, **settings).images
     family = case.family
     conditional, unconditional = (
-        bind(family.teacher, family.schedule, conditioning)
+        x0_predictor(family.teacher, family.schedule, conditioning)
         for conditioning in (family.encode(TEXTS), family.unconditional(len(TEXTS)))
     )
     with torch.no_grad():
@@ -111,14 +111,14 @@ def test_guided_sampling_gives_the_latents_of_the_stock_pipeline(case):
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-def stock_few_step(case: Case, scheduler: Any, draw_noise: Any, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """The stock pipeline's few steps, with `draw_noise` where the scheduler draws its own."""
+def stock_few_step(case: Case, scheduler: Any, noise_sampler: Any, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The stock pipeline's few steps, with `noise_sampler` where the scheduler draws its own."""
     hops = iter(range(1, len(TIMESTEPS) + 1))
     module = __import__(type(scheduler).__module__, fromlist=["randn_tensor"])
-    monkeypatch.setattr(module, "randn_tensor", lambda *_arguments, **_settings: draw_noise(next(hops)))
+    monkeypatch.setattr(module, "randn_tensor", lambda *_arguments, **_settings: noise_sampler(next(hops)))
     case.pipeline.scheduler = scheduler
     schedule = {"sigmas": [(t + 1) / 1000 for t in TIMESTEPS]} if case.flow else {"timesteps": list(TIMESTEPS)}
-    return case.pipeline(TEXTS, guidance_scale=0, latents=draw_noise(0), **case.call, **schedule).images
+    return case.pipeline(TEXTS, guidance_scale=0, latents=noise_sampler(0), **case.call, **schedule).images
 
 
 def few_step_schedulers(case: Case) -> list[Any]:
@@ -131,12 +131,12 @@ def few_step_schedulers(case: Case) -> list[Any]:
 
 def test_few_step_sampling_is_the_stock_schedulers(case, monkeypatch):
     """At 999, 749, 499, 249 and with the same noise: LCMScheduler, FlowMatchLCMScheduler, and Euler's stochastic sampling."""
-    draw_noise = noise_stream(Prompts(tuple(TEXTS), torch.arange(4)), (4, 8, 8), 1, "test")
-    predict_x0 = bind(case.family.teacher, case.family.schedule, case.family.encode(TEXTS))
+    noise_sampler = prompt_noise(Prompts(tuple(TEXTS), torch.arange(4)), (4, 8, 8), 1, "test")
+    predict_x0 = x0_predictor(case.family.teacher, case.family.schedule, case.family.encode(TEXTS))
     with torch.no_grad():
-        ours = few_step_sample(predict_x0, case.family.schedule, TIMESTEPS, draw_noise)
+        ours = few_step_sample(predict_x0, case.family.schedule, TIMESTEPS, noise_sampler)
     for scheduler in few_step_schedulers(case):
-        expected = stock_few_step(case, scheduler, draw_noise, monkeypatch)
+        expected = stock_few_step(case, scheduler, noise_sampler, monkeypatch)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 

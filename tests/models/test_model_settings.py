@@ -7,7 +7,7 @@ from flashdmd_ray.config import parse_config
 from flashdmd_ray.models.sd3 import SD3
 from flashdmd_ray.models.sd15 import SD15
 from flashdmd_ray.models.sdxl import SDXL
-from flashdmd_ray.roles.networks import bind
+from flashdmd_ray.roles.networks import x0_predictor
 from tests.tiny import LENGTH, save_sd3, save_sd15, save_sdxl, tiny_vae
 
 
@@ -27,7 +27,7 @@ def test_resolution_and_micro_conditioning(sdxl):
     assert family.encode(["a"]).time_ids.tolist() == [[24, 16, 0, 0, 24, 16]]
     with torch.no_grad():
         conditioning = family.encode(["a"])
-        x0 = bind(family.teacher, family.schedule, conditioning)(torch.randn(1, 4, 12, 8), torch.tensor([999]))
+        x0 = x0_predictor(family.teacher, family.schedule, conditioning)(torch.randn(1, 4, 12, 8), torch.tensor([999]))
         assert family.decode(x0).shape == (1, 3, 24, 16)
 
     cropped = SDXL.from_pretrained(sdxl, parts=["text"], original_size=[40, 30], crop=[8, 2])

@@ -74,15 +74,18 @@ class Step:
         timesteps = torch.full((BATCH,), 500)
         self._count("text encoders", lambda: generator.family.encode(prompts.texts))
         with LiveMemory(self._existing()) as memory:
-            prediction = self._count("generator", lambda: generator.predict(prompts, levels(prompts, 1), 1))
+            prediction = self._count("generator", lambda: generator.generate(prompts, levels(prompts, 1), 1))
             self.kept = memory.live
-            matching, _ = self._count("learner critics", lambda: score.gradient(prediction.coarse, timesteps, 2))
-            self._count("generator", lambda: generator.update(matching, torch.zeros_like(matching)))
-            self._count("score estimator", lambda: score.update(prediction.coarse, timesteps, 3, torch.arange(BATCH)))
+            matching, _ = self._count("learner critics", lambda: score.dm_gradient(prediction.high_noise, timesteps, 2))
+            self._count("generator", lambda: generator.distillation_step(matching, torch.zeros_like(matching)))
+            self._count(
+                "score estimator",
+                lambda: score.denoising_step(prediction.high_noise, timesteps, 3, torch.arange(BATCH)),
+            )
             self.peak = memory.peak
         critic = self.runtime.discriminator
-        self._count("critic", lambda: critic.gradient(prediction.fine, timesteps, 4))
-        self._count("critic", lambda: critic.update(prediction.fine, torch.arange(BATCH)))
+        self._count("critic", lambda: critic.gan_gradient(prediction.low_noise, timesteps, 4))
+        self._count("critic", lambda: critic.step(prediction.low_noise, torch.arange(BATCH)))
         self._prefer(Prompts(prompts.texts[:PAIRS], torch.arange(PAIRS)))
 
     def _prefer(self, prompts: Prompts) -> None:
@@ -96,7 +99,7 @@ class Step:
         pairs = PreferencePairs(
             prompts, candidates.noisy, values[:, 0], values[:, 1], torch.ones(PAIRS), torch.ones(PAIRS), 999, 749, 0
         )
-        self._count("prefer", lambda: generator.prefer(pairs))
+        self._count("prefer", lambda: generator.preference_step(pairs))
 
 
 @pytest.fixture(scope="module")

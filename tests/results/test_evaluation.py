@@ -27,10 +27,10 @@ from flashdmd_ray.results.evaluation import (
 from flashdmd_ray.results.evaluation_data import Reference, demo_held_out
 from flashdmd_ray.results.finished_run import evaluate_command, export_command
 from flashdmd_ray.results.grid import draw_grid, write_grid
-from flashdmd_ray.roles.drawing import (
+from flashdmd_ray.roles.image_sampling import (
     SampleNoise,
     Sampler,
-    draw_samples,
+    sample_all_images,
     sample_images,
     seed_of,
     student_sampler,
@@ -123,7 +123,7 @@ def test_samples_depend_on_seed_and_position_and_not_on_the_batch(tmp_path):
     texts = ["a", "b", "a", "d", "e"]
 
     def sample(seed: int, batch: int) -> torch.Tensor:
-        return draw_samples(family, sampler, texts, range(5), seed, batch)
+        return sample_all_images(family, sampler, texts, range(5), seed, batch)
 
     whole = sample(0, 5)
     torch.testing.assert_close(sample(0, 2), whole, rtol=0, atol=1e-5)
@@ -139,10 +139,10 @@ def test_the_table_tells_a_perfect_sampler_from_a_useless_one():
     latents = family.encode_images(held_out.twins)
     known = {row.numpy().tobytes(): x for row, x in zip(family.encode(held_out.texts).pooled, latents, strict=True)}
 
-    def remember(conditioning, draw_noise):
+    def remember(conditioning, noise_sampler):
         return torch.stack([known[row.numpy().tobytes()] for row in conditioning.pooled])
 
-    samplers = [Sampler("perfect", 0, remember), Sampler("useless", 1, lambda _c, draw_noise: draw_noise(0))]
+    samplers = [Sampler("perfect", 0, remember), Sampler("useless", 1, lambda _c, noise_sampler: noise_sampler(0))]
     said: list[str] = []
     judge, reward = PromptChecker.load(), build_reward("pickscore", str(weights_path("reward")))
     reference = Reference(held_out.texts, "held-out prompts", held_out.images.split(20), held_out.twins)

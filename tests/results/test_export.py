@@ -14,8 +14,8 @@ from flashdmd_ray.models.sd3 import SD3
 from flashdmd_ray.models.sd15 import SD15
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.results.export import CardFacts, export_pipeline, few_step_scheduler, load_student
-from flashdmd_ray.roles.drawing import SampleNoise, seed_of
-from flashdmd_ray.roles.networks import bind
+from flashdmd_ray.roles.image_sampling import SampleNoise, seed_of
+from flashdmd_ray.roles.networks import x0_predictor
 from tests.tiny import save_sd3, save_sd15, save_sdxl
 
 TEXTS = ["a red 4", "two 7s", ""]
@@ -79,16 +79,16 @@ def test_plain_diffusers_draws_the_images_of_our_sampler(family, timesteps, tmp_
     ).images
 
     student = load_student(family, weights)
-    predict_x0 = bind(student, family.schedule, family.encode(TEXTS))
-    draw_noise = SampleNoise(range(3), family.latent_shape, 5, torch.device("cpu"))
+    predict_x0 = x0_predictor(student, family.schedule, family.encode(TEXTS))
+    noise_sampler = SampleNoise(range(3), family.latent_shape, 5, torch.device("cpu"))
     with torch.no_grad():
-        ours = few_step_sample(predict_x0, family.schedule, timesteps, draw_noise)
+        ours = few_step_sample(predict_x0, family.schedule, timesteps, noise_sampler)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * ours.abs().max().item())
 
-    before = bind(family.teacher, family.schedule, family.encode(TEXTS))
+    before = x0_predictor(family.teacher, family.schedule, family.encode(TEXTS))
     with torch.no_grad():
-        draw_noise = SampleNoise(range(3), family.latent_shape, 5, torch.device("cpu"))
-        untrained = few_step_sample(before, family.schedule, timesteps, draw_noise)
+        noise_sampler = SampleNoise(range(3), family.latent_shape, 5, torch.device("cpu"))
+        untrained = few_step_sample(before, family.schedule, timesteps, noise_sampler)
     assert (ours - untrained).abs().max() > 1e-3 * ours.abs().max(), "the student's weights must be those exported"
 
 
@@ -157,10 +157,10 @@ def test_every_familys_export_draws_the_trainers_images(make, tmp_path):
         generator = torch.Generator().manual_seed(seed_of(5, index)) if facts["seed"] == "generator" else None
         theirs.append(pipeline(text, generator=generator, output_type="pt", **call).images)
 
-    predict_x0 = bind(load_student(family, weights), family.schedule, family.encode(TEXTS))
+    predict_x0 = x0_predictor(load_student(family, weights), family.schedule, family.encode(TEXTS))
     with torch.no_grad():
-        draw_noise = SampleNoise(range(3), family.latent_shape, 5, torch.device("cpu"))
-        ours = family.decode(few_step_sample(predict_x0, family.schedule, timesteps, draw_noise))
+        noise_sampler = SampleNoise(range(3), family.latent_shape, 5, torch.device("cpu"))
+        ours = family.decode(few_step_sample(predict_x0, family.schedule, timesteps, noise_sampler))
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), torch.cat(theirs), rtol=0, atol=2e-5)
     example = ModelCard.load(out / "README.md").text.split("```python")[1].split("```")[0]
     compile(example, "example", "exec")

@@ -22,8 +22,8 @@ from flashdmd_ray.diffusion.sampling import few_step_sample
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.results.export import CardFacts
 from flashdmd_ray.results.lora_export import FILES, LoraFormat, export_lora
-from flashdmd_ray.roles.drawing import SampleNoise, seed_of
-from flashdmd_ray.roles.networks import bind, load_family, trained_network
+from flashdmd_ray.roles.image_sampling import SampleNoise, seed_of
+from flashdmd_ray.roles.networks import load_family, trained_network, x0_predictor
 from tests.tiny import save_sd3, save_sd15, save_sdxl
 
 TEXTS = ["a red 4", "two 7s", "a blue 1"]
@@ -52,8 +52,10 @@ def trained_weights(config: Config, family: Family) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def our_latents(network: torch.nn.Module, family: Family) -> torch.Tensor:
-    draw_noise = SampleNoise(range(len(TEXTS)), family.latent_shape, 5, torch.device("cpu"))
-    return few_step_sample(bind(network, family.schedule, family.encode(TEXTS)), family.schedule, TIMESTEPS, draw_noise)
+    noise_sampler = SampleNoise(range(len(TEXTS)), family.latent_shape, 5, torch.device("cpu"))
+    return few_step_sample(
+        x0_predictor(network, family.schedule, family.encode(TEXTS)), family.schedule, TIMESTEPS, noise_sampler
+    )
 
 
 @pytest.mark.parametrize(("name", "form"), [("sdxl", "lora"), ("sdxl", "kohya"), ("sd15", "kohya"), ("sd3", "lora")])

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from flashdmd_ray.batch import Draws
+from flashdmd_ray.batch import StepRng
 from flashdmd_ray.config import dump_config, load_as, parse_config, validated
 from flashdmd_ray.losses.reward_model import pair_loss
 from flashdmd_ray.models import family_class
@@ -153,7 +153,7 @@ def test_one_update_is_that_of_plain_torch_and_micro_batches_change_nothing(conf
         return norm, torch.cat([weight.flatten() for weight in trainer.engine.weights().values()])
 
     model = RewardTrainer.from_config(config, family).engine.copy().requires_grad_(True)
-    draw, clean = Draws(config.seed, 0), encode_pairs(family, pairs.images)
+    draw, clean = StepRng(config.seed, 0), encode_pairs(family, pairs.images)
     times = spread_timesteps(draw, 4, config.timestep_range)
     noisy = noised(family, clean, times, rows, draw.seed("noise"), "shared")
     pair_loss(pair_rewards(family, model, noisy, times, pairs.texts), pairs.labels).backward()
@@ -183,10 +183,10 @@ def test_training_the_last_part_leaves_the_rest_as_the_teacher_has_it(configure,
 
 
 def test_timesteps_are_one_from_each_part_of_the_range() -> None:
-    times = spread_timesteps(Draws(0, 5), 50, (100, 299))
+    times = spread_timesteps(StepRng(0, 5), 50, (100, 299))
     assert [int(t - 100) // 4 for t in times] == list(range(50))
-    assert spread_timesteps(Draws(0, 5), 7, (42, 42)).tolist() == [42] * 7
-    assert not torch.equal(times, spread_timesteps(Draws(0, 6), 50, (100, 299)))
+    assert spread_timesteps(StepRng(0, 5), 7, (42, 42)).tolist() == [42] * 7
+    assert not torch.equal(times, spread_timesteps(StepRng(0, 6), 50, (100, 299)))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)

@@ -68,15 +68,15 @@ def train(roles: Learner, prompts: Prompts, seeds: range) -> None:
     """Steps as the driver makes them: distillation, coupling, the score estimator, a preference update."""
     generator, score = roles
     for seed in seeds:
-        prediction = generator.predict(prompts, levels(prompts, seed % 3), seed=seed)
-        gradient, _ = score.gradient(prediction.coarse, torch.tensor([50, 400, 900]), seed)
-        generator.update(gradient, torch.full_like(gradient, 1e-3))
-        score.couple(generator, score.config.score.ema)
-        score.update(prediction.coarse, torch.tensor([5, 300, 990]), seed, torch.arange(3))
+        prediction = generator.generate(prompts, levels(prompts, seed % 3), seed=seed)
+        gradient, _ = score.dm_gradient(prediction.high_noise, torch.tensor([50, 400, 900]), seed)
+        generator.distillation_step(gradient, torch.full_like(gradient, 1e-3))
+        score.ema_update_from(generator, score.config.score.ema)
+        score.denoising_step(prediction.high_noise, torch.tensor([5, 300, 990]), seed, torch.arange(3))
         if generator.reference is not None:
-            generator.prefer(pairs(prompts))
+            generator.preference_step(pairs(prompts))
         if generator.average is not None:
-            generator.take_average()
+            generator.update_ema()
 
 
 def averaged(generator: Generator) -> dict[str, torch.Tensor]:
@@ -125,17 +125,17 @@ def test_score_gradient_starts_at_zero_without_guidance(teacher, prompts):
     """Teacher and score estimator compute with the same tensors: to the bit, before training."""
     config = settings(teacher, matching={"guidance_scale": 1.0})
     latents = Latents(noise(prompts.indices, (4, 8, 8), 5, "x"), prompts)
-    gradient, _ = ScoreEstimator.from_config(config).gradient(latents, torch.tensor([50, 400, 900]), seed=1)
+    gradient, _ = ScoreEstimator.from_config(config).dm_gradient(latents, torch.tensor([50, 400, 900]), seed=1)
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def test_coupling_moves_the_adapters(config, prompts):
     generator, score = learner(config)
     start = score.engine.weights()
-    generator.predict(prompts, levels(prompts, 0), seed=7)
-    generator.update(torch.ones(3, 4, 8, 8), torch.zeros(3, 4, 8, 8))
+    generator.generate(prompts, levels(prompts, 0), seed=7)
+    generator.distillation_step(torch.ones(3, 4, 8, 8), torch.zeros(3, 4, 8, 8))
     target = generator.weights()
-    score.couple(generator, 0.9)
+    score.ema_update_from(generator, 0.9)
     for name, value in score.engine.weights().items():
         torch.testing.assert_close(value, 0.9 * start[name] + 0.1 * target[name])
 
@@ -208,7 +208,7 @@ def test_the_latent_adversary_s_head_trains_beside_the_adapter(teacher, prompts)
     assert {name.split(".")[0] for name in names} == {"denoiser", "head"}
     assert all(".lora_" in name for name in names if name.startswith("denoiser"))
     fakes = Latents(noise(prompts.indices, (4, 8, 8), 5, "fakes"), prompts)
-    gradient, _ = LatentDiscriminator(estimator).gradient(fakes, torch.tensor([5, 300, 990]), seed=2)
+    gradient, _ = LatentDiscriminator(estimator).gan_gradient(fakes, torch.tensor([5, 300, 990]), seed=2)
     assert gradient.abs().sum() > 0
     assert all(p.grad is None or not p.grad.any() for p in estimator.engine.module.parameters())
 
@@ -221,11 +221,11 @@ def test_the_average_is_emamodel_s_of_every_step(teacher, prompts):
     expected = start
     for step in range(1, 5):
         if step % 2:
-            generator.predict(prompts, levels(prompts, 0), seed=step)
-            generator.update(torch.ones(3, 4, 8, 8), torch.zeros(3, 4, 8, 8))
+            generator.generate(prompts, levels(prompts, 0), seed=step)
+            generator.distillation_step(torch.ones(3, 4, 8, 8), torch.zeros(3, 4, 8, 8))
         else:
-            generator.prefer(pairs(prompts))
-        generator.take_average()
+            generator.preference_step(pairs(prompts))
+        generator.update_ema()
         kept = 0.0 if step == 1 else min(0.5, step / (step + 9))
         expected = {name: kept * value + (1 - kept) * generator.weights()[name] for name, value in expected.items()}
     for name, value in averaged(generator).items():
@@ -259,9 +259,9 @@ def test_adapters_of_the_demo_teacher_learn():
     config = load_config(None, [*settings, "preference.warmup=0", "preference.lr=1e-3"])
     generator, score = learner(config)
     prompts = Prompts(("a red 4", "a blue 1 above a green 2", "a gray 7"), torch.arange(3))
-    fakes = generator.sample(prompts, levels(prompts, 3, None), seed=1).coarse
+    fakes = generator.sample_fakes(prompts, levels(prompts, 3, None), seed=1).high_noise
     timesteps = torch.tensor([100, 400, 700])
-    losses = [score.update(fakes, timesteps, 3, torch.arange(3))["score/loss"] for _ in range(8)]
+    losses = [score.denoising_step(fakes, timesteps, 3, torch.arange(3))["score/loss"] for _ in range(8)]
     assert losses[-1] < 0.9 * losses[0]
     generator.freeze_reference()
     shape = generator.family.latent_shape
@@ -270,5 +270,5 @@ def test_adapters_of_the_demo_teacher_learn():
     judged = PreferencePairs(
         prompts=prompts, **draw, weights=ones, margins=ones, timestep=999, next_timestep=749, version=0
     )
-    preferred = [generator.prefer(judged)["preference/loss"] for _ in range(4)]
+    preferred = [generator.preference_step(judged)["preference/loss"] for _ in range(4)]
     assert preferred[-1] < preferred[0]

@@ -59,23 +59,28 @@ def spied(engine: Engine) -> list[Tensor]:
 def trained_discriminator(*settings: str) -> tuple[Discriminator, list[Tensor]]:
     role = Discriminator.from_config(configured(*settings))
     gradients = spied(role.engine)
-    gradient, answered = role.gradient(latents(0), torch.zeros(3, dtype=torch.int64), seed=0)
-    updated = role.update(latents(1), torch.arange(3))
+    gradient, answered = role.gan_gradient(latents(0), torch.zeros(3, dtype=torch.int64), seed=0)
+    updated = role.step(latents(1), torch.arange(3))
     return role, [gradient, torch.tensor([*answered.values(), *updated.values()]), *gradients]
 
 
 def trained_generator(*settings: str) -> tuple[Generator, list[Tensor]]:
     role = Generator.from_config(configured(*settings))
     gradients = spied(role.engine)
-    prediction = role.predict(prompts(), levels(prompts(), 1), seed=0)
-    updated = role.update(latents(1).values, 0.1 * latents(2).values)
-    return role, [prediction.coarse.values, prediction.fine.values, torch.tensor(list(updated.values())), *gradients]
+    prediction = role.generate(prompts(), levels(prompts(), 1), seed=0)
+    updated = role.distillation_step(latents(1).values, 0.1 * latents(2).values)
+    return role, [
+        prediction.high_noise.values,
+        prediction.low_noise.values,
+        torch.tensor(list(updated.values())),
+        *gradients,
+    ]
 
 
 def trained_estimator(*settings: str) -> tuple[ScoreEstimator, list[Tensor]]:
     role = ScoreEstimator.from_config(configured(*settings))
     gradients = spied(role.engine)
-    updated = role.update(latents(0), torch.tensor([30, 400, 900]), 0, torch.arange(3))
+    updated = role.denoising_step(latents(0), torch.tensor([30, 400, 900]), 0, torch.arange(3))
     return role, [torch.tensor(list(updated.values())), *gradients]
 
 

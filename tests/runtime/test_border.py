@@ -24,7 +24,7 @@ class Elsewhere:
         self.seen += [] if extra is None else [extra.device]
         return {"seed": float(seed)}
 
-    def couple(self, neighbour: object) -> object:
+    def ema_update_from(self, neighbour: object) -> object:
         return type(neighbour).__name__
 
 
@@ -46,7 +46,7 @@ def test_arguments_reach_a_role_on_its_device_and_everything_else_as_it_is() -> 
 
 
 def test_a_neighbour_is_handed_over_as_itself() -> None:
-    assert at_border(Elsewhere()).couple(at_border(Elsewhere())) == "Elsewhere"
+    assert at_border(Elsewhere()).ema_update_from(at_border(Elsewhere())) == "Elsewhere"
 
 
 def test_a_role_on_the_cpu_is_called_directly() -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from toy_roles import TOYS, toy_config
 
+from flashdmd_ray.batch import Metrics
 from flashdmd_ray.config import load_config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
-from flashdmd_ray.roles.networks import Metrics
 from flashdmd_ray.runtime import build_runtime
 
 STEPS, RATE = 2, 3e-5

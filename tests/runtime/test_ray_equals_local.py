@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_roles import TOYS, toy_config
 
-from flashdmd_ray.batch import Draws, PreferencePairs, Prompts
+from flashdmd_ray.batch import PreferencePairs, Prompts, StepRng
 from flashdmd_ray.config import Config
 from flashdmd_ray.runtime import Runtime, build_runtime
 from tests.levels import levels
@@ -21,23 +21,23 @@ def toy_training(runtime: Runtime, steps: int = 3) -> list[Any]:
     seen: list[Any] = []
     for step in range(steps):
         runtime.step = step
-        draw = Draws(7, step)
+        draw = StepRng(7, step)
         prompts = Prompts(tuple(f"a red {i}" for i in range(BATCH)), torch.arange(BATCH))
         timesteps = draw.timesteps("t", BATCH, 20, 980)
         weights = runtime.publish(runtime.generator.weights(), version=step)
         candidates = runtime.background(
             lambda p=prompts, d=draw, w=weights: runtime.rollouts.candidates(p, 1, d.seed("candidates"), w)
         )
-        fakes = runtime.generator.predict(prompts, levels(prompts, 2, None), seed=draw.seed("predict"))
+        fakes = runtime.generator.generate(prompts, levels(prompts, 2, None), seed=draw.seed("predict"))
         (matching, gap), (realism, mean) = runtime.parallel(
-            lambda f=fakes, t=timesteps, d=draw: runtime.score.gradient(f, t, d.seed("score")),
-            lambda f=fakes: runtime.discriminator.gradient(f),
+            lambda f=fakes, t=timesteps, d=draw: runtime.score.dm_gradient(f, t, d.seed("score")),
+            lambda f=fakes: runtime.discriminator.gan_gradient(f),
         )
-        metrics = runtime.generator.update(matching, 0.5 * realism)
-        assert runtime.score.couple(runtime.generator, 0.9) is None
+        metrics = runtime.generator.distillation_step(matching, 0.5 * realism)
+        assert runtime.score.ema_update_from(runtime.generator, 0.9) is None
         updates = runtime.parallel(
-            lambda f=fakes, t=timesteps: runtime.score.update(f, t),
-            lambda f=fakes, t=timesteps: runtime.discriminator.update(f, t),
+            lambda f=fakes, t=timesteps: runtime.score.denoising_step(f, t),
+            lambda f=fakes, t=timesteps: runtime.discriminator.step(f, t),
         )
         found = candidates.result()
         rewards = runtime.rewards["reward"].score(found)["toy"]
@@ -46,7 +46,7 @@ def toy_training(runtime: Runtime, steps: int = 3) -> list[Any]:
         pairs = PreferencePairs(
             prompts, found.noisy, winners, losers, torch.ones(BATCH), torch.ones(BATCH), 999, 749, found.version
         )
-        preferred = runtime.generator.prefer(pairs)
+        preferred = runtime.generator.preference_step(pairs)
         seen += [fakes.values, matching, realism, rewards, gap, mean, metrics, *updates, preferred]
     return [*seen, runtime.generator.weights()["weight"], runtime.score.weights()["weight"]]
 

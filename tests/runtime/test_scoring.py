@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy_roles import Generator, Reward, Rollout, toy_config
 
-from flashdmd_ray.batch import Candidates, Draws, Prompts
+from flashdmd_ray.batch import Candidates, Prompts, StepRng
 from flashdmd_ray.config import Config
 from flashdmd_ray.preferences import NothingScored, PreferenceSource
 from flashdmd_ray.runtime.errors import DeadlineExceeded, PoolClosed, WorkerLost
@@ -48,7 +48,7 @@ def wanted(**more: Any) -> Config:
     return toy_config("local", **more)
 
 
-def prompts(draw: Draws, purpose: str, count: int) -> Prompts:
+def prompts(draw: StepRng, purpose: str, count: int) -> Prompts:
     return Prompts(tuple(f"{purpose} {row}" for row in range(count)), torch.arange(count))
 
 
@@ -64,8 +64,8 @@ class Toys:
     def step(self, number: int = 0) -> tuple[list[Any], dict[str, float]]:
         self.runtime.step = number
         self.source.publish(number)
-        answers = list(self.source.collect(self.source.request(Draws(0, number))))
-        return answers, self.source.counted()
+        answers = list(self.source.collect(self.source.request(StepRng(0, number))))
+        return answers, self.source.group_counts()
 
 
 def text(update: int, row: int) -> str:
@@ -172,6 +172,6 @@ def test_pools_that_look_at_latents_only_are_sent_no_images():
     runtime = LocalRuntime({}, {"latent": Seeing("latent"), "pickscore": Seeing("pickscore")})
     values = torch.randn(2, 3, 4, 5, 5)
     images = torch.zeros(2, 3, 3, 8, 8, dtype=torch.uint8)
-    candidates = Candidates(prompts(Draws(0, 0), "x", 2), values[:, 0], values, images, 999, 749, 0)
+    candidates = Candidates(prompts(StepRng(0, 0), "x", 2), values[:, 0], values, images, 999, 749, 0)
     assert set(score(candidates, config, runtime).rewards) == {"latent", "pickscore"}
     assert seen == {"latent": 0, "pickscore": 3}

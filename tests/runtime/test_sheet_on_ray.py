@@ -42,13 +42,13 @@ def drawn(teacher: Path, folder: Path, runtime: str, workers: int = 1, **engine:
     try:
         prompts = Prompts(("a red 4", "two 7s", "a", "b"), torch.arange(4))
         for seed in range(2):
-            roles.generator.predict(prompts, levels(prompts, 1), seed)
-            roles.generator.update(torch.ones(4, 4, 8, 8), torch.ones(4, 4, 8, 8))
-            roles.generator.take_average()
+            roles.generator.generate(prompts, levels(prompts, 1), seed)
+            roles.generator.distillation_step(torch.ones(4, 4, 8, 8), torch.ones(4, 4, 8, 8))
+            roles.generator.update_ema()
         sheet = SampleSheet(config, roles)
         before = roles.generator.weights()
         picture = sheet.write(folder / "sheet.png").read_bytes()
-        row = roles.generator.draw(sheet.prompts, config.sampling.timesteps, sheet.seed)[: len(sheet.texts)]
+        row = roles.generator.generate_images(sheet.prompts, config.sampling.timesteps, sheet.seed)[: len(sheet.texts)]
         after = roles.generator.weights()
         assert all(torch.equal(before[name], after[name]) for name in before)
         return picture, row

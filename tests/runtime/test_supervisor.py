@@ -24,7 +24,7 @@ def train(runtime: Runtime, directory: Path, die_at: int | None) -> torch.Tensor
             (directory / "died").touch()
             runtime.generator.dies()
         gradient = torch.full((4, 2, 4, 4), float(step))
-        runtime.generator.update(gradient, gradient)
+        runtime.generator.distillation_step(gradient, gradient)
         if (step + 1) % EVERY == 0:
             (directory / str(step + 1)).mkdir()
             runtime.generator.save(directory / str(step + 1))

@@ -118,18 +118,18 @@ class Toy:
 
 
 class Generator(Toy):
-    def predict(self, prompts: Prompts, levels: NoiseLevels, seed: int) -> Latents:
+    def generate(self, prompts: Prompts, levels: NoiseLevels, seed: int) -> Latents:
         assert len(levels) == len(prompts)
-        assert levels.fine is None or isinstance(levels.fine, int)
-        own = 1 + levels.coarse[:, None, None, None]
-        return Latents(noise(prompts.indices, SHAPE, seed, f"x/{levels.deepest}") * own * self.weight, prompts)
+        assert levels.low_noise is None or isinstance(levels.low_noise, int)
+        own = 1 + levels.high_noise[:, None, None, None]
+        return Latents(noise(prompts.indices, SHAPE, seed, f"x/{levels.max_step}") * own * self.weight, prompts)
 
-    def update(self, matching: Tensor, realism: Tensor) -> dict[str, float]:
+    def distillation_step(self, matching: Tensor, realism: Tensor) -> dict[str, float]:
         matching += 0 * realism  # a role may write to what it received: it must not be a view of shared memory
         norm = self.step_along(matching + realism)
         return {"generator/norm": norm, "generator/first": float(matching.flatten(1).sum(1).mean())}
 
-    def prefer(self, pairs: PreferencePairs) -> dict[str, float]:
+    def preference_step(self, pairs: PreferencePairs) -> dict[str, float]:
         return {"preference/norm": self.step_along(pairs.losers - pairs.winners)}
 
     def weights(self) -> dict[str, Tensor]:
@@ -137,15 +137,15 @@ class Generator(Toy):
 
 
 class ScoreEstimator(Toy):
-    def gradient(self, coarse: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
-        drawn = noise(coarse.prompts.indices, SHAPE, seed, "score")
-        gradient = (coarse.values - self.weight * drawn) * timesteps.view(-1, 1, 1, 1) / 1000
+    def dm_gradient(self, high_noise: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
+        drawn = noise(high_noise.prompts.indices, SHAPE, seed, "score")
+        gradient = (high_noise.values - self.weight * drawn) * timesteps.view(-1, 1, 1, 1) / 1000
         return gradient, {"score/gap": float(gradient.abs().mean())}
 
-    def update(self, fakes: Latents, timesteps: Tensor) -> dict[str, float]:
+    def denoising_step(self, fakes: Latents, timesteps: Tensor) -> dict[str, float]:
         return {"score/norm": self.step_along(fakes.values * timesteps.view(-1, 1, 1, 1) / 1000)}
 
-    def couple(self, generator: Generator, decay: float) -> None:
+    def ema_update_from(self, generator: Generator, decay: float) -> None:
         self.weight = decay * self.weight + (1 - decay) * generator.weight
 
     def weights(self) -> dict[str, Tensor]:
@@ -153,10 +153,10 @@ class ScoreEstimator(Toy):
 
 
 class Discriminator(Toy):
-    def gradient(self, fine: Latents) -> tuple[Tensor, dict[str, float]]:
-        return torch.tanh(fine.values) * self.weight, {"discriminator/mean": float(fine.values.mean())}
+    def gan_gradient(self, low_noise: Latents) -> tuple[Tensor, dict[str, float]]:
+        return torch.tanh(low_noise.values) * self.weight, {"discriminator/mean": float(low_noise.values.mean())}
 
-    def update(self, fakes: Latents, real_indices: Tensor) -> dict[str, float]:
+    def step(self, fakes: Latents, real_indices: Tensor) -> dict[str, float]:
         return {"discriminator/norm": self.step_along(fakes.values * real_indices.view(-1, 1, 1, 1))}
 
 

@@ -133,7 +133,7 @@ def test_a_failure_is_of_its_own_jobs(thread, artist, family):
 
 
 def test_the_teacher_is_the_teachers_sampler(family):
-    from flashdmd_ray.roles.drawing import teacher_sampler
+    from flashdmd_ray.roles.image_sampling import teacher_sampler
 
     class Start:
         def __call__(self, hop):

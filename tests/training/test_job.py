@@ -78,7 +78,7 @@ def test_the_export_draws_the_run_s_own_pictures(finished):
     from flashdmd_ray.results.evaluation_data import demo_held_out
     from flashdmd_ray.results.export import load_student
     from flashdmd_ray.results.report import student_weights
-    from flashdmd_ray.roles.drawing import draw_samples, seed_of, student_sampler
+    from flashdmd_ray.roles.image_sampling import sample_all_images, seed_of, student_sampler
     from flashdmd_ray.roles.networks import load_family
 
     config = small(finished.parent, "straight")
@@ -86,7 +86,7 @@ def test_the_export_draws_the_run_s_own_pictures(finished):
     checkpoint = latest_checkpoint(finished / "checkpoints")
     network = load_student(family, student_weights(config, family, checkpoint))
     texts = demo_held_out(3, 1).texts
-    ours = draw_samples(
+    ours = sample_all_images(
         family, student_sampler("student", family, network, config.sampling.timesteps), texts, range(3), 1, 3
     )
     pipeline = StableDiffusionXLPipeline.from_pretrained(finished / "export", use_safetensors=True)
@@ -143,7 +143,7 @@ def test_the_dmd2_preset_runs_on_the_same_driver(root):
         "dmd2",
         steps=2,
         ttur=2,
-        matching={"routing": "shared"},
+        matching={"timestep_split": "shared"},
         score={"ema": 1.0},
         adversarial={"space": "latent", "loss": "non_saturating", "weight": 5e-3},
         preference={"updates": 0},

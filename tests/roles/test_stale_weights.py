@@ -7,11 +7,11 @@ from torch import nn
 from flashdmd_ray.batch import PublishedWeights
 from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import load_config
-from flashdmd_ray.roles.rollout import PATIENCE, Proof, Rollout
+from flashdmd_ray.roles.rollout import UNCHANGED_VERSIONS_ALLOWED, Rollout, StaleWeightsCheck
 
 
 def test_new_weights_must_show_at_once_in_float32():
-    proof = Proof("rollout-3", exact=True)
+    proof = StaleWeightsCheck("rollout-3", exact=True)
     proof.check(0, "a", "one")
     proof.check(1, "a", "one")  # the same weights again
     proof.check(2, "b", "two")
@@ -20,14 +20,14 @@ def test_new_weights_must_show_at_once_in_float32():
 
 
 def test_half_precision_may_round_small_changes_away_but_not_for_ever():
-    proof = Proof("rollout-0", exact=False)
-    for version in range(PATIENCE + 1):
+    proof = StaleWeightsCheck("rollout-0", exact=False)
+    for version in range(UNCHANGED_VERSIONS_ALLOWED + 1):
         proof.check(version, f"weights {version}", "same")
     with pytest.raises(ValueError, match="rollout-0"):
         proof.check(99, "weights 99", "same")
-    patient = Proof("rollout-0", exact=False)
-    for version in range(5 * PATIENCE):
-        patient.check(version, f"weights {version}", f"output {version // PATIENCE}")
+    patient = StaleWeightsCheck("rollout-0", exact=False)
+    for version in range(5 * UNCHANGED_VERSIONS_ALLOWED):
+        patient.check(version, f"weights {version}", f"output {version // UNCHANGED_VERSIONS_ALLOWED}")
 
 
 def test_a_rollout_worker_proves_that_its_output_follows_its_weights(monkeypatch):

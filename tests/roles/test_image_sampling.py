@@ -11,8 +11,8 @@ from flashdmd_ray.batch import Prompts
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.engine.base import under
 from flashdmd_ray.results.sample_sheet import equal_shards
-from flashdmd_ray.roles.drawing import draw_samples, student_sampler, teacher_sampler
 from flashdmd_ray.roles.generator import Generator
+from flashdmd_ray.roles.image_sampling import sample_all_images, student_sampler, teacher_sampler
 from flashdmd_ray.roles.networks import load_family, student_network
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
 from tests.levels import levels
@@ -48,20 +48,20 @@ def test_the_generator_draws_what_is_judged_and_goes_on_as_it_was(teacher, promp
     config = settings(teacher, ema, lora)
     generator = Generator.from_config(config)
     for seed in range(3):
-        generator.predict(prompts, levels(prompts, 1), seed=seed)
-        generator.update(torch.ones(3, 4, 8, 8), torch.ones(3, 4, 8, 8))
+        generator.generate(prompts, levels(prompts, 1), seed=seed)
+        generator.distillation_step(torch.ones(3, 4, 8, 8), torch.ones(3, 4, 8, 8))
         if ema:
-            generator.take_average()
+            generator.update_ema()
     before = generator.weights()
     judged = dict(before)
     if generator.average is not None:
         judged |= under(dict(generator.average.state_items()), "weights/")
     assert (ema > 0) == any(not torch.equal(before[name], judged[name]) for name in before)
 
-    drawn = generator.draw(prompts, TIMESTEPS, seed=5)
+    drawn = generator.generate_images(prompts, TIMESTEPS, seed=5)
     family = load_family(config.model)
     student = student_sampler("student", family, student_network(config, family, judged), TIMESTEPS)
-    assert torch.equal(drawn, draw_samples(family, student, TEXTS, [4, 0, 7], 5, batch=2))
+    assert torch.equal(drawn, sample_all_images(family, student, TEXTS, [4, 0, 7], 5, batch=2))
     assert drawn.shape == (3, 3, 16, 16)
     assert drawn.abs().max() <= 1
     after = generator.weights()
@@ -70,10 +70,10 @@ def test_the_generator_draws_what_is_judged_and_goes_on_as_it_was(teacher, promp
 
 def test_the_teacher_is_drawn_from_the_same_noise(teacher, prompts):
     config = settings(teacher, 0.0, {})
-    drawn = ScoreEstimator.from_config(config).draw_teacher(prompts, steps=3, guidance_scale=2.0, seed=5)
+    drawn = ScoreEstimator.from_config(config).generate_teacher_images(prompts, steps=3, guidance_scale=2.0, seed=5)
     family = load_family(config.model)
     sampler = teacher_sampler(family, 3, 2.0)
-    assert torch.equal(drawn, draw_samples(family, sampler, TEXTS, [4, 0, 7], 5, batch=2))
+    assert torch.equal(drawn, sample_all_images(family, sampler, TEXTS, [4, 0, 7], 5, batch=2))
 
 
 @given(st.lists(st.text(max_size=3), min_size=1, max_size=12), st.integers(1, 20))

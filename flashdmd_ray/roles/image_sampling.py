@@ -1,6 +1,6 @@
-"""Pictures from prompts: the noise of each sample, the teacher's sampler and the few-step generator's.
+"""Images from prompts: the noise of each sample, the teacher's sampler and the few-step generator's.
 
-The roles that hold the networks draw sample sheets with these; the report at the end of a run draws its samples.
+The roles that hold the networks make sample grids with these; the report at the end of a run makes its samples.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import derive_seed
-from flashdmd_ray.diffusion.sampling import DrawNoise, ddim_sample, few_step_sample, guided
+from flashdmd_ray.diffusion.sampling import NoiseSampler, ddim_sample, few_step_sample, guided
 from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.roles.networks import bind
+from flashdmd_ray.roles.networks import x0_predictor
 
 
 class SampleNoise:
-    """The noise of samples `indices` (global positions): draw(k) is the k-th draw of each sample's own generator.
+    """Noise sampler of samples `indices` (global positions): k -> the k-th draw of each sample's own generator.
 
     It depends on (seed, index, k) alone, not on the batch, and it is what a diffusers pipeline draws when it is given
     `generator=[torch.Generator().manual_seed(seed_of(seed, i)) for i in indices]`. Ask for k = 0, 1, 2, ... in turn.
@@ -29,11 +29,11 @@ class SampleNoise:
         self._generators = [torch.Generator().manual_seed(seed_of(seed, index)) for index in indices]
         self._shape = shape
         self._device = device
-        self._asked = 0
+        self._next = 0
 
-    def __call__(self, hop: int) -> Tensor:
-        assert hop == self._asked, f"noise of hop {hop} asked for when {self._asked} is next"
-        self._asked += 1
+    def __call__(self, k: int) -> Tensor:
+        assert k == self._next, f"noise {k} was asked for when {self._next} is next"
+        self._next += 1
         rows = [torch.randn(self._shape, generator=generator) for generator in self._generators]
         return torch.stack(rows).to(self._device)
 
@@ -45,37 +45,37 @@ def seed_of(seed: int, index: int) -> int:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to make samples. sample(conditioning of B prompts, draw_noise) -> clean latents float32 (B, C, h, w).
+    """A named way to make samples. sample(conditioning of B prompts, draw_noise) -> clean latents float32 (B, C, h, w).
 
     nfe: network forwards per sample.
     """
 
     name: str
     nfe: int
-    sample: Callable[[Conditioning, DrawNoise], Tensor]
+    sample: Callable[[Conditioning, NoiseSampler], Tensor]
 
 
 def teacher_label(steps: int, guidance_scale: float) -> str:
-    """What a row of the teacher's pictures is called."""
+    """Label of a row of teacher images."""
     return f"teacher, {steps} steps, guidance {guidance_scale:g}"
 
 
 def student_label(name: str, timesteps: Sequence[int]) -> str:
-    """What a row of a few-step generator's pictures is called."""
+    """Label of a row of a few-step generator's images."""
     return f"{name}, {len(timesteps)} {'step' if len(timesteps) == 1 else 'steps'}"
 
 
 def teacher_sampler(family: Family, steps: int, guidance_scale: float) -> Sampler:
     """The frozen teacher, deterministic, with classifier-free guidance (two forwards per step unless the scale is 1)."""
 
-    def sample(conditioning: Conditioning, draw_noise: DrawNoise) -> Tensor:
+    def sample(conditioning: Conditioning, noise_sampler: NoiseSampler) -> Tensor:
         unconditional = family.unconditional(len(conditioning))
         predict_x0 = guided(
-            bind(family.teacher, family.schedule, conditioning),
-            bind(family.teacher, family.schedule, unconditional),
+            x0_predictor(family.teacher, family.schedule, conditioning),
+            x0_predictor(family.teacher, family.schedule, unconditional),
             guidance_scale,
         )
-        return ddim_sample(predict_x0, family.schedule, steps, draw_noise(0))
+        return ddim_sample(predict_x0, family.schedule, steps, noise_sampler(0))
 
     return Sampler(teacher_label(steps, guidance_scale), steps * (1 if guidance_scale == 1 else 2), sample)
 
@@ -83,8 +83,10 @@ def teacher_sampler(family: Family, steps: int, guidance_scale: float) -> Sample
 def student_sampler(name: str, family: Family, network: Callable[..., Tensor], timesteps: Sequence[int]) -> Sampler:
     """A few-step generator without guidance. With the teacher as `network` it is the student before distillation."""
 
-    def sample(conditioning: Conditioning, draw_noise: DrawNoise) -> Tensor:
-        return few_step_sample(bind(network, family.schedule, conditioning), family.schedule, timesteps, draw_noise)
+    def sample(conditioning: Conditioning, noise_sampler: NoiseSampler) -> Tensor:
+        return few_step_sample(
+            x0_predictor(network, family.schedule, conditioning), family.schedule, timesteps, noise_sampler
+        )
 
     return Sampler(student_label(name, timesteps), len(timesteps), sample)
 
@@ -96,12 +98,12 @@ def sample_images(
     """Images float32 (<= batch, 3, H, W) in [-1, 1], on the CPU, batch after batch; sample i uses noise `indices[i]`."""
     for start in range(0, len(texts), batch):
         chunk = slice(start, start + batch)
-        draw_noise = SampleNoise(indices[chunk], family.latent_shape, seed, family.device)
-        latents = sampler.sample(family.encode(texts[chunk]), draw_noise)
+        noise_sampler = SampleNoise(indices[chunk], family.latent_shape, seed, family.device)
+        latents = sampler.sample(family.encode(texts[chunk]), noise_sampler)
         yield family.decode(latents).clamp(-1, 1).cpu()
 
 
-def draw_samples(
+def sample_all_images(
     family: Family, sampler: Sampler, texts: Sequence[str], indices: Sequence[int], seed: int, batch: int
 ) -> Tensor:
     """The images of `sample_images` in one tensor, float32 (N, 3, H, W)."""

@@ -1,4 +1,4 @@
-"""What is learned: the few-step sampling, and the objectives of Algorithm 1."""
+"""Settings of Algorithm 1: few-step sampling, score estimator, losses and preference RL."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class ScoreConfig(OptimizerConfig):
 
 
 class MatchingConfig(Section):
-    routing: Literal["timestep_aware", "shared"] = "timestep_aware"
+    timestep_split: Literal["timestep_aware", "shared"] = "timestep_aware"
     """timestep_aware: distribution matching at high noise, GAN at the last timestep (Flash-DMD).
     shared: both on one forward at any timestep (DMD2)."""
-    levels: Literal["sample", "batch"] = "sample"
-    """[open] Whether each sample draws the step of its coarse forward, or one is drawn for the whole batch. With 'batch' each update of the
-    score estimator sees one step's samples only, and it lags behind on the others' (docs/results.md)."""
+    timestep_per: Literal["sample", "batch"] = "sample"
+    """[open] Draw the high-noise step for each sample, or once for the whole batch. With 'batch' each update of the score estimator sees
+    one step's samples only, and it lags behind on the others' (docs/results.md)."""
     timestep_range: tuple[Timestep, Timestep] = (20, 980)
     """[open] Where x is noised for the DM gradient; the range is DMD2's."""
     guidance_scale: Annotated[float, Field(ge=1)] = 8.0
@@ -83,11 +83,11 @@ class PreferenceConfig(RateConfig):
     batch: PositiveInt = 8
     """Prompt groups per preference update."""
     candidates: Annotated[int, Field(strict=True, ge=2)] = 4
-    """K hops from one noisy latent; the best and the worst make the pair."""
+    """K candidates, renoised from one denoised latent; the best and the worst make the pair."""
     high_noise: PositiveInt | None = None
     """How many of the first denoising timesteps candidates are drawn at; null is 2 ({999, 749}), or 1 of a two-step generator."""
     beta: PositiveFloat = 0.1
-    """[open] Temperature of -logsigmoid(beta H). LPO's 500 belongs to low-noise hops; at high noise it must be retuned."""
+    """[open] Temperature of -logsigmoid(beta H). LPO's 500 belongs to low-noise steps; at high noise it must be retuned."""
     lr: PositiveFloat = 2e-5
     """Learning rate of preference updates, at its highest; they keep AdamW moments and a count of updates of their own."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.45
@@ -96,8 +96,8 @@ class PreferenceConfig(RateConfig):
     """Divides the normalised rewards inside that softmax."""
     reward_timestep: Literal["current", "next"] = "current"
     """[open] Timestep given to a latent reward for a candidate: LPO scores x_{t-1} with the current t."""
-    candidate_image: Literal["one_hop", "remaining_hops"] = "one_hop"
-    """How a candidate becomes a clean image for pixel rewards: one generator forward, or all remaining hops."""
+    candidate_image: Literal["one_step", "remaining_steps"] = "one_step"
+    """How a candidate becomes a clean image for pixel rewards: one generator forward, or all remaining steps."""
     max_unscored: PositiveInt = 10
     """The run ends when so many preference updates in a row had no group that all its rewards could score."""
     decode_batch: PositiveInt = 8
