@@ -77,8 +77,8 @@ def test_the_open_points_are_the_fields_marked_open():
     assert set(re.findall(r"^\| `([a-z_.0-9]+)`", table, flags=re.MULTILINE)) == open_fields(Config)
 
 
-def test_the_seven_points_of_the_design_are_open():
-    """Points that the paper leaves unstated: DM timesteps, form of the GAN loss, lambda, the score target, the EMA rate, the reward's timestep, beta."""
+def test_the_points_the_paper_leaves_unstated_are_open():
+    """The paper leaves these unstated, so their fields say so."""
     marked = {
         "matching.timestep_range",
         "adversarial.loss",
