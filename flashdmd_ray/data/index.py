@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from flashdmd_ray.data.formats import TextFormat
 from flashdmd_ray.data.order import Integers
 from flashdmd_ray.data.samples import Bad, Sample, Tally, is_text
+from flashdmd_ray.run.files import check_writable, new_file, write_atomically
 
 VERSION = 1
 META = b"flashdmd_ray"
@@ -132,14 +132,13 @@ def _write(path: Path, scanned: Iterable[Scanned]) -> None:
     tally, digest = Tally(), hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".unfinished-", dir=path.parent)
+        check_writable(path.parent)
     except OSError as error:
         raise ValueError(
             f"data.cache: cannot write {path.parent} ({error.strerror}); set it to a folder you can write"
         ) from None
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+    with new_file(path) as unfinished:
+        with unfinished.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
             for samples, seen in scanned:
                 tally.merge(seen)
                 for s in samples:
@@ -147,21 +146,7 @@ def _write(path: Path, scanned: Iterable[Scanned]) -> None:
                 if samples:
                     writer.write_batch(pa.RecordBatch.from_pylist([asdict(s) for s in samples], schema))
         facts = {"tally": tally.as_json(), "content": digest.hexdigest()[:32]}
-        temporary.chmod(0o644)
-        _replace(path.with_suffix(".json"), json.dumps(facts))
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all, whoever else writes the same."""
-    handle, name = tempfile.mkstemp(prefix=".unfinished-", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    Path(name).chmod(0o644)
-    Path(name).rename(path)
+        write_atomically(path.with_suffix(".json"), json.dumps(facts))
 
 
 def _read(path: Path) -> Index:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from flashdmd_ray.config import DataConfig, ModelConfig
 from flashdmd_ray.data.build import open_file_images, open_prompt_index
 from flashdmd_ray.data.precomputed import FORMAT, MANIFEST, Key, embedding_key, latent_key, text_digest
 from flashdmd_ray.data.work import Spread, ranges
-from flashdmd_ray.run.folder import write_atomically
+from flashdmd_ray.run.files import new_file, write_atomically
 
 if TYPE_CHECKING:
     from flashdmd_ray.models.family import Family
@@ -122,7 +121,5 @@ def _is_written(file: Path, key: Key) -> bool:
 
 
 def _write(file: Path, tensors: dict[str, Tensor], key: Key) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, {"key": json.dumps(key)})
-    temporary.chmod(0o644)
-    os.replace(temporary, file)
+    with new_file(file) as unfinished:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, unfinished, {"key": json.dumps(key)})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from flashdmd_ray.diffusion.schedule import FlowSchedule, schedule_from_config
 from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
 from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import Family
+from flashdmd_ray.run.files import new_folder
 
 FACTS = "flashdmd.json"
 FORMAT = 2
@@ -187,21 +186,8 @@ def _replace_directory(out: Path, write: Callable[[Path], None]) -> Path:
         raise ValueError(
             f"{out} exists and is no earlier export (it has no {FACTS}): choose another directory or remove it"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with new_folder(out) as unfinished:
         write(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's 0700 would hide the export from the user's group
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            out.replace(old)
-            unfinished.replace(out)
-            shutil.rmtree(old)
-        else:
-            unfinished.replace(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return out
 
 

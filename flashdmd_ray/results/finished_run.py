@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.run.command_line import FAILED, brief, prepare_process, refuse, say
-from flashdmd_ray.run.folder import write_atomically
+from flashdmd_ray.run.files import write_atomically
 from flashdmd_ray.run.storage import Location, checkpoint_root
 
 if TYPE_CHECKING:

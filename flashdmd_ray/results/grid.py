@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flashdmd_ray.batch import to_uint8
+from flashdmd_ray.run.files import new_file
 
 CELL, LARGE, GAP, MARGIN, LABELS = 120, 256, 8, 12, 150
 FONT_SIZE, LINE = 13, 16
@@ -48,9 +49,8 @@ def draw_grid(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str]) -> Im
 def write_grid(path: Path, rows: Sequence[tuple[str, Tensor]], captions: Sequence[str]) -> Path:
     """`draw_grid` as a PNG file; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    draw_grid(rows, captions).save(unfinished, format="PNG")
-    unfinished.replace(path)
+    with new_file(path) as unfinished:
+        draw_grid(rows, captions).save(unfinished, format="PNG")
     return path
 
 

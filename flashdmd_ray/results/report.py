@@ -27,7 +27,8 @@ from flashdmd_ray.roles.generator import AVERAGE
 from flashdmd_ray.roles.image_sampling import Sampler, sample_all_images, seed_of, student_sampler, teacher_sampler
 from flashdmd_ray.roles.networks import load_family, whole_weights
 from flashdmd_ray.roles.reward import load_reward
-from flashdmd_ray.run.folder import RunDirectory, write_atomically
+from flashdmd_ray.run.files import write_atomically
+from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.storage import Location, checkpoint_root
 from flashdmd_ray.run.tracking import Tracker
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from flashdmd_ray.batch import Metrics
 from flashdmd_ray.reward_training.training import STEP
+from flashdmd_ray.run.files import new_folder
 
 
 class LocalPlace:
@@ -30,10 +30,8 @@ class LocalPlace:
         return max(self._complete(), default=None)
 
     def keep(self, step: int, metrics: Metrics, write: Callable[[Path], None]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=self._folder))
-        write(unfinished)
-        unfinished.rename(self._folder / f"step-{step:08}")
+        with new_folder(self._folder / f"step-{step:08}") as unfinished:
+            write(unfinished)
         for old in sorted(self._complete())[: -self._keep]:
             shutil.rmtree(old)
 

@@ -6,7 +6,6 @@ A table that is there is not made again: the same command goes on where it stopp
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.made_pairs import HELD_OUT_SCENES, Make, demo_pairs, drawn_pairs
 from flashdmd_ray.reward_training.pairs import HELD_OUT, TRAIN, PairFiles, Pairs, open_pair_data
 from flashdmd_ray.reward_training.verdicts import judge, load_judges, verdicts
+from flashdmd_ray.run.files import new_file
 
 TABLE = 1024
 """Pairs in a table; its row groups have a quarter of them."""
@@ -108,14 +108,14 @@ def _write(path: Path, pairs: Pairs) -> int:
         labels = {LABELS[0]: label, LABELS[1]: 1 - label}
         rows.append({CAPTION: pairs.texts[row], **images, **labels, TRUTH: label if np.isnan(truth) else truth})
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
     columns = [
         (CAPTION, pa.string()),
         *((n, pa.binary()) for n in IMAGES),
         *((n, pa.float64()) for n in (*LABELS, TRUTH)),
     ]
-    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(columns)), unfinished, row_group_size=TABLE // 4)
-    os.replace(unfinished, path)
+    table = pa.Table.from_pylist(rows, pa.schema(columns))
+    with new_file(path) as unfinished:
+        pyarrow.parquet.write_table(table, unfinished, row_group_size=TABLE // 4)
     return int((~usable).sum())
 
 

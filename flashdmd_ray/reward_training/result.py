@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor
 from flashdmd_ray.models.latent_reward import LatentRewardModel, save_latent_reward
 from flashdmd_ray.reward_training.accuracy import table
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
+from flashdmd_ray.run.files import new_folder
 from flashdmd_ray.run.folder import environment
 
 FOLDER, ACCURACY, CARD = "latent_reward", "accuracy.json", "README.md"
@@ -28,16 +27,13 @@ def save_result(
     steps: int,
 ) -> Path:
     """Write `folder`/latent_reward in one rename; returns it. masters: the trained weights in float32."""
-    unfinished, final = folder / f".{FOLDER}-unfinished", folder / FOLDER
-    shutil.rmtree(unfinished, ignore_errors=True)
+    final = folder / FOLDER
     model = model.float()
     model.load_state_dict(dict(masters), strict=False)
-    save_latent_reward(model, unfinished)
-    (unfinished / ACCURACY).write_text(json.dumps({"steps": steps, **report}, indent=1) + "\n")
-    (unfinished / CARD).write_text("\n".join(card(config, model, report, steps, final)) + "\n", encoding="utf-8")
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(unfinished, final)
+    with new_folder(final) as unfinished:
+        save_latent_reward(model, unfinished)
+        (unfinished / ACCURACY).write_text(json.dumps({"steps": steps, **report}, indent=1) + "\n")
+        (unfinished / CARD).write_text("\n".join(card(config, model, report, steps, final)) + "\n", encoding="utf-8")
     return final
 
 

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,6 +23,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+
+from flashdmd_ray.run.files import check_writable, new_folder, write_atomically
 
 CONTROL = "control.json"
 """Where a running job says how its pools can be reached."""
@@ -170,18 +170,11 @@ class RunDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _create(self, config: Mapping[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
-        try:
-            unfinished.chmod(0o755)
+        with new_folder(self.path) as unfinished:
             for folder in FOLDERS:
                 (unfinished / folder).mkdir()
             (unfinished / "config.yaml").write_text(_to_yaml(config), encoding="utf-8")
             (unfinished / "versions.json").write_text(json.dumps([environment()], indent=1) + "\n")
-            unfinished.rename(self.path)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
 
     def _check_same(self, config: Mapping[str, Any], may_change: Collection[str]) -> None:
         try:
@@ -257,16 +250,11 @@ def plain_name(name: str) -> str:
 
 
 def _check_writable(path: Path) -> None:
-    """Try to make a folder in the nearest folder that exists: permissions, read-only mounts and plain files in the way all show up."""
-    nearest = path
     try:
-        while not nearest.exists():
-            nearest = nearest.parent
-        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=nearest))
+        check_writable(path)
     except OSError as error:
-        reason = error.strerror or type(error).__name__
         raise ValueError(
-            f"run.dir: cannot write {path} ({reason}: {nearest}); set run.dir to a folder you can write"
+            f"run.dir: cannot write {path} ({error.strerror}: {error.filename}); set run.dir to a folder you can write"
         ) from None
 
 
@@ -318,13 +306,6 @@ def environment() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         found["commit"] = None
     return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one rename, so that a reader or a crash sees the old text or the new one."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _to_yaml(config: Mapping[str, Any]) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from flashdmd_ray.config import Config, suggestion
+from flashdmd_ray.run.files import check_writable
 
 WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss"}
 """Object stores: a folder is the common beginning of names. To make one would try to make the bucket."""
@@ -177,10 +176,7 @@ def _try_to_write(root: Location) -> None:
         trial.write_bytes(b"")
         trial.unlink()
         return
-    nearest = root
-    while not nearest.exists():
-        nearest = nearest.parent
-    os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=nearest))
+    check_writable(root)
 
 
 def children(folder: Location) -> Sequence[Location]:

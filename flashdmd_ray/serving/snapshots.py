@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from flashdmd_ray.run.folder import write_atomically
+from flashdmd_ray.run.files import unfinished_folder, write_atomically
 from flashdmd_ray.serving.sources import Source
 
 KEPT = 2
@@ -76,19 +75,13 @@ class SnapshotStore:
                 shutil.rmtree(old.folder, ignore_errors=True)
 
     def _copy(self, source: Source, signature: str, patience_s: float) -> Snapshot:
-        unfinished = Path(tempfile.mkdtemp(prefix=".copy-", dir=self._root))
-        try:
+        with unfinished_folder(self._root / "copy") as unfinished:
             source.fetch(unfinished, patience_s)
             if source.signature() != signature:
                 raise ValueError("the source changed while it was copied; it is looked at again")
             folder = self._root / fingerprint(unfinished)
-            if folder.is_dir():  # the same content again, touched
-                shutil.rmtree(unfinished)
-            else:
+            if not folder.is_dir():  # else the same content again, touched
                 unfinished.rename(folder)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
         known = self._read(folder)
         self._write(folder, {**known, "signature": signature})
         return Snapshot(folder, signature)

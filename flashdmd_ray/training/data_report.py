@@ -11,7 +11,7 @@ from typing import Any
 from flashdmd_ray.config import DataConfig
 from flashdmd_ray.data.catalogue import data_report
 from flashdmd_ray.data.samples import Tally
-from flashdmd_ray.run.folder import write_atomically
+from flashdmd_ray.run.files import write_atomically
 
 log = logging.getLogger(__name__)
 FILE = "data_report.json"

@@ -13,6 +13,7 @@ from flashdmd_ray.batch import from_uint8, to_uint8
 from flashdmd_ray.results.grid import LARGE, write_grid
 from flashdmd_ray.results.sample_sheet import SampleSheet
 from flashdmd_ray.roles.image_sampling import student_label
+from flashdmd_ray.run.files import new_file
 
 FOLDER = "monitor"
 """In the run folder."""
@@ -35,9 +36,8 @@ class Evidence:
         self.folder.mkdir(exist_ok=True)
         rows = [torch.cat(list(to_uint8(self._draw(timesteps))), dim=2) for timesteps in self.samplers]
         pixels = torch.cat(rows, dim=1).permute(1, 2, 0)
-        unfinished = self.folder / f".{START}.tmp"
-        Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(unfinished, format="PNG")
-        unfinished.replace(self.folder / START)
+        with new_file(self.folder / START) as unfinished:
+            Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(unfinished, format="PNG")
 
     def write(self, step: int) -> Path:
         """A grid of the beginning, if its file is still there, and of the generator as it is after `step` steps."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from flashdmd_ray.run.files import new_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,5 +127,5 @@ def _save(
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.shadow, "plan": asdict(plan)}
-    torch.save({**state, "step": step, "seconds": seconds}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with new_file(path) as unfinished:
+        torch.save({**state, "step": step, "seconds": seconds}, unfinished)
