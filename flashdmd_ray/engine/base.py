@@ -1,4 +1,4 @@
-"""What every training engine does, whatever shards the optimizer: fp32 master weights, and AdamW moments for each objective."""
+"""Base of the training engines: micro-batches, backward, updates for several objectives, averages and copies of the weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from flashdmd_ray.config import EngineConfig, OptimizerConfig, RateConfig
 from flashdmd_ray.engine.flat import FlatLayout
 from flashdmd_ray.engine.loading import Source, device_of, receive
-from flashdmd_ray.engine.optimizers import MOMENTS, learning_rate, read_moment, restored_state
-from flashdmd_ray.engine.processes import rank, world_size
+from flashdmd_ray.engine.optimizers import learning_rate
+from flashdmd_ray.engine.processes import world_size
+from flashdmd_ray.engine.state import OptimizerState
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,16 +47,13 @@ class Engine(ABC):
             if p.dtype != torch.float32:
                 raise ValueError(f"{role}: parameter {name!r} is {p.dtype}: load the network in float32 to train it")
         self.device = device_of(module)
-        receive(module, source, self._room, self._keep)
-        self._moments: dict[str, dict[str, Any]] = {}  # by objective: AdamW's own state of the flat masters
-        self._updates: dict[str, int] = {}
+        receive(module, source, self._allocate, self._keep)
         self._loss_is_finite: Tensor | None = None  # of the backwards that wait for their update
         self._announced: tuple[float, bool] | None = None  # share and "is the last" of the micro-batch in hand
         self._complete = True  # no micro-batch of the coming update is missing
-        self._masters: Tensor  # flat fp32 weights, or this rank's slice of them
-        self._optimizer: torch.optim.Optimizer  # over [self._masters]
+        self.optimizer_state: OptimizerState  # set by each kind of engine, which makes the masters
 
-    def _room(self, like: Tensor) -> Tensor:
+    def _allocate(self, like: Tensor) -> Tensor:
         """Memory for a parameter that arrives, with its shape and dtype."""
         return torch.empty(like.shape, dtype=like.dtype, device=self.device)
 
@@ -67,7 +65,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _keep(self, parameter: nn.Parameter) -> None:
-        """While the weights arrive, one parameter at a time: what this rank keeps of each."""
+        """Keep this rank's share of a parameter whose weights have just arrived."""
 
     @abstractmethod
     def _backward(self, loss: Tensor, last: bool) -> None:
@@ -83,28 +81,22 @@ class Engine(ABC):
 
     @abstractmethod
     def _apply(self, norm: Tensor) -> None:
-        """Scale the gradients to `clip`, one step of `_optimizer`, and the new weights into the module."""
-
-    @abstractmethod
-    def _publish_masters(self) -> None:
-        """Copy the masters into the module's parameters, on all ranks."""
-
-    @abstractmethod
-    def _owned(self, vector: Tensor, index: int) -> tuple[int, Tensor]:
-        """This rank's part of one parameter in a vector partitioned like the masters: where it starts in the flattened
-        parameter, and a view of it (1-D, possibly empty)."""
+        """Scale the gradients to `clip`, make one step of the optimizer and copy the new weights into the module."""
 
     # ---- training
 
     def cut(self, count: int) -> list[slice]:
-        """The rows of each of `engine.accumulation` micro-batches of `count` samples. Sizes differ by at most one."""
+        """Rows of each of `engine.accumulation` micro-batches of `count` samples. Sizes differ by at most one."""
         number = self.config.accumulation
         assert count >= number, f"{self.role}: {count} samples cannot be cut into {number} micro-batches"
         return [slice(count * k // number, count * (k + 1) // number) for k in range(number)]
 
     def micro_batches(self, count: int) -> Iterator[slice]:
-        """`cut`, for an update: inside each micro-batch one forward and one `backward` of the mean loss over its rows; then one `update`,
-        which equals that of the whole batch up to rounding. All ranks must make equally many."""
+        """Iterate over the micro-batches of one update.
+
+        Inside each: one forward and one `backward` of the mean loss over its rows. Then one `update`, which equals that of the whole batch
+        up to rounding. All ranks must make equally many.
+        """
         assert self._loss_is_finite is None, f"{self.role}: a backward before micro_batches waits for its update"
         for rows in self.cut(count):
             self._announced = ((rows.stop - rows.start) / count, rows.stop == count)
@@ -140,14 +132,16 @@ class Engine(ABC):
         """
         assert self._loss_is_finite is not None, f"{self.role}: update without a backward before it"
         assert self._complete, f"{self.role}: update before the last of micro_batches"
-        number = self._updates.get(objective, 0) + 1
+        state = self.optimizer_state
+        number = self.updates(objective) + 1
         norm = self._gradient_norm()
         self._refuse_non_finite(norm, f"{objective} update {number}")
-        self._optimizer.param_groups[0]["lr"] = learning_rate(rate or self.settings, number)
-        moments = self._moments.setdefault(objective, {})  # AdamW fills an empty one in place
-        self._optimizer.state[self._masters] = moments
+        state.optimizer.param_groups[0]["lr"] = learning_rate(rate or self.settings, number)
+        state.optimizer.state[state.masters] = state.moments.setdefault(
+            objective, {}
+        )  # AdamW fills an empty one in place
         self._apply(norm)
-        self._updates[objective] = number
+        state.updates[objective] = number
         return norm.item()
 
     def _refuse_non_finite(self, norm: Tensor, update: str) -> None:
@@ -166,7 +160,7 @@ class Engine(ABC):
 
     def updates(self, objective: str = "distillation") -> int:
         """Number of updates made for an objective."""
-        return self._updates.get(objective, 0)
+        return self.optimizer_state.updates.get(objective, 0)
 
     def shard_weight(self, count: int) -> float:
         """Factor for this rank's mean loss over `count` samples that makes the average over ranks the mean over all samples.
@@ -179,77 +173,30 @@ class Engine(ABC):
         dist.all_reduce(total)
         return world_size() * count / total.item()
 
-    # ---- weights
+    # ---- weights and checkpoints
 
-    @torch.no_grad()
-    def couple(self, source: Engine, decay: float) -> None:
-        """EMA coupling on the fp32 masters: psi <- decay psi + (1 - decay) theta, theta the masters of `source`.
+    def ema_update_from(self, source: Engine, decay: float) -> None:
+        """EMA of another engine's weights, on the fp32 masters: psi <- decay psi + (1 - decay) theta, theta the masters of `source`.
 
-        A lerp of equal partitions, whatever the ZeRO stage. Raises ValueError when `source` is of another kind or trains other parameters.
+        A lerp of equal slices, whatever the ZeRO stage. Raises ValueError when `source` is of another kind or trains other parameters.
         Collective.
         """
-        alike = type(source) is type(self) and source.layout == self.layout
-        if not alike or source._masters.shape != self._masters.shape:
-            raise ValueError(
-                f"{self.role} cannot be coupled to {source.role}: they must train the same parameters with the same engine kind"
-            )
-        self._masters.lerp_(source._masters, 1.0 - decay)
-        self._publish_masters()
+        self.optimizer_state.ema_update_from(source.optimizer_state, decay)
 
-    @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """On rank 0 the full fp32 masters and the persistent buffers by name, on the CPU: what `load_state_dict` takes.
 
         Gathered one parameter at a time; empty on the other ranks, which never hold more than one full parameter. Collective.
         """
-        return dict(self._named(self._masters.detach())) | self._saved_buffers()
+        return self.optimizer_state.weights()
 
     def copy(self) -> nn.Module:
         """A frozen copy of the network as it is now, complete on every rank, in evaluation mode and the compute precision. Collective."""
         return copy.deepcopy(self.module).eval().requires_grad_(False)
 
-    def _named(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, full parameter on the CPU with memory of its own) on rank 0, nothing elsewhere. Collective."""
-        for index, name in enumerate(self.layout.names):
-            start, piece = self._owned(vector, index)
-            shape = self.layout.shapes[index]
-            if piece.numel() < shape.numel() or (self.config.kind == "deepspeed" and world_size() > 1):
-                full = torch.zeros(shape.numel(), device=self.device)
-                full[start : start + piece.numel()] = piece
-                dist.reduce(full, dst=0)  # zeros but for one rank: gathers pieces of any size
-                piece = full
-            if rank() == 0:
-                yield name, piece.view(shape).to("cpu", copy=True)
-
-    def _store(self, vector: Tensor, index: int, full: Tensor) -> None:
-        """The inverse of `_named` for one parameter: this rank's part of it into a partitioned vector."""
-        start, piece = self._owned(vector, index)
-        piece.copy_(full.reshape(-1)[start : start + piece.numel()])
-
-    def _buffers(self) -> dict[str, Tensor]:
-        persistent = self.module.state_dict(keep_vars=True)
-        return {name: b for name, b in self.module.named_buffers() if name in persistent}
-
-    def _saved_buffers(self) -> dict[str, Tensor]:
-        if rank() > 0:
-            return {}
-        return {name: b.detach().to("cpu", copy=True) for name, b in self._buffers().items()}
-
-    # ---- checkpoints
-
-    @torch.no_grad()
     def state_items(self) -> Iterator[tuple[str, Tensor]]:
         """The entries of `state`, one after the other, so that a writer need not hold them all. Every rank must exhaust it: collective."""
-        for name, tensor in self._named(self._masters.detach()):
-            yield f"weights/{name}", tensor
-        for name, tensor in self._saved_buffers().items():
-            yield f"buffers/{name}", tensor
-        for objective, number in self._updates.items():
-            if rank() == 0:
-                yield f"updates/{objective}", torch.tensor(number, dtype=torch.int64)
-            for moment in MOMENTS:
-                for name, tensor in self._named(read_moment(self._moments[objective], moment)):
-                    yield f"moments/{objective}/{moment}/{name}", tensor
+        return self.optimizer_state.items()
 
     def state(self) -> dict[str, Tensor]:
         """Everything an exact resume needs, by parameter name, on the CPU of rank 0 (other ranks: empty); the same for any number of ranks,
@@ -259,46 +206,13 @@ class Engine(ABC):
         """
         return dict(self.state_items())
 
-    @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` returned on rank 0, on any engine over the same network. Every rank passes all of it; tensors are read
         one at a time, so a mapping over memory-mapped files (`checkpoint.load_tensors`) costs no rank a copy.
 
         Raises ValueError, before any change, when it does not fit.
         """
-        updates = {objective: int(number) for objective, number in under(state, "updates/").items()}
-        prefixes = ["weights/", *(f"moments/{objective}/{m}/" for objective in updates for m in MOMENTS)]
-        for prefix in prefixes:
-            try:
-                self.layout.check(under(state, prefix))
-            except ValueError as error:
-                raise ValueError(f"{self.role}: {prefix[:-1]}: {error}") from None
-        buffers, saved_buffers = self._buffers(), under(state, "buffers/")
-        if set(buffers) != set(saved_buffers):
-            raise ValueError(
-                f"{self.role}: saved buffers {sorted(saved_buffers)} do not fit the network's {sorted(buffers)}"
-            )
-        self._load_vector(self._masters.detach(), state, "weights/")
-        for name, buffer in buffers.items():
-            buffer.copy_(saved_buffers[name])
-        self._updates = updates
-        self._moments = {objective: self._load_moments(state, objective) for objective in updates}
-        self._publish_masters()
-
-    def _load_moments(self, state: Mapping[str, Tensor], objective: str) -> dict[str, Any]:
-        vectors = {m: torch.zeros_like(self._masters, requires_grad=False) for m in MOMENTS}
-        for moment, vector in vectors.items():
-            self._load_vector(vector, state, f"moments/{objective}/{moment}/")
-        return restored_state(self._optimizer, self._masters, self._updates[objective], vectors)
-
-    def _load_vector(self, vector: Tensor, state: Mapping[str, Tensor], prefix: str) -> None:
-        for index, name in enumerate(self.layout.names):
-            self._store(vector, index, state[prefix + name])
-
-
-def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries below a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        self.optimizer_state.load(state)
 
 
 def norm_of_parts(parts: list[Tensor]) -> Tensor:

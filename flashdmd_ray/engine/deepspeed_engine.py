@@ -17,6 +17,7 @@ import os
 import sys
 import types
 import warnings
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -29,10 +30,57 @@ from flashdmd_ray.engine.base import Engine, norm_of_parts
 from flashdmd_ray.engine.loading import Source, arrive, device_of, skeleton
 from flashdmd_ray.engine.optimizers import build_optimizer
 from flashdmd_ray.engine.processes import init_process_group, rank
+from flashdmd_ray.engine.state import OptimizerState
+
+
+@dataclass(eq=False, kw_only=True)
+class ZeroState(OptimizerState):
+    """Stages 1 and 2: rank r owns elements [r size, (r + 1) size) of the padded flat vector of all parameters."""
+
+    is_sliced = True
+
+    zero: Any
+    """DeepSpeed's own optimizer."""
+
+    def publish(self) -> None:
+        self.zero.update_lp_params()
+
+    def owned(self, vector: Tensor, index: int) -> tuple[int, Tensor]:
+        size = vector.numel()
+        start = self.layout.starts[index] - rank() * size
+        stop = start + self.layout.shapes[index].numel()
+        first, last = (min(max(edge, 0), size) for edge in (start, stop))
+        return max(first - start, 0), vector[first:last]
+
+
+class Stage3State(ZeroState):
+    """Stage 3: a rank owns a slice of every parameter, one after the other in its vector."""
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        self.zero._partition_all_parameters()  # whatever a forward left gathered is old now
+        self.zero._reassign_or_swap_out_partitioned_parameters(0)
+        persistent = self.zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def owned(self, vector: Tensor, index: int) -> tuple[int, Tensor]:
+        first, size = self._starts[index], self._starts[index + 1] - self._starts[index]
+        start = min(rank() * size, self.layout.shapes[index].numel())
+        stop = min(start + size, self.layout.shapes[index].numel())
+        return start, vector[first : first + stop - start]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each parameter's slice begins in a vector of this rank, and where the last one ends."""
+        trained: list[Any] = [p for p in self.module.parameters() if p.requires_grad]
+        return [0, *itertools.accumulate(p.partition_numel() for p in trained)]
 
 
 class DeepSpeedEngine(Engine):
     """ZeRO stages 1 and 2 over the default process group: every rank holds all weights in the compute precision."""
+
+    _kind_of_state: type[ZeroState] = ZeroState
 
     def __init__(
         self, module: nn.Module, settings: OptimizerConfig, config: EngineConfig, role: str, source: Source | None
@@ -48,8 +96,15 @@ class DeepSpeedEngine(Engine):
         adamw = build_optimizer("adamw", self._trained, settings)
         self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=adamw, config=self._settings)
         self._zero = self._engine.optimizer
-        self._optimizer = self._zero.optimizer  # `adamw`, which now updates this rank's slice of the masters
-        (self._masters,) = self._partitions()
+        (masters,) = self._partitions()
+        self.optimizer_state = self._kind_of_state(
+            masters=masters,
+            optimizer=self._zero.optimizer,  # `adamw`, which now updates this rank's slice of the masters
+            module=module,
+            layout=self.layout,
+            role=role,
+            zero=self._zero,
+        )
         if rounded:  # DeepSpeed has made the masters from weights that it rounded before
             self._make_masters_exact(exact, source)
         if config.compile:
@@ -65,10 +120,10 @@ class DeepSpeedEngine(Engine):
                 full, exact[index] = exact[index], torch.empty(0)
             else:
                 full = arrive(name, torch.empty(self.layout.shapes[index], device=p.device), source)
-            self._store(self._masters, index, full)
+            self.optimizer_state.store(self.optimizer_state.masters, index, full)
 
     def _keep(self, parameter: nn.Parameter) -> None:
-        """All of it: DeepSpeed shards masters and moments by itself."""
+        """Every rank keeps all of it: DeepSpeed shards masters and moments by itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -80,7 +135,7 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def _gradient_norm(self) -> Tensor:
         offloaded = self.config.offload_optimizer
-        parts: list[Any] = [self._masters.grad] if offloaded else self._zero.averaged_gradients[0]
+        parts: list[Any] = [self.optimizer_state.masters.grad] if offloaded else self._zero.averaged_gradients[0]
         squares = norm_of_parts(parts).to(self.device)
         dist.all_reduce(squares)
         return squares.float().sqrt()
@@ -103,17 +158,7 @@ class DeepSpeedEngine(Engine):
         """Nothing of this gradient may be left for parameters that take no part in the next update."""
         if self.config.offload_optimizer:
             self._zero.reset_cpu_buffers()
-            self._masters.grad.zero_()  # type: ignore[union-attr]
-
-    def _publish_masters(self) -> None:
-        self._zero.update_lp_params()
-
-    def _owned(self, vector: Tensor, index: int) -> tuple[int, Tensor]:
-        size = vector.numel()  # rank r owns [r size, (r + 1) size) of the padded flat vector
-        start = self.layout.starts[index] - rank() * size
-        stop = start + self.layout.shapes[index].numel()
-        first, last = (min(max(edge, 0), size) for edge in (start, stop))
-        return max(first - start, 0), vector[first:last]
+            self.optimizer_state.masters.grad.zero_()  # type: ignore[union-attr]
 
 
 class DeepSpeedStage3Engine(DeepSpeedEngine):
@@ -121,6 +166,8 @@ class DeepSpeedStage3Engine(DeepSpeedEngine):
 
     Forwards without gradients through `module` gather too. Every rank makes the same forwards in the same order.
     """
+
+    _kind_of_state = Stage3State
 
     def __init__(
         self, module: nn.Module, settings: OptimizerConfig, config: EngineConfig, role: str, source: Source | None
@@ -131,19 +178,15 @@ class DeepSpeedStage3Engine(DeepSpeedEngine):
         super().__init__(module, settings, config, role, source)
         self._arrivals = torch.empty(0)
 
-    def _room(self, like: Tensor) -> Tensor:
-        """One piece of memory for all parameters, of which only slices stay: with memory of its own for each, the allocator would leave
-        holes as large as the parameters between the slices."""
+    def _allocate(self, like: Tensor) -> Tensor:
+        """One piece of memory for all parameters, of which only slices stay.
+
+        With memory of its own for each, the allocator would leave holes as large as the parameters between the slices.
+        """
         assert like.dtype == torch.float32, f"{self.role}: a skeleton is float32, not {like.dtype}"
         if not len(self._arrivals):
             self._arrivals = torch.empty(max(p.numel() for p in self.module.parameters()), device=self.device)
         return self._arrivals[: like.numel()].view(like.shape)
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        """Where each parameter's slice begins in a vector of this rank, and where the last one ends."""
-        sliced: list[Any] = self._trained
-        return [0, *itertools.accumulate(p.partition_numel() for p in sliced)]
 
     def _keep(self, parameter: nn.Parameter) -> None:
         """Slice a parameter as soon as its weights have come."""
@@ -167,20 +210,6 @@ class DeepSpeedStage3Engine(DeepSpeedEngine):
     def _forget_gradient(self) -> None:
         super()._forget_gradient()
         self._zero.grad_partitions_flat_buffer.zero_()
-
-    @torch.no_grad()
-    def _publish_masters(self) -> None:
-        self._zero._partition_all_parameters()  # whatever a forward left gathered is old now
-        self._zero._reassign_or_swap_out_partitioned_parameters(0)
-        persistent = self._zero.persistent_parameters
-        if persistent:
-            persistent[0].all_gather(persistent)
-
-    def _owned(self, vector: Tensor, index: int) -> tuple[int, Tensor]:
-        first, size = self._starts[index], self._starts[index + 1] - self._starts[index]
-        start = min(rank() * size, self.layout.shapes[index].numel())
-        stop = min(start + size, self.layout.shapes[index].numel())
-        return start, vector[first : first + stop - start]
 
     @torch.no_grad()
     def copy(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from flashdmd_ray.engine.base import Engine, norm_of_parts
 from flashdmd_ray.engine.loading import Source
 from flashdmd_ray.engine.optimizers import build_optimizer
 from flashdmd_ray.engine.processes import world_size
+from flashdmd_ray.engine.state import OptimizerState
 
 
 class TorchEngine(Engine):
-    """Parameters and gradients of the module are views of flat vectors: reduction, clipping, AdamW and coupling are one operation each.
+    """Parameters and gradients of the module are views of flat vectors: reduction, clipping, AdamW and averaging are one operation each.
 
-    In float32 the weights are the masters. In bfloat16, or with offload_optimizer, they are apart: `_weights` in the compute precision on
-    the module's device, masters and moments in float32 beside it or in host memory. Gradients are float32 sums in every case; a bfloat16
-    backward hands over each parameter's gradient as soon as it is complete.
+    In float32 the parameters are views of the masters. In bfloat16, or with offload_optimizer, they are views of a vector of their own, in
+    the compute precision on the module's device; masters and moments are float32, beside it or in host memory. Gradients are float32 sums
+    in every case; a bfloat16 backward hands over each parameter's gradient as soon as it is complete.
     """
 
     def __init__(
@@ -28,22 +30,24 @@ class TorchEngine(Engine):
     ) -> None:
         super().__init__(module, settings, config, role, source)
         size = self.layout.numel
-        masters = torch.zeros(size, device="cpu" if config.offload_optimizer else self.device)
-        self._weights = masters
+        masters = weights = torch.zeros(size, device="cpu" if config.offload_optimizer else self.device)
         if config.offload_optimizer or self.compute_dtype != torch.float32:
-            self._weights = torch.zeros(size, device=self.device, dtype=self.compute_dtype)
+            weights = torch.zeros(size, device=self.device, dtype=self.compute_dtype)
         self._gradient = torch.zeros(size, device=self.device)
         self._gradient_views = self.layout.views(self._gradient)
-        self._adopt(masters)
-        self._masters = masters.requires_grad_()
-        self._optimizer = build_optimizer(config.optimizer, [self._masters], settings)
+        self._adopt(masters, weights)
+        masters.requires_grad_()
+        optimizer = build_optimizer(config.optimizer, [masters], settings)
+        self.optimizer_state = WholeState(
+            masters=masters, optimizer=optimizer, module=module, layout=self.layout, role=role, published=weights
+        )
         if config.compile:
             module.compile()
 
     @torch.no_grad()
-    def _adopt(self, masters: Tensor) -> None:
+    def _adopt(self, masters: Tensor, weights: Tensor) -> None:
         """Make parameters and gradients views of the flat vectors, one by one: each frees what it held before."""
-        places = zip(self._trained, self.layout.views(self._weights), self.layout.views(masters), strict=True)
+        places = zip(self._trained, self.layout.views(weights), self.layout.views(masters), strict=True)
         for index, (p, weight, master) in enumerate(places):
             master.copy_(p)
             weight.copy_(p)
@@ -57,7 +61,7 @@ class TorchEngine(Engine):
                 p.data = p.data.to(self.compute_dtype)
 
     def _keep(self, parameter: nn.Parameter) -> None:
-        """All of it."""
+        """Every rank keeps all of it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -81,17 +85,28 @@ class TorchEngine(Engine):
     @torch.no_grad()
     def _apply(self, norm: Tensor) -> None:
         self._gradient.mul_(1.0 / ((norm + 1e-6) / self.settings.clip).clamp(min=1.0))
-        self._masters.grad = self._gradient.to(self._masters.device)
-        self._optimizer.step()
-        self._masters.grad = None
+        state = self.optimizer_state
+        state.masters.grad = self._gradient.to(state.masters.device)
+        state.optimizer.step()
+        state.masters.grad = None
         self._gradient.zero_()
-        self._publish_masters()
+        state.publish()
 
-    def _publish_masters(self) -> None:
-        if self._weights.data_ptr() != self._masters.data_ptr():  # else they are the same memory
-            self._weights.copy_(self._masters)
 
-    def _owned(self, vector: Tensor, index: int) -> tuple[int, Tensor]:
+@dataclass(eq=False, kw_only=True)
+class WholeState(OptimizerState):
+    """Every rank holds all of it."""
+
+    is_sliced = False
+
+    published: Tensor
+    """Vector that the parameters are views of; in float32 without offload the masters themselves."""
+
+    def publish(self) -> None:
+        if self.published.data_ptr() != self.masters.data_ptr():  # else they are the same memory
+            self.published.copy_(self.masters)
+
+    def owned(self, vector: Tensor, index: int) -> tuple[int, Tensor]:
         start = self.layout.starts[index]
         return 0, vector[start : start + self.layout.shapes[index].numel()]
 

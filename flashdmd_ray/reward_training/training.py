@@ -14,9 +14,9 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Metrics, StepRng, noise
 from flashdmd_ray.checkpoint import load_tensors, save_tensors
-from flashdmd_ray.engine import build_engine
-from flashdmd_ray.engine.average import WeightAverage
-from flashdmd_ray.engine.base import Engine, under
+from flashdmd_ray.engine import Engine, build_engine
+from flashdmd_ray.engine.ema import EMA
+from flashdmd_ray.engine.state import under
 from flashdmd_ray.losses.reward_model import pair_loss
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel, latent_reward_of
@@ -54,7 +54,7 @@ class RewardTrainer:
         if config.engine.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
         self.engine: Engine = build_engine(config.engine, model.train(), config.optimizer, "latent reward")
-        self.average = WeightAverage(self.engine, config.ema) if config.ema else None
+        self.average = EMA(self.engine, config.ema) if config.ema else None
 
     @classmethod
     def from_config(cls, config: RewardTrainingConfig, family: Family) -> RewardTrainer:

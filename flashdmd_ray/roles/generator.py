@@ -19,7 +19,7 @@ from flashdmd_ray.diffusion.sampling import (
     timesteps_like,
 )
 from flashdmd_ray.engine import Engine
-from flashdmd_ray.engine.average import WeightAverage
+from flashdmd_ray.engine.ema import EMA
 from flashdmd_ray.losses.distribution_matching import surrogate
 from flashdmd_ray.losses.preference import log_ratio_difference, preference_loss
 from flashdmd_ray.models.denoiser import Conditioning
@@ -51,7 +51,7 @@ class Generator(TrainedRole):
     def __init__(self, config: Config, family: Family, engine: Engine):
         super().__init__(config, family, engine)
         self.timesteps = config.sampling.timesteps
-        self.average = WeightAverage(engine, config.evaluation.ema) if config.evaluation.ema else None
+        self.average = EMA(engine, config.evaluation.ema) if config.evaluation.ema else None
         self.reference: torch.nn.Module | None = None
         self._outputs: tuple[Tensor, Tensor] | None = None
         self._inputs: Inputs = ()
@@ -189,7 +189,7 @@ class Generator(TrainedRole):
         """Continue from what `save` wrote. An average that was not kept until then starts from the loaded weights."""
         self.engine.load_state(load_tensors(directory / "generator.safetensors"))
         if self.config.evaluation.ema:
-            self.average = WeightAverage(self.engine, self.config.evaluation.ema)
+            self.average = EMA(self.engine, self.config.evaluation.ema)
             if (directory / AVERAGE).exists():
                 self.average.load_state(load_tensors(directory / AVERAGE))
         if (directory / "reference.safetensors").exists():

@@ -76,7 +76,7 @@ class ScoreEstimator(TrainedRole):
     def ema_update_from(self, generator: Generator, decay: float) -> None:
         """Move towards the generator: psi <- decay psi + (1 - decay) theta, on the float32 masters; a decay of 1 does nothing."""
         if decay < 1:
-            self.engine.couple(generator.engine, decay)
+            self.engine.ema_update_from(generator.engine, decay)
 
     def save(self, directory: Path | Destination) -> None:
         save_engine(directory / "score_estimator.safetensors", self.engine)

@@ -1,4 +1,4 @@
-"""Weights and optimizer state on several ranks: coupling, copies, initial weights, and checkpoints that fit any stage and rank count."""
+"""Weights and optimizer state on several ranks: averages, copies, initial weights, and checkpoints that fit any stage and rank count."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ ONWARD = {"torch": "zero3", "zero1": "torch", "zero2": "zero1", "zero3": "zero2"
 BITWISE = ("zero1", "zero2", "torch-offload")
 
 
-def check_coupling_reaches_the_masters(kind: str, directory: Path) -> None:
-    """Two engines in one process; the coupled one goes on training from the coupled weights."""
+def check_an_average_reaches_the_masters(kind: str, directory: Path) -> None:
+    """Two engines in one process; the score estimator goes on training from the averaged weights."""
     score, generator = engine(kind, seed=0, role="score estimator"), engine(kind, seed=1)
     plain, plain_generator = PlainTorch(seed=0), PlainTorch(seed=1)
     for step in range(3):
         one_update(generator, step)
         plain_generator.step(step)
-        score.couple(generator, 0.9)
+        score.ema_update_from(generator, 0.9)
         with torch.no_grad():
             for p, q in zip(plain.module.parameters(), plain_generator.module.parameters(), strict=True):
                 p.lerp_(q, 0.1)
@@ -54,11 +54,11 @@ def check_coupling_reaches_the_masters(kind: str, directory: Path) -> None:
     assert_equal_weights(generator, plain_generator.module)
 
 
-def check_n_couplings(kind: str, directory: Path) -> None:
+def check_n_averages(kind: str, directory: Path) -> None:
     score, generator = engine(kind, seed=0), engine(kind, seed=1)
     start, target = score.weights(), generator.weights()
     for _ in range(10):
-        score.couple(generator, 0.9)
+        score.ema_update_from(generator, 0.9)
     for name, got in score.weights().items():
         expected = 0.9**10 * start[name].double() + (1 - 0.9**10) * target[name].double()
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
@@ -184,30 +184,30 @@ def check_one_rank_continues_what_two_saved(kind: str, directory: Path) -> None:
 
 
 def check_kinds_agree_in_one_rank(kind: str, directory: Path) -> None:
-    """Against the torch engine: clipping, two objectives, warm-up, coupling, a refused update. Stage 3 and DeepSpeed's offload sum the
+    """Against the torch engine: clipping, two objectives, warm-up, averages, a refused update. Stage 3 and DeepSpeed's offload sum the
     squares for its clipping in another order; the others agree in every bit."""
     kinds = ("torch", kind)
     trained = {k: engine(k, clip=0.1, rate=RISE_AND_FALL) for k in kinds}
-    coupled = {k: engine(k, seed=1, role="score estimator") for k in kinds}
+    averaged = {k: engine(k, seed=1, role="score estimator") for k in kinds}
     for step in range(3):
         norms = {k: one_update(trained[k], step) for k in kinds}
         assert norms["torch"] == pytest.approx(norms[kind], rel=0 if kind in BITWISE else 1e-5)
         for k in kinds:
             one_update(trained[k], 60 + step, "preference", lr=1e-3)
-            coupled[k].couple(trained[k], 0.9)
-            one_update(coupled[k], step)
+            averaged[k].ema_update_from(trained[k], 0.9)
+            one_update(averaged[k], step)
             trained[k].backward(trained[k](batch(step)).mean() * float("inf"))
             with pytest.raises(FloatingPointError):
                 trained[k].update()
-    for engines in (trained, coupled):
+    for engines in (trained, averaged):
         if kind in BITWISE:
             assert_same(engines["torch"].state(), engines[kind].state())
             assert_same(dict(engines["torch"].copy().state_dict()), dict(engines[kind].copy().state_dict()))
         else:
             assert_equal_weights(engines[kind], engines["torch"].copy())
     if not kind.startswith("torch"):
-        with pytest.raises(ValueError, match="cannot be coupled"):
-            coupled["torch"].couple(trained[kind], 0.9)
+        with pytest.raises(ValueError, match="cannot average with"):
+            averaged["torch"].ema_update_from(trained[kind], 0.9)
 
 
 def check_state_that_does_not_fit_is_refused(kind: str, directory: Path) -> None:
@@ -224,8 +224,8 @@ def check_state_that_does_not_fit_is_refused(kind: str, directory: Path) -> None
 
 CHECKS: Checks = {
     2: [
-        (check_coupling_reaches_the_masters, ALL_KINDS),
-        (check_n_couplings, KINDS),
+        (check_an_average_reaches_the_masters, ALL_KINDS),
+        (check_n_averages, KINDS),
         (check_ranks_start_from_the_weights_of_rank_0, KINDS),
         (check_a_skeleton_is_filled_from_rank_0, KINDS),
         (check_copies_of_the_network_are_independent, KINDS),
@@ -239,11 +239,6 @@ CHECKS: Checks = {
         (check_state_that_does_not_fit_is_refused, KINDS),
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Launches(f"tests.engine.{Path(__file__).stem}", CHECKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.timeout(2 * DEADLINE_S + 30)

@@ -151,11 +151,6 @@ CHECKS: Checks = {
 }
 
 
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Launches(f"tests.engine.{Path(__file__).stem}", CHECKS, tmp_path_factory.mktemp("ranks"))
-
-
 @pytest.mark.timeout(DEADLINE_S + 30)
 @pytest.mark.parametrize(("ranks", "check"), parameters(CHECKS))
 def test_memory_of_four_ranks(launches: Launches, ranks: int, check: str) -> None:

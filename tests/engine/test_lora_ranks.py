@@ -48,7 +48,7 @@ def plain_steps(network: AdaptedDenoiser, steps: range) -> None:
         optimizer.zero_grad()
 
 
-def check_adapters_train_couple_and_are_copied(kind: str, directory: Path) -> None:
+def check_adapters_train_average_and_are_copied(kind: str, directory: Path) -> None:
     for lora in (SMALL, LARGE):
         frozen = base()
         before = copy.deepcopy(frozen.state_dict())
@@ -61,11 +61,11 @@ def check_adapters_train_couple_and_are_copied(kind: str, directory: Path) -> No
             generator.update()
         reference = generator.copy()
         plain_steps(expected, range(2))
-        score.couple(generator, 0.75)
-        weights, coupled = generator.weights(), score.weights()
+        score.ema_update_from(generator, 0.75)
+        weights, averaged = generator.weights(), score.weights()
         assert_equal_weights(generator, expected, tolerance=1e-4)
         for name, value in weights.items():
-            assert torch.allclose(coupled[name], 0.75 * start[name] + 0.25 * value, atol=1e-6), name
+            assert torch.allclose(averaged[name], 0.75 * start[name] + 0.25 * value, atol=1e-6), name
         with torch.no_grad():
             ours, theirs, teacher, of_copy = (
                 loss(network, 7, cut=False) for network in (generator.module, expected, frozen, reference)
@@ -76,12 +76,7 @@ def check_adapters_train_couple_and_are_copied(kind: str, directory: Path) -> No
         assert_same(frozen.state_dict(), before)
 
 
-CHECKS: Checks = {2: [(check_adapters_train_couple_and_are_copied, KINDS)]}
-
-
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Launches(f"tests.engine.{Path(__file__).stem}", CHECKS, tmp_path_factory.mktemp("ranks"))
+CHECKS: Checks = {2: [(check_adapters_train_average_and_are_copied, KINDS)]}
 
 
 @pytest.mark.timeout(2 * DEADLINE_S + 30)

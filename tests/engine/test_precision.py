@@ -98,12 +98,12 @@ def check_small_steps_are_not_lost(kind: str, directory: Path) -> None:
         torch.testing.assert_close(moved, torch.full((3,), 8 * 1e-5 * DECAY), rtol=0.05, atol=0)
 
 
-def check_skeleton_and_coupling(kind: str, directory: Path) -> None:
+def check_skeleton_and_average(kind: str, directory: Path) -> None:
     source = Network(0).state_dict() if dist.get_rank() == 0 else None
     score, generator = engine(kind, module=skeleton(Network(3)), source=source, **BF16), engine(kind, seed=1, **BF16)
     assert_close_to(score, Network(0), tolerance=0.0)
     for _ in range(5):
-        score.couple(generator, 0.9)
+        score.ema_update_from(generator, 0.9)
     expected = Network(0)
     with torch.no_grad():
         for p, q in zip(expected.parameters(), Network(1).parameters(), strict=True):
@@ -149,17 +149,12 @@ CHECKS: Checks = {
         (check_updates, KINDS),
         (check_float32_would_differ, ["torch"]),
         (check_small_steps_are_not_lost, KINDS),
-        (check_skeleton_and_coupling, KINDS),
+        (check_skeleton_and_average, KINDS),
         (check_micro_batches, KINDS),
         (check_not_finite_is_refused, KINDS),
         (check_resume_is_bit_for_bit, KINDS),
     ]
 }
-
-
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Launches(f"tests.engine.{Path(__file__).stem}", CHECKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.timeout(DEADLINE_S + 30)

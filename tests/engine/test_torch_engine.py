@@ -151,24 +151,24 @@ def test_forwards_without_gradients_and_chained_forwards():
     assert same(a.weights(), b.weights())
 
 
-def test_n_couplings():
+def test_n_averages():
     """psi_n = l^n psi_0 + (1 - l^n) theta."""
     psi, theta = engine(network(0)), engine(network(1))
     start, target = psi.weights(), theta.weights()
     for _ in range(10):
-        psi.couple(theta, 0.9)
+        psi.ema_update_from(theta, 0.9)
     for name, got in psi.weights().items():
         expected = 0.9**10 * start[name].double() + (1 - 0.9**10) * target[name].double()
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
     assert same(theta.weights(), target)
     same_weights = engine(network(1))
-    same_weights.couple(theta, 0.9)
+    same_weights.ema_update_from(theta, 0.9)
     assert same(same_weights.weights(), target)  # equality is a fixed point, exactly
 
 
-def test_coupling_survives_the_next_update():
+def test_an_average_survives_the_next_update():
     psi, theta = engine(network(0)), engine(network(1))
-    psi.couple(theta, 0.25)
+    psi.ema_update_from(theta, 0.25)
     moved = engine(network(0))
     with torch.no_grad():
         expected = network(0)
@@ -180,11 +180,11 @@ def test_coupling_survives_the_next_update():
     assert same(psi.weights(), moved.weights())
 
 
-def test_coupling_needs_the_same_parameters():
+def test_an_average_needs_the_same_parameters():
     with pytest.raises(
-        ValueError, match="generator cannot be coupled to generator: they must train the same parameters"
+        ValueError, match="generator cannot average with generator: they must train the same parameters"
     ):
-        engine().couple(engine(nn.Linear(3, 5)), 0.9)
+        engine().ema_update_from(engine(nn.Linear(3, 5)), 0.9)
 
 
 def test_offload_changes_no_bit():
@@ -192,7 +192,7 @@ def test_offload_changes_no_bit():
     kept, offloaded = engine(clip=0.1), engine(clip=0.1, offload_optimizer=True)
     for e in (kept, offloaded):
         one_update(e, 0)
-        e.couple(e, 0.5)
+        e.ema_update_from(e, 0.5)
         one_update(e, 1, "preference")
     assert same(kept.state(), offloaded.state())
     assert same(dict(kept.copy().state_dict()), dict(offloaded.copy().state_dict()))
@@ -236,7 +236,7 @@ def test_8_bit_moments_follow_adamw(module):
             one_update(e, 50 + step, "preference", PREFERENCE)
     for name, weights in exact.weights().items():
         assert (weights - small.weights()[name]).square().mean().sqrt() < 0.1 * LR
-    codes = small._moments["preference"]["state1"]
+    codes = small.optimizer_state.moments["preference"]["state1"]
     assert codes.dtype == (torch.uint8 if module is wide else torch.float32)
     resumed = engine(module(), optimizer="adamw_8bit")
     resumed.load_state(small.state())

@@ -63,7 +63,7 @@ class Step:
             yield from module.parameters()
             yield from module.buffers()
         for engine in (generator.engine, score.engine):
-            yield engine._masters
+            yield engine.optimizer_state.masters
             yield engine._gradient
 
     def _run(self) -> None:
@@ -154,7 +154,7 @@ def test_bytes_that_roles_keep(step):
         engine, part = role.engine, held["learner", name].held
         assert part.weights == sum(p.nbytes for p in engine.module.parameters())
         assert part.gradients == engine._gradient.nbytes
-        moments = [m for state in engine._moments.values() for m in state.values() if m.ndim]
+        moments = [m for state in engine.optimizer_state.moments.values() for m in state.values() if m.ndim]
         assert part.optimizer == sum(m.nbytes for m in moments)
     family = step.runtime.generator.family
     assert held["learner", "teacher"].held.weights == sum(p.nbytes for p in family.teacher.parameters())

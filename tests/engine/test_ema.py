@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashdmd_ray.engine.average import WeightAverage
-from flashdmd_ray.engine.base import under
+from flashdmd_ray.engine.ema import EMA
 from flashdmd_ray.engine.processes import rank
+from flashdmd_ray.engine.state import under
 from tests.engine.common import KINDS, Network, assert_same, batch, engine, one_update
 from tests.engine.ranks import DEADLINE_S, Checks, Launches, parameters
 
 
 def check_the_average_computes_and_leaves_no_trace(kind: str, directory: Path) -> None:
     disturbed, straight = engine(kind), engine(kind)
-    average = WeightAverage(disturbed, 0.5)
+    average = EMA(disturbed, 0.5)
     for step in range(3):
         for each in (disturbed, straight):
             one_update(each, step)
@@ -40,7 +40,7 @@ def check_the_average_computes_and_leaves_no_trace(kind: str, directory: Path) -
 
 def check_an_error_leaves_no_trace_either(kind: str, directory: Path) -> None:
     trained = engine(kind)
-    average = WeightAverage(trained, 0.5)
+    average = EMA(trained, 0.5)
     for step in range(2):
         one_update(trained, step)
         average.update()
@@ -57,11 +57,6 @@ CHECKS: Checks = {
         (check_an_error_leaves_no_trace_either, ["torch", "torch-offload"]),
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Launches(f"tests.engine.{Path(__file__).stem}", CHECKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.timeout(2 * DEADLINE_S + 30)
