@@ -1,5 +1,5 @@
 """The stack of docker-compose.yml runs, trains and serves: its services as processes on the loopback address, with the commands of
-docs/operations.md. The one head that the suite starts as an operator would."""
+docs/deployment.md. The one head that the suite starts as an operator would."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compose_file import ROOT
 from PIL import Image
 from stack import Stack
 
-OPERATIONS = (ROOT / "docs/operations.md").read_text()
+DEPLOYMENT = (ROOT / "docs/deployment.md").read_text()
 SHORT = [
     "steps=1",
     "batch=2",
@@ -55,8 +55,8 @@ def stack() -> Iterator[Stack]:
 
 
 def documented(start: str) -> list[str]:
-    """The command of docs/operations.md that begins with `start`, without it."""
-    (line,) = re.findall(rf"^{re.escape(start)} (.*)$", OPERATIONS, re.MULTILINE)
+    """The command of docs/deployment.md that begins with `start`, without it."""
+    (line,) = re.findall(rf"^{re.escape(start)} (.*)$", DEPLOYMENT, re.MULTILINE)
     return shlex.split(line, comments=True)
 
 
