@@ -73,8 +73,8 @@ def main() -> None:
     options = parser.parse_args()
 
     from flashdmd_ray.config import DataConfig
-    from flashdmd_ray.data.ahead import ThreadDecoder
-    from flashdmd_ray.data.build import open_file_images
+    from flashdmd_ray.data.build import open_image_reader
+    from flashdmd_ray.data.prefetch import ThreadDecoder
     from flashdmd_ray.runtime.data_stream import RayDecoder, start_ray
 
     figures: dict[str, Any] = {"images": options.images, "from": SIDE, "to": SIZE[0], "batch": BATCH}
@@ -84,7 +84,7 @@ def main() -> None:
         write_archives(folder, options.images)
         config = DataConfig(source=str(folder), cache=Path(name) / "cache")
         started = time.perf_counter()
-        images = open_file_images(config, 0)
+        images = open_image_reader(config, 0)
         figures["index_images_per_s"] = round(options.images / (time.perf_counter() - started))
         for threads in (1, 2):
             figures[f"{threads} threads"] = measure(ThreadDecoder(images, threads, batches=2), options.images)

@@ -56,7 +56,7 @@ def _chunks(candidates: Candidates, config: Config, pool: str) -> list[Candidate
     """Cut the candidates into calls. The cut follows from the configuration alone, so results do not depend on the number of workers."""
     if not any(reward.reads_images for reward in config.reward_pools[pool]):
         candidates = replace(candidates, images=candidates.images[:, :0])
-    return candidates.split(config.chunks(pool, len(candidates)))
+    return candidates.split(config.placement.chunks(pool, len(candidates)))
 
 
 def _score_chunk(pool: Reward, rewards: tuple[RewardConfig, ...], chunk: Candidates) -> Scores:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flashdmd_ray.config import Config, load_config
-from flashdmd_ray.data.work import Spread, in_threads
+from flashdmd_ray.data.executor import Executor, in_threads
 from flashdmd_ray.run.command_line import FAILED, brief, prepare_process, refuse, say
 
 PROMPTS = (".txt", ".jsonl", ".ndjson")
@@ -25,7 +25,7 @@ def prepare_data_command(arguments: Sequence[str] | None = None) -> int:
         steps = [step for step in ("embeddings", "latents") if getattr(options, step)]
         if steps and options.out is None:
             raise ValueError("--out: name the folder that the computed files go to")
-        return _on(options.runtime, lambda spread: _run(config, options, steps, spread))
+        return _on(options.runtime, lambda executor: _run(config, options, steps, executor))
     except ValueError as error:
         return refuse(error)
     except KeyboardInterrupt:
@@ -83,7 +83,7 @@ def _config(options: argparse.Namespace) -> Config:
     return load_config(options.config, [*settings, "data.embeddings=null", "data.latents=null", "data.decode=threads"])
 
 
-def _on(runtime: str, work: Callable[[Spread], int]) -> int:
+def _on(runtime: str, work: Callable[[Executor], int]) -> int:
     if runtime == "local":
         return work(in_threads)
     from flashdmd_ray.runtime.data_stream import on_ray, start_ray
@@ -95,37 +95,42 @@ def _on(runtime: str, work: Callable[[Spread], int]) -> int:
         cluster.leave()
 
 
-def _run(config: Config, options: argparse.Namespace, steps: Sequence[str], spread: Spread) -> int:
+def _run(config: Config, options: argparse.Namespace, steps: Sequence[str], executor: Executor) -> int:
     if options.check or not steps:
-        code = _check(config, spread)
+        code = _check(config, executor)
         if code:
             return code
     if steps:
-        _precompute(config, options.out, steps, spread)
+        _precompute(config, options.out, steps, executor)
     return 0
 
 
-def _check(config: Config, spread: Spread) -> int:
-    from flashdmd_ray.data.catalogue import named
-    from flashdmd_ray.data.check import accepted, check_images, check_prompts, table
+def _check(config: Config, executor: Executor) -> int:
+    from flashdmd_ray.data.check import check_images, check_prompts, is_accepted, table
+    from flashdmd_ray.data.datasets import named_datasets
 
     code = 0
-    for key, format in named(config.data).items():
+    for key, format in named_datasets(config.data).items():
         is_source = key == "source"
-        checked = check_images(config.data, spread) if is_source else check_prompts(config.data, format, spread)
+        checked = check_images(config.data, executor) if is_source else check_prompts(config.data, format, executor)
         size = config.model.resolution if is_source else None
         print(
-            "\n".join([getattr(config.data, key), *(f"  {line}" for line in table(checked, size, config.data.max_bad))])
+            "\n".join(
+                [
+                    getattr(config.data, key),
+                    *(f"  {line}" for line in table(checked, size, config.data.max_bad_fraction)),
+                ]
+            )
         )
-        if not accepted(checked, config.data.max_bad):
+        if not is_accepted(checked, config.data.max_bad_fraction):
             code = FAILED
     return code
 
 
-def _precompute(config: Config, out: Path, steps: Sequence[str], spread: Spread) -> None:
+def _precompute(config: Config, out: Path, steps: Sequence[str], executor: Executor) -> None:
     from flashdmd_ray.data.precompute import precompute
     from flashdmd_ray.roles.networks import load_parts
 
     for what in steps:
-        folder = precompute(what, config.data, config.model, out, spread, load_parts)
+        folder = precompute(what, config.data, config.model, out, executor, load_parts)
         print(f"{what} written; use them with data.{what}={folder}", flush=True)

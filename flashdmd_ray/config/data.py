@@ -22,17 +22,17 @@ class DataConfig(Section):
     """Column or JSON field of the caption; null is the first of caption, text, prompt that is there."""
     image: str | None = None
     """Column of the image, in tables; null is the first usual one (image, jpg, ...)."""
-    mix: PositiveInt | None = None
+    shuffle_blocks: PositiveInt | None = None
     """Shuffle this many blocks (archives, row groups) at a time, so that reading stays within them. null mixes everything, in parquet
     8 row groups, whose rows cannot be read alone."""
-    max_bad: Fraction = 0.01
+    max_bad_fraction: Fraction = 0.01
     """Share of bad samples (damaged, no caption, too large, ...) above which a run stops with a report. Bad ones are never used."""
     decode: Literal["threads", "ray"] = "threads"
     """threads: the process that trains on real images decodes them, ahead of itself. ray: Ray Data does, on any CPU of the cluster;
     the same images in the same order. Needs runtime 'ray'."""
     workers: PositiveInt = 2
     """Threads, or Ray tasks at a time, that decode in advance, for each process that trains on real images."""
-    ahead: PositiveInt = 2
+    prefetch: PositiveInt = 2
     """Batches decoded in advance."""
     cache: Path | None = None
     """Folder of the indexes of data sets; null is flashdmd_ray/data in the user's cache folder."""

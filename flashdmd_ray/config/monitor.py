@@ -10,8 +10,10 @@ from flashdmd_ray.config.section import PositiveFloat, PositiveInt, Section
 
 
 class MonitorLimits(Section):
-    """How far a signal may move from its start before it counts as a sign; beyond twice as far it counts as two. null leaves it out. Where
-    the defaults come from: docs/hack_monitor.md."""
+    """How far a signal may move from its start before an alarm is raised. Beyond twice as far the alarm counts twice. null leaves it out.
+
+    docs/hack_monitor.md says where the defaults come from.
+    """
 
     held_out_gap: PositiveFloat | None = 0.5
     """Rise of the optimised rewards minus that of the held-out ones, each in units of its spread over candidates at the start."""
@@ -37,7 +39,7 @@ class MonitorLimits(Section):
 
 class MonitorConfig(Section):
     enabled: bool = True
-    """Watch rewards and candidates' images for signs that a reward is hacked (docs/hack_monitor.md)."""
+    """Watch rewards and candidates' images for alarms of reward hacking (docs/hack_monitor.md)."""
     every: PositiveInt = 1
     """Steps with preference updates between two probes: the groups of one preference update, always of the same prompts and noise, rolled
     out and rewarded with the weights of the step, and not trained on."""

@@ -50,7 +50,7 @@ class RewardConfig(Section):
     """Weight after normalisation within the prompt group."""
     held_out: bool = False
     """true: logged, never optimised. A judge that training does not know."""
-    unordered: str | None = None
+    skip_noise_check: str | None = None
     """Why this reward may prefer a destroyed image to a clean one, such as 'measures brightness'; null: a run with it is refused then."""
     pool: str | None = None
     """Rewards that name the same pool share its workers and one call; null is a pool of its own, under the reward's label."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -72,9 +72,33 @@ class PlacementConfig(Section):
         }
         return {**tree, "pools": pools}
 
+    WORKER_GROUPS: ClassVar = ("learner", "discriminator", "rollout")
+    """Groups that are not pools of rewards."""
+
     def groups(self) -> list[GroupConfig]:
-        """Every section of it that places workers."""
+        """Every section that places workers."""
         return [self.learner, self.discriminator, self.rollout, self.reward, *self.pools.values()]
+
+    def pool(self, name: str) -> RewardPoolConfig:
+        """The section of a pool of rewards."""
+        return self.pools.get(name, self.reward)
+
+    def of(self, group: str) -> GroupConfig:
+        """The section of a group or pool: 'learner', 'discriminator', 'rollout' or the name of a pool of rewards."""
+        if group in self.WORKER_GROUPS:
+            section: GroupConfig = getattr(self, group)
+            return section
+        return self.pool(group)
+
+    def key(self, group: str) -> str:
+        """The setting that holds `of(group)`, for messages."""
+        if group in self.WORKER_GROUPS:
+            return f"placement.{group}"
+        return f"placement.pools.{group}" if group in self.pools else "placement.reward"
+
+    def chunks(self, pool: str, groups: int) -> int:
+        """Number of calls that a pool of rewards gets `groups` prompt groups in."""
+        return -(-groups // (self.pool(pool).groups_per_call or groups))
 
 
 class DeadlineConfig(Section):

@@ -6,11 +6,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from flashdmd_ray.config import Config, DataConfig
-from flashdmd_ray.data.ahead import Size, ThreadDecoder
-from flashdmd_ray.data.catalogue import image_format, judged_index, named
-from flashdmd_ray.data.images import BatchDecoding, FileImages
+from flashdmd_ray.data.datasets import accepted_index, image_format, named_datasets
+from flashdmd_ray.data.image_reader import BatchReader, ImageReader
+from flashdmd_ray.data.image_source import ImageSource
 from flashdmd_ray.data.index import Index
-from flashdmd_ray.data.source import ImageSource
+from flashdmd_ray.data.prefetch import Size, ThreadDecoder
 
 if TYPE_CHECKING:
     from flashdmd_ray.models.family import Family
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 def build_images(config: DataConfig, seed: int) -> ImageSource:
     """The data source of the configuration, made once per process.
 
-    Raises ValueError, with the report, when it is unusable or more than `max_bad` of its samples are bad.
+    Raises ValueError, with the report, when it is unusable or more than `max_bad_fraction` of its samples are bad.
     """
     if config.source == "demo":
-        from flashdmd_ray.data.demo import DemoScenes
+        from flashdmd_ray.data.demo_source import DemoScenes
 
         return DemoScenes(config.scenes, seed, open_prompt_index(config))
-    from flashdmd_ray.data.files import FileSource
+    from flashdmd_ray.data.file_source import FileSource
 
-    images = open_file_images(config, seed)
+    images = open_image_reader(config, seed)
     prompts = images.index if config.prompts is None else open_prompt_index(config)
     assert prompts is not None
-    return FileSource(images, prompts, ThreadDecoder(images, config.workers, config.ahead), config.max_bad)
+    return FileSource(images, prompts, ThreadDecoder(images, config.workers, config.prefetch), config.max_bad_fraction)
 
 
 def open_reals(config: Config, family: Family) -> ImageSource:
@@ -42,7 +42,7 @@ def open_reals(config: Config, family: Family) -> ImageSource:
     source = build_images(config.data, config.seed)
     if config.data.latents is None:
         return source
-    from flashdmd_ray.data.files import FileSource
+    from flashdmd_ray.data.file_source import FileSource
     from flashdmd_ray.data.precomputed import open_latents
 
     assert isinstance(source, FileSource), "the configuration refuses latents of the demo source"
@@ -50,18 +50,20 @@ def open_reals(config: Config, family: Family) -> ImageSource:
     return source
 
 
-def open_file_images(config: DataConfig, seed: int) -> FileImages:
+def open_image_reader(config: DataConfig, seed: int) -> ImageReader:
     """The real images alone, decoded when asked for. Raises ValueError like `build_images`."""
     format = image_format(config)
-    return FileImages(format, judged_index(config, "source", format), seed, config.mix or format.mix)
+    return ImageReader(
+        format, accepted_index(config, "source", format), seed, config.shuffle_blocks or format.shuffle_blocks
+    )
 
 
 def open_prompt_index(config: DataConfig) -> Index | None:
     """The prompts of their own, None where the captions of the real images serve. Raises ValueError like `build_images`."""
-    format = named(config).get("prompts")
-    return None if format is None else judged_index(config, "prompts", format)
+    format = named_datasets(config).get("prompts")
+    return None if format is None else accepted_index(config, "prompts", format)
 
 
-def batch_decoding(config: DataConfig, seed: int, size: Size) -> BatchDecoding:
+def open_batch_reader(config: DataConfig, seed: int, size: Size) -> BatchReader:
     """What a worker process needs to decode batches of positions."""
-    return BatchDecoding(open_file_images(config, seed), size)
+    return BatchReader(open_image_reader(config, seed), size)

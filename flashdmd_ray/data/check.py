@@ -9,13 +9,14 @@ from functools import partial
 import numpy as np
 
 from flashdmd_ray.config import DataConfig
-from flashdmd_ray.data.catalogue import image_format, open_indexed
+from flashdmd_ray.data.datasets import image_format, open_indexed
+from flashdmd_ray.data.executor import Executor, ranges
 from flashdmd_ray.data.formats import ImageFormat, TextFormat
 from flashdmd_ray.data.index import Index
 from flashdmd_ray.data.order import Integers
 from flashdmd_ray.data.pixels import decode
-from flashdmd_ray.data.samples import CUT_ARCHIVE, Bad, BadSample, Tally
-from flashdmd_ray.data.work import Spread, ranges
+from flashdmd_ray.data.sample import CUT_ARCHIVE, Bad, BadSample
+from flashdmd_ray.data.tally import Tally
 
 DECODED = (64, 64)
 """Every byte of an image is read at any size; a small one costs least."""
@@ -31,7 +32,7 @@ SHAPES = (
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """What was found. tally: of the index and of decoding together."""
 
     kind: str
@@ -39,23 +40,23 @@ class Checked:
     tally: Tally
 
 
-def check_images(config: DataConfig, spread: Spread) -> Checked:
+def check_images(config: DataConfig, executor: Executor) -> CheckResult:
     """Index the real images and decode every one. Raises ValueError when there is no usable sample."""
     format = image_format(config)
-    index = open_indexed(config, format, spread)
+    index = open_indexed(config, format, executor)
     tally = Tally()
     tally.merge(index.tally)
-    make = partial(Decoding, format, config)
-    for damaged in spread(make, ranges(len(index), AT_ONCE), config.workers):
+    make_worker = partial(Decoding, format, config)
+    for damaged in executor(make_worker, ranges(len(index), AT_ONCE), config.workers):
         for bad in damaged:
             tally.note_bad(bad)
-    return Checked(format.kind, index, tally)
+    return CheckResult(format.kind, index, tally)
 
 
-def check_prompts(config: DataConfig, format: TextFormat, spread: Spread) -> Checked:
+def check_prompts(config: DataConfig, format: TextFormat, executor: Executor) -> CheckResult:
     """Index prompts. Raises ValueError when there is none."""
-    index = open_indexed(config, format, spread)
-    return Checked(format.kind, index, index.tally)
+    index = open_indexed(config, format, executor)
+    return CheckResult(format.kind, index, index.tally)
 
 
 class Decoding:
@@ -76,7 +77,7 @@ class Decoding:
         return damaged
 
 
-def table(checked: Checked, size: tuple[int, int] | None, max_bad: float) -> list[str]:
+def table(checked: CheckResult, size: tuple[int, int] | None, max_bad_fraction: float) -> list[str]:
     """What `--check` prints. size: (H, W) of the run, None where it is not known; then nothing is said about enlarging."""
     tally, index = checked.tally, checked.index
     lines = [f"format      {checked.kind}", f"samples     {tally.seen:,}, of which {tally.bad_count:,} bad"]
@@ -89,22 +90,22 @@ def table(checked: Checked, size: tuple[int, int] | None, max_bad: float) -> lis
         f"captions    {_spread(lengths)} characters" + (f"; {long:,} long ones, which tokenizers cut" if long else "")
     )
     lines += [f"bad         {line}" for line in tally.lines()]
-    lines.append(f"verdict     {verdict(checked, max_bad)}")
+    lines.append(f"verdict     {verdict(checked, max_bad_fraction)}")
     return lines
 
 
-def accepted(checked: Checked, max_bad: float) -> bool:
+def is_accepted(checked: CheckResult, max_bad_fraction: float) -> bool:
     """Whether a run would take it. A cut archive is refused here, because nobody knows how much it lost."""
-    return checked.tally.bad_count <= max_bad * checked.tally.seen and CUT_ARCHIVE not in checked.tally.bad
+    return checked.tally.bad_count <= max_bad_fraction * checked.tally.seen and CUT_ARCHIVE not in checked.tally.bad
 
 
-def verdict(checked: Checked, max_bad: float) -> str:
+def verdict(checked: CheckResult, max_bad_fraction: float) -> str:
     """One line."""
     bad, seen = checked.tally.bad_count, checked.tally.seen
     if CUT_ARCHIVE in checked.tally.bad:
         return "refused: an archive is cut short and nobody knows how much it lost; fetch it again"
-    if not accepted(checked, max_bad):
-        return f"refused: {bad / seen:.1%} bad, allowed {max_bad:.1%}; mend or remove them, or raise data.max_bad"
+    if not is_accepted(checked, max_bad_fraction):
+        return f"refused: {bad / seen:.1%} bad, allowed {max_bad_fraction:.1%}; mend or remove them, or raise data.max_bad_fraction"
     return "usable" + (f": {bad:,} bad samples will be left out or replaced" if bad else "")
 
 

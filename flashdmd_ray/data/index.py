@@ -19,7 +19,8 @@ import numpy as np
 
 from flashdmd_ray.data.formats import TextFormat
 from flashdmd_ray.data.order import Integers
-from flashdmd_ray.data.samples import Bad, Sample, Tally, is_text
+from flashdmd_ray.data.sample import Bad, Sample, is_text
+from flashdmd_ray.data.tally import Tally
 from flashdmd_ray.run.files import check_writable, new_file, write_atomically
 
 VERSION = 1

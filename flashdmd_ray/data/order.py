@@ -22,15 +22,15 @@ ROUNDS = 4
 class Order:
     """The order of `sum(sizes)` samples that lie in blocks, for example archives or row groups of a table.
 
-    Each epoch of each stream has a permutation of its own. mix None: of everything. mix n: blocks come in a random
+    Each epoch of each stream has a permutation of its own. shuffle_blocks None: of everything. shuffle_blocks n: blocks come in a random
     order and n of them at a time are shuffled together, so that reading stays within n blocks.
     """
 
-    def __init__(self, sizes: Sequence[int], seed: int, mix: int | None = None) -> None:
+    def __init__(self, sizes: Sequence[int], seed: int, shuffle_blocks: int | None = None) -> None:
         assert min(sizes, default=0) >= 0
-        assert mix is None or mix >= 1
+        assert shuffle_blocks is None or shuffle_blocks >= 1
         self.seed = seed
-        self.mix = mix
+        self.shuffle_blocks = shuffle_blocks
         self._sizes = np.asarray(sizes, dtype=np.int64)
         self._starts = _starts(self._sizes)
         self._count = int(self._sizes.sum())
@@ -49,11 +49,13 @@ class Order:
         return found
 
     def _epoch(self, within: Integers, key: str) -> Integers:
-        if self.mix is None or self.mix >= len(self._sizes):
+        if self.shuffle_blocks is None or self.shuffle_blocks >= len(self._sizes):
             return permute(within, self._count, key)
         blocks = permute(np.arange(len(self._sizes)), len(self._sizes), f"{key}/blocks")
         starts = _starts(self._sizes[blocks])
-        edges = np.append(starts[:: self.mix], self._count)  # where each group of `mix` blocks begins
+        edges = np.append(
+            starts[:: self.shuffle_blocks], self._count
+        )  # where each group of `shuffle_blocks` blocks begins
         groups = np.searchsorted(edges, within, side="right") - 1
         shuffled = np.empty_like(within)
         for group in np.unique(groups).tolist():

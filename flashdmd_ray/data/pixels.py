@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from flashdmd_ray.data.samples import BadSample
+from flashdmd_ray.data.sample import BadSample
 
 MAX_PIXELS = 89_478_485
 """Pillow's own limit against decompression bombs, here for refusal instead of a warning."""

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashdmd_ray.config import DataConfig, ModelConfig
-from flashdmd_ray.data.build import open_file_images, open_prompt_index
+from flashdmd_ray.data.build import open_image_reader, open_prompt_index
+from flashdmd_ray.data.executor import Executor, ranges
 from flashdmd_ray.data.precomputed import FORMAT, MANIFEST, Key, embedding_key, latent_key, text_digest
-from flashdmd_ray.data.work import Spread, ranges
 from flashdmd_ray.run.files import new_file, write_atomically
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Encoding:
     """Decodes a range of the real images, encodes them and writes a shard."""
 
     def __init__(self, data: DataConfig, model: ModelConfig, family: Family, out: Path) -> None:
-        self.images = open_file_images(data, seed=0)
+        self.images = open_image_reader(data, seed=0)
         self.family = family
         self.out = out
         self.key = latent_key(family, model, self.images.index.content)
@@ -71,7 +71,7 @@ class Encoding:
         return {"file": file.name, "rows": bounds[1] - bounds[0]}
 
 
-def precompute(what: str, data: DataConfig, model: ModelConfig, out: Path, spread: Spread, load: Any) -> Path:
+def precompute(what: str, data: DataConfig, model: ModelConfig, out: Path, executor: Executor, load: Any) -> Path:
     """Write the shards of `what` ("embeddings" or "latents") and then their manifest under `out`; returns the folder.
 
     Shards that are there are kept.
@@ -81,10 +81,10 @@ def precompute(what: str, data: DataConfig, model: ModelConfig, out: Path, sprea
     folder = out / what
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    count = len(distinct_texts(data)) if what == "embeddings" else len(open_file_images(data, seed=0))
-    shards = list(spread(partial(_worker, what, data, model, folder, load), ranges(count, ROWS), 1))
+    count = len(distinct_texts(data)) if what == "embeddings" else len(open_image_reader(data, seed=0))
+    shards = list(executor(partial(_worker, what, data, model, folder, load), ranges(count, ROWS), 1))
     family = load(model, _PARTS[what])
-    content = "" if what == "embeddings" else open_file_images(data, seed=0).index.content
+    content = "" if what == "embeddings" else open_image_reader(data, seed=0).index.content
     key = embedding_key(family, model) if what == "embeddings" else latent_key(family, model, content)
     manifest = {"format": FORMAT, "key": key, "rows": count, "shards": shards}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -106,7 +106,7 @@ def distinct_texts(data: DataConfig) -> list[str]:
     if prompts is not None:
         texts |= dict.fromkeys(prompts.captions(range(len(prompts))))
     if data.source != "demo":
-        index = open_file_images(data, seed=0).index
+        index = open_image_reader(data, seed=0).index
         texts |= dict.fromkeys(index.captions(range(len(index))))
     return list(texts)
 

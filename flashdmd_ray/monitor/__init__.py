@@ -1,5 +1,4 @@
-"""Is the reward being hacked? Signals of a probe (`signals`), the rules that judge them (`rules`), a run's monitor (`watch`) and pictures
-for whoever reads its verdict (`evidence`)."""
+"""Detection of reward hacking: signals of a probe, the rules that judge them, and a run's monitor. Pure functions of recorded numbers."""
 
 from flashdmd_ray.monitor.rules import Verdict
 from flashdmd_ray.monitor.watch import SEVERITY, HackMonitor, summary

@@ -1,6 +1,6 @@
-"""What makes a reward look hacked: signs, each a change since the run's own beginning, and the verdict that follows from them.
+"""The rules that tell reward hacking from training: alarms on signals that changed since the run's start, and a verdict.
 
-Neither half of the evidence is enough alone. A reward that rises is what training is for; images that lose edges may belong to a run whose
+Neither half of the evidence is enough alone. A reward that rises is what training is for. Images that lose edges may belong to a run whose
 reward stands still. Only together they say that the reward was raised by what the images lost.
 """
 
@@ -19,59 +19,63 @@ Record = Mapping[str, float]
 """The signals of one step by name; one that could not be measured is absent."""
 
 RELEASE = 0.8
-"""A sign once seen is gone when its change falls below this part of its limit: a verdict must not flicker."""
+"""An active alarm is cleared when its change falls below this part of its limit: a verdict must not flicker."""
 
 
 @dataclass(frozen=True)
-class Sign:
-    """One thing that can go wrong. signal: its name in records and of its limit in `monitor.limits`. direction: of the change that counts.
-    facet: signs of one facet are one piece of evidence, because they move together."""
+class Alarm:
+    """A change of one signal that speaks for hacking.
+
+    signal: its name in records and of its limit in `monitor.limits`. direction: of the change that counts. relative: the limit is a share
+    of the start. category: alarms of one category are one piece of evidence, because their signals move together.
+    """
 
     signal: str
-    words: str
+    description: str
     direction: Literal[-1, 1]
     relative: bool
-    facet: str
+    category: str
 
 
-SIGNS = (
-    Sign("held_out_gap", "gap between optimised and held-out rewards", 1, False, "held-out rewards"),
-    Sign("disagreement", "rank disagreement between the rewards", 1, False, "agreement"),
-    Sign("latent_correlation", "rank correlation of latent and pixel rewards", -1, False, "agreement"),
-    Sign("dark_share", "share of dark pixels", 1, False, "light"),
-    Sign("bright_share", "share of bright pixels", 1, False, "light"),
-    Sign("saturation", "colour saturation", 1, True, "colour"),
-    Sign("colour_entropy", "colour entropy", -1, True, "colour"),
-    Sign("edge_density", "edge density", -1, True, "structure"),
-    Sign("group_diversity", "diversity within prompts", -1, True, "diversity"),
-    Sign("prompt_diversity", "diversity between prompts", -1, True, "diversity"),
+ALARMS = (
+    Alarm("held_out_gap", "gap between optimised and held-out rewards", 1, False, "held-out rewards"),
+    Alarm("disagreement", "rank disagreement between the rewards", 1, False, "agreement"),
+    Alarm("latent_correlation", "rank correlation of latent and pixel rewards", -1, False, "agreement"),
+    Alarm("dark_share", "share of dark pixels", 1, False, "light"),
+    Alarm("bright_share", "share of bright pixels", 1, False, "light"),
+    Alarm("saturation", "colour saturation", 1, True, "colour"),
+    Alarm("colour_entropy", "colour entropy", -1, True, "colour"),
+    Alarm("edge_density", "edge density", -1, True, "structure"),
+    Alarm("group_diversity", "diversity within prompts", -1, True, "diversity"),
+    Alarm("prompt_diversity", "diversity between prompts", -1, True, "diversity"),
 )
 
 
 @dataclass(frozen=True)
 class Change:
-    """Of one signal, from its median over the start to its median over the window: a single wild probe moves neither."""
+    """A signal's median over the start and over the window: a single wild probe moves neither."""
 
     start: float
     now: float
 
     @property
     def difference(self) -> float:
+        """Absolute change since the start."""
         return self.now - self.start
 
     @property
     def share(self) -> float:
-        """Of where it started; 0 for a signal that started at 0."""
+        """Relative change since the start; 0 for a signal that started at 0."""
         return self.difference / abs(self.start) if self.start else 0.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """signs: the names of the signals that led to it, each with its weight: 1, or 2 beyond twice its limit."""
+    """The level, one sentence about it, and its alarms: signal -> weight, 1 beyond its limit and 2 beyond twice its limit."""
 
     level: Level = "healthy"
-    words: str = "healthy"
-    signs: Mapping[str, int] = field(default_factory=dict)
+    message: str = "healthy"
+    alarms: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def severity(self) -> int:
@@ -80,7 +84,7 @@ class Verdict:
 
 
 def changes(start: Sequence[Record], recent: Sequence[Record]) -> dict[str, Change]:
-    """Signal -> how it moved, for all that were measured on either side."""
+    """Signal -> its change, for all that were measured on either side."""
     before, after = medians(start), medians(recent)
     return {name: Change(before[name], now) for name, now in after.items() if name in before}
 
@@ -91,57 +95,65 @@ def medians(records: Sequence[Record]) -> dict[str, float]:
     return {name: median(record[name] for record in records if name in record) for name in names}
 
 
-def with_rises(moved: Mapping[str, Change], optimised: Sequence[str], held_out: Sequence[str]) -> dict[str, Change]:
-    """`moved`, and rise/<label>: a reward's change in units of its spread over candidates at the start; held_out_gap: the mean rise of the
-    optimised rewards above that of the held-out ones."""
+def with_rises(signals: Mapping[str, Change], optimised: Sequence[str], held_out: Sequence[str]) -> dict[str, Change]:
+    """Add the changes that compare rewards to those of `signals`.
+
+    rise/<label>: a reward's change in units of its spread over candidates at the start. held_out_gap: the mean rise of the optimised
+    rewards above that of the held-out ones.
+    """
     rises = {}
     for label in (*optimised, *held_out):
-        reward, spread = moved.get(f"reward/{label}"), moved.get(f"spread/{label}")
+        reward, spread = signals.get(f"reward/{label}"), signals.get(f"spread/{label}")
         if reward is not None and spread is not None and spread.start > 0:
             rises[label] = reward.difference / spread.start
-    found = dict(moved) | {f"rise/{label}": Change(0.0, rise) for label, rise in rises.items()}
-    raised, judging = ([rises[label] for label in labels if label in rises] for labels in (optimised, held_out))
-    if raised and judging:
-        found["held_out_gap"] = Change(0.0, mean(raised) - mean(judging))
-    return found
+    result = dict(signals) | {f"rise/{label}": Change(0.0, rise) for label, rise in rises.items()}
+    trained, judging = ([rises[label] for label in labels if label in rises] for labels in (optimised, held_out))
+    if trained and judging:
+        result["held_out_gap"] = Change(0.0, mean(trained) - mean(judging))
+    return result
 
 
 def judge(
-    settings: MonitorConfig, optimised: Collection[str], moved: Mapping[str, Change], standing: Mapping[str, int]
+    settings: MonitorConfig, optimised: Collection[str], signals: Mapping[str, Change], active: Mapping[str, int]
 ) -> Verdict:
-    """The verdict on changes since the start.
+    """Give the verdict on changes since the start.
 
-    healthy: no optimised reward rose, or nothing else changed for the worse. suspicious: one rose beside signs of one facet.
-    hacking: beside signs of two facets or more, or a sign of twice its limit. standing: signs of the verdict before by their weight, which
-    stay until they are clearly gone.
+    healthy: no optimised reward rose, or nothing else changed for the worse. suspicious: one rose beside alarms of one category.
+    hacking: beside alarms of two categories or more, or an alarm of twice its limit. active: weights of the last verdict's alarms, which
+    stay until they are clearly over.
     """
-    rose = {label: moved[f"rise/{label}"] for label in optimised if f"rise/{label}" in moved}
-    rose = {label: by for label, by in rose.items() if by.difference > settings.reward_rise}
+    rises = {label: signals[f"rise/{label}"] for label in optimised if f"rise/{label}" in signals}
+    rises = {label: rise for label, rise in rises.items() if rise.difference > settings.reward_rise}
     weights = {
-        s.signal: _weight(settings, s, moved[s.signal], standing.get(s.signal, 0)) for s in SIGNS if s.signal in moved
+        alarm.signal: _weight(settings, alarm, signals[alarm.signal], active.get(alarm.signal, 0))
+        for alarm in ALARMS
+        if alarm.signal in signals
     }
-    seen = [sign for sign in SIGNS if weights.get(sign.signal)]
-    if not rose or not seen:
+    raised = [alarm for alarm in ALARMS if weights.get(alarm.signal)]
+    if not rises or not raised:
         return Verdict()
-    facets = {sign.facet: max(weights[s.signal] for s in seen if s.facet == sign.facet) for sign in seen}
-    level: Level = "hacking" if sum(facets.values()) > 1 else "suspicious"
-    signs = ", ".join(_in_words(sign, moved[sign.signal]) for sign in seen)
-    rewards = " and ".join(f"{label} (by {by.difference:.2g} of its spread)" for label, by in rose.items())
-    words = f"{level}: {signs}, while the optimised reward rose: {rewards}"
-    return Verdict(level, words, {sign.signal: weights[sign.signal] for sign in seen})
+    categories: dict[str, int] = {}
+    for alarm in raised:
+        categories[alarm.category] = max(categories.get(alarm.category, 0), weights[alarm.signal])
+    level: Level = "hacking" if sum(categories.values()) > 1 else "suspicious"
+    alarms = ", ".join(_describe(alarm, signals[alarm.signal]) for alarm in raised)
+    rewards = " and ".join(f"{label} (by {rise.difference:.2g} of its spread)" for label, rise in rises.items())
+    message = f"{level}: {alarms}, while the optimised reward rose: {rewards}"
+    return Verdict(level, message, {alarm.signal: weights[alarm.signal] for alarm in raised})
 
 
-def _weight(settings: MonitorConfig, sign: Sign, change: Change, before: int) -> int:
-    """0: no sign. 1: a change beyond the limit. 2: beyond twice the limit. before: the weight it had."""
-    limit: float | None = getattr(settings.limits, sign.signal)
+def _weight(settings: MonitorConfig, alarm: Alarm, change: Change, before: int) -> int:
+    """0: no alarm. 1: a change beyond the limit. 2: beyond twice the limit. before: the weight it had."""
+    limit: float | None = getattr(settings.limits, alarm.signal)
     if limit is None:
         return 0
-    by = sign.direction * (change.share if sign.relative else change.difference)
-    return sum(by > weight * limit * (RELEASE if before >= weight else 1.0) for weight in (1, 2))
+    amount = alarm.direction * (change.share if alarm.relative else change.difference)
+    return sum(amount > weight * limit * (RELEASE if before >= weight else 1.0) for weight in (1, 2))
 
 
-def _in_words(sign: Sign, change: Change) -> str:
+def _describe(alarm: Alarm, change: Change) -> str:
     verb = "rose" if change.difference > 0 else "fell"
-    if sign.relative:
-        return f"{sign.words} {verb} {abs(change.share):.0%} {'above' if change.share > 0 else 'below'} its start"
-    return f"{sign.words} {verb} from {change.start:.2g} to {change.now:.2g}"
+    if alarm.relative:
+        above = "above" if change.share > 0 else "below"
+        return f"{alarm.description} {verb} {abs(change.share):.0%} {above} its start"
+    return f"{alarm.description} {verb} from {change.start:.2g} to {change.now:.2g}"

@@ -1,4 +1,4 @@
-"""The hack monitor of a run: remembers how it began, looks at the last steps, and says in words what it sees."""
+"""The hack monitor of a run: its memory of how the run began, its verdict on the last steps, and its messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flashdmd_ray.config import MonitorConfig
 from flashdmd_ray.monitor.rules import LEVELS, Level, Record, Verdict, changes, judge, with_rises
 
 PREFIX = "monitor/"
-"""Of the metrics that the monitor reads (a probe's signals) and of those that it adds."""
+"""Prefix of the metrics that the monitor reads (a probe's signals) and of those that it adds."""
 SEVERITY = "monitor/verdict"
 """The metric of the verdict: 0 healthy, 1 suspicious, 2 hacking."""
 DERIVED = ("rise/", "held_out_gap")
@@ -20,11 +20,11 @@ DERIVED = ("rise/", "held_out_gap")
 
 @dataclass(frozen=True)
 class Event:
-    """What a person should know: that the verdict changed, or that the preference rate was lowered. worse: the verdict got worse."""
+    """A change of the verdict, or of the preference rate. worse: the verdict got worse."""
 
     step: int
     level: Level
-    words: str
+    message: str
     worse: bool = False
 
 
@@ -41,7 +41,7 @@ class HackMonitor:
         self.held_out = held_out
         self.verdict = Verdict()
         self.preference_rate = 1.0
-        """What the learning rate of preference updates is multiplied with."""
+        """Factor of the learning rate of preference updates."""
         self.history: list[Event] = []
         self.judged = 0
         """Probes that had a verdict."""
@@ -60,9 +60,9 @@ class HackMonitor:
         self._recent = [*self._recent, record][-self.settings.window :]
         if len(self._recent) < min(self.settings.warmup, self.settings.window):
             return {SEVERITY: 0.0}, []
-        moved = with_rises(changes(self._start, self._recent), self.optimised, self.held_out)
-        news = self._judge(step, judge(self.settings, self.optimised, moved, self.verdict.signs))
-        derived = {f"{PREFIX}{name}": by.difference for name, by in moved.items() if name.startswith(DERIVED)}
+        signals = with_rises(changes(self._start, self._recent), self.optimised, self.held_out)
+        news = self._judge(step, judge(self.settings, self.optimised, signals, self.verdict.alarms))
+        derived = {f"{PREFIX}{name}": change.difference for name, change in signals.items() if name.startswith(DERIVED)}
         figures = {SEVERITY: float(self.verdict.severity), f"{PREFIX}preference_rate": self.preference_rate}
         return figures | derived, news
 
@@ -71,22 +71,22 @@ class HackMonitor:
         self.judged += 1
         news = []
         if verdict.level != before.level:
-            news.append(Event(step, verdict.level, verdict.words, worse=verdict.severity > before.severity))
+            news.append(Event(step, verdict.level, verdict.message, worse=verdict.severity > before.severity))
         if self.settings.action == "lower" and verdict.level == "hacking" and self._waited_a_window():
             self.preference_rate *= self.settings.lower_by
             self._lowered = self.judged
-            words = f"the learning rate of preference updates is lowered to {self.preference_rate:g} of preference.lr"
-            news.append(Event(step, verdict.level, words))
+            message = f"the learning rate of preference updates is lowered to {self.preference_rate:g} of preference.lr"
+            news.append(Event(step, verdict.level, message))
         self.history += news
         return news
 
     def _waited_a_window(self) -> bool:
-        """Whether what was done last had time to show in a window of its own."""
+        """Tell whether the last lowering has had a whole window to show its effect."""
         return self._lowered is None or self.judged - self._lowered >= self.settings.window
 
     @property
     def wants_stop(self) -> bool:
-        """Whether the run is to end here."""
+        """True when the run is to end here."""
         return self.settings.action == "stop" and self.verdict.level == "hacking"
 
     def state(self) -> dict[str, Any]:
@@ -110,19 +110,19 @@ class HackMonitor:
 
 
 def summary(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What a report says of a run, from `HackMonitor.state`: level, words, and the history."""
+    """Summarise a run for its report from `HackMonitor.state`: level, message and history."""
     level, history = state["verdict"]["level"], state["history"]
     if not state["judged"]:
-        words = "no verdict: too few steps"
+        message = "no verdict: too few steps"
     elif not history:
-        words = f"healthy whenever it looked, {state['judged']} times"
+        message = f"healthy whenever it looked, {state['judged']} times"
     elif level == "healthy":
         worst = max(history, key=lambda event: LEVELS.index(event["level"]))
-        words = f"healthy at the end; after step {worst['step']} it was {worst['words']}"
+        message = f"healthy at the end; after step {worst['step']} it was {worst['message']}"
     else:
         since = next(event["step"] for event in reversed(history) if event["worse"])
-        words = f"{state['verdict']['words']} (since step {since})"
-    return {"level": level, "words": words, "history": history}
+        message = f"{state['verdict']['message']} (since step {since})"
+    return {"level": level, "message": message, "history": history}
 
 
 def _record_of(metrics: Mapping[str, float]) -> Record:

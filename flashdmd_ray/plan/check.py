@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashdmd_ray.config import Config
-from flashdmd_ray.data.catalogue import evaluation_prompts, named
+from flashdmd_ray.data.datasets import evaluation_prompts, named_datasets
 from flashdmd_ray.plan.fit import check_fit
 from flashdmd_ray.plan.models import Models, models_of
 from flashdmd_ray.plan.parts import Part, parts_of_models
@@ -16,7 +16,7 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
 
     Raises ValueError, one line, naming the key or file and the remedy.
     """
-    named(config.data)
+    named_datasets(config.data)
     if config.evaluation.prompts is not None:
         evaluation_prompts(config.evaluation.prompts)
     run, parts, models = _inspected(config)

@@ -69,13 +69,13 @@ def check_fit(config: Config, models: Models, parts: Sequence[Part]) -> None:
 
 def _placed(config: Config) -> list[str]:
     pools = ("rollout", *config.reward_pools) if config.preference.updates else ()
-    return [name for name in ("learner", "discriminator", *pools) if config.placed(name).gpus]
+    return [name for name in ("learner", "discriminator", *pools) if config.placement.of(name).gpus]
 
 
 def room_of(config: Config, group: str) -> float | None:
     """GiB of GPU memory for a worker of the group: its share of a GPU, or all of it for the one process of runtime 'local'. None when it
     has no GPU, or one that nothing is known of."""
-    placed = config.placed(group)
+    placed = config.placement.of(group)
     if not placed.gpus:
         return None
     memory = placed.gpu_memory_gib or _detected_gib()
@@ -94,7 +94,7 @@ def _detected_gib() -> float | None:
 def _too_large(config: Config, models: Models, group: str, process: Process, room: float) -> str:
     key = "learner" if group == "local" else group
     where = "the process of runtime 'local'" if group == "local" else f"a worker of the {group}"
-    need = f"{config.placement_key(key)}: {where} needs {process.gpu_gib:.1f} GiB of GPU memory and has {room:.1f} GiB"
+    need = f"{config.placement.key(key)}: {where} needs {process.gpu_gib:.1f} GiB of GPU memory and has {room:.1f} GiB"
     for changes, found in _remedies(config, models, group, process.gpu_gib):
         if found.gpu_gib <= room:
             settings = ", ".join(f"{name} {value}" for name, value in changes.items())

@@ -104,7 +104,7 @@ def updates(config: Config) -> float:
 
 def probes(config: Config) -> float:
     """Rollouts of a step that only the hack monitor looks at."""
-    return 1 / (config.preference.every * config.monitor.every) if config.watched else 0.0
+    return 1 / (config.preference.every * config.monitor.every) if config.monitor_enabled else 0.0
 
 
 def _cut(config: Config, count: int) -> int:
@@ -236,9 +236,9 @@ def _pool_texts(config: Config, models: Models, group: str, prompts: float) -> W
 
 def _reward_pool(config: Config, models: Models, pool: str) -> list[Work] | None:
     preference = config.preference
-    share = (updates(config) + probes(config)) / config.placed(pool).workers
+    share = (updates(config) + probes(config)) / config.placement.of(pool).workers
     samples = preference.batch * preference.candidates
-    at_once = ceil(preference.batch / config.chunks(pool, preference.batch)) * preference.candidates
+    at_once = ceil(preference.batch / config.placement.chunks(pool, preference.batch)) * preference.candidates
     works, rewards = [], config.reward_pools[pool]
     for reward in rewards:
         if reward.kind == "custom":

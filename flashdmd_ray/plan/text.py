@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashdmd_ray.config import Config, GroupConfig
-from flashdmd_ray.data.catalogue import describe_data
+from flashdmd_ray.data.datasets import describe_data
 from flashdmd_ray.plan.fit import GIB, Process, processes, room_of
 from flashdmd_ray.plan.models import models_of
 from flashdmd_ray.plan.parts import Part
@@ -94,7 +94,7 @@ def _placement(config: Config, parts: Sequence[Part], works: Sequence[Work] | No
         return [f"one process for all roles, {_threads(config)}, memory {memory}"]
     rows = []
     for group, process in planned.items():
-        placed = config.placed(group)
+        placed = config.placement.of(group)
         memory = UNKNOWN if process is None else _memory(process, placed, room_of(config, group))
         rows.append([group, str(placed.workers), f"{placed.cpus:g}", f"{placed.gpus:g}", memory])
     lines = table(["worker group", "workers", "CPUs each", "GPUs each", "memory each"], rows)
@@ -114,7 +114,7 @@ def _in_all(config: Config, planned: dict[str, Process | None]) -> str:
     for group, process in planned.items():
         if process is None:
             return "memory in all: known when every model is on this machine, or is a published one"
-        placed = config.placed(group)
+        placed = config.placement.of(group)
         total += placed.workers * (process.gpu_gib if placed.gpus else process.cpu_gib)
     return f"memory in all: {total:.1f} GiB, estimated from weights, gradients, moments and activations"
 

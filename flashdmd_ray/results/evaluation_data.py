@@ -13,7 +13,7 @@ from torch import Tensor
 from flashdmd_ray.batch import derive_seed
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import ImageSource, build_images
-from flashdmd_ray.data.catalogue import evaluation_prompts, open_indexed
+from flashdmd_ray.data.datasets import evaluation_prompts, open_indexed
 
 STREAM = "evaluation"
 """Prompts of a user's data come in the order of this stream."""
@@ -61,7 +61,7 @@ def choose_prompts(config: Config, count: int, seed: int) -> tuple[str, ...]:
     if path is None:
         return build_images(config.data, config.seed).prompts(STREAM, torch.arange(count))
     index = open_indexed(config.data, evaluation_prompts(path))
-    index.tally.check(config.data.max_bad, f"evaluation.prompts {path}")
+    index.tally.check(config.data.max_bad_fraction, f"evaluation.prompts {path}")
     return index.captions(i % len(index) for i in range(count))
 
 

@@ -42,7 +42,7 @@ class CardFacts:
     optimised_rewards: Sequence[str]
     """Rewards that preference learning optimised: no evidence of quality on their own."""
     hack_monitor: str | None = None
-    """The hack monitor's words about the training; None: not watched."""
+    """The hack monitor's message about the training; None where it was off."""
     measured: Mapping[str, Any] | None = None
     """The evaluation table (`evaluation.as_json`), of which rows named "student, ..." are this model's; None or no rows: not measured."""
     examples: Sequence[tuple[str, int]] = ()
@@ -262,10 +262,10 @@ def _examples(sampler: Mapping[str, Any]) -> str:
 def _rewards(rewards: Sequence[str], hack_monitor: str | None) -> str:
     if not rewards:
         return "No reward model was optimised."
-    watched = "" if hack_monitor is None else f" The hack monitor's verdict on the training: {hack_monitor}."
+    verdict = "" if hack_monitor is None else f" The hack monitor's verdict on the training: {hack_monitor}."
     return (
         f"Preference learning optimised: {', '.join(rewards)}. **Scores of these models say how far they were optimised, not how"
-        f" good the images are**; judge by the other columns.{watched}"
+        f" good the images are**; judge by the other columns.{verdict}"
     )
 
 

@@ -71,13 +71,13 @@ def report(config: Config, directory: RunDirectory, tracker: Tracker, say: Say) 
     say(f"drawing the grid and exporting on {family.device}")
     grid = draw_comparison(config, family, network, texts, directory.path / "grid.png")
     training = read_state(checkpoint)
-    watched = hack_monitor(config, training)
-    if watched is not None:
-        say(f"hack monitor: {watched['words']}")
-        tracker.tag("hack_monitor", watched["words"])
+    verdict = hack_monitor(config, training)
+    if verdict is not None:
+        say(f"hack monitor: {verdict['message']}")
+        tracker.tag("hack_monitor", verdict["message"])
     measured = {"rows": []} if table is None else as_json(table)
     trained = {name: value for name, value in training.items() if name != "monitor"}
-    facts = measured | {"seed": config.seed, "training": trained, "hack_monitor": watched, "grid": texts}
+    facts = measured | {"seed": config.seed, "training": trained, "hack_monitor": verdict, "grid": texts}
     card = card_facts(config, training, measured, texts)
     export_pipeline(family, weights, config.sampling.timesteps, directory.export, card)
     tracker.image("grid", grid, config.steps)
@@ -148,10 +148,10 @@ def pixel_rewards(config: Config) -> list[RewardConfig]:
 
 
 def hack_monitor(config: Config, training: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The monitor's summary of the training behind a checkpoint; None when nothing was watched, as in runs that are older than it.
+    """The monitor's summary of the training behind a checkpoint; None when the monitor was off, as in runs that are older than it.
 
     training: the checkpoint's state."""
-    return summary(training["monitor"]) if config.watched and "monitor" in training else None
+    return summary(training["monitor"]) if config.monitor_enabled and "monitor" in training else None
 
 
 def grid_seed(config: Config) -> int:
@@ -175,7 +175,7 @@ def card_facts(
 ) -> CardFacts:
     """What the model card says about the training. measured: the table as JSON values. texts: the prompts of the run's grid, whose first
     columns are the card's examples."""
-    watched = hack_monitor(config, training)
+    verdict = hack_monitor(config, training)
     counters = {name.replace("_", " "): value for name, value in training["counters"].items()}
     return CardFacts(
         name=f"flashdmd_ray {config.run.name}",
@@ -183,7 +183,7 @@ def card_facts(
         licence="apache-2.0" if config.model.teacher == "demo" else "other",
         cost=counters | {"batch": config.batch, "TTUR": config.ttur, "seconds": round(training["seconds"])},
         optimised_rewards=config.optimised_rewards,
-        hack_monitor=None if watched is None else watched["words"],
+        hack_monitor=None if verdict is None else verdict["message"],
         measured=measured,
         examples=[(text, seed_of(grid_seed(config), index)) for index, text in enumerate(texts[:EXAMPLES])],
     )

@@ -51,11 +51,11 @@ class PairsConfig(Section):
     """source 'teacher': classifier-free guidance of what is drawn; 1 is none."""
     held_out: Fraction = 0.1
     """Share of the prompts whose pairs are never trained on but measured with. ('demo' has held-out scenes of its own.)"""
-    max_bad: Fraction = 0.01
+    max_bad_fraction: Fraction = 0.01
     """Share of bad rows (no caption, no label, damaged image, ...) above which the job stops with a report. Bad ones are never used."""
     workers: PositiveInt = 2
     """Threads of each rank that decode ahead."""
-    ahead: PositiveInt = 2
+    prefetch: PositiveInt = 2
     """Batches decoded ahead."""
     cache: Path | None = None
     """Folder of the indexes of data sets; null is flashdmd_ray/data in the user's cache folder."""

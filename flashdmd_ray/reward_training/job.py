@@ -29,7 +29,7 @@ MAY_CHANGE = (
     "checkpoint",
     "deadlines",
     "pairs.workers",
-    "pairs.ahead",
+    "pairs.prefetch",
     "pairs.cache",
     "engine.kind",
     "engine.zero_stage",

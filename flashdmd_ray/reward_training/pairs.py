@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashdmd_ray.data.ahead import Decoded, Size, ThreadDecoder
 from flashdmd_ray.data.formats.pairs import PairFormat, open_pairs
-from flashdmd_ray.data.images import LONGEST_SEARCH
+from flashdmd_ray.data.image_reader import LONGEST_SEARCH
 from flashdmd_ray.data.index import Index, default_cache, open_index
 from flashdmd_ray.data.order import Integers, Order
 from flashdmd_ray.data.pixels import decode
-from flashdmd_ray.data.samples import Bad, BadSample, Tally
+from flashdmd_ray.data.prefetch import Decoded, Size, ThreadDecoder
+from flashdmd_ray.data.sample import Bad, BadSample
+from flashdmd_ray.data.tally import Tally
 from flashdmd_ray.reward_training.config import PairsConfig
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -43,8 +44,8 @@ class PairFiles:
         """rows: which pairs of the index. size: (H, W) that images are decoded to."""
         self.format, self.index, self.rows, self.size = format, index, rows, size
         blocks = index.table.column("block").to_numpy()[rows]
-        self._order = Order(np.bincount(blocks).tolist(), seed, format.mix)
-        self._decoder = ThreadDecoder(self, config.workers, config.ahead)
+        self._order = Order(np.bincount(blocks).tolist(), seed, format.shuffle_blocks)
+        self._decoder = ThreadDecoder(self, config.workers, config.prefetch)
         self.met: list[Bad] = []
         """Pairs that turned out to be damaged when they were decoded; the next one took their place."""
 
@@ -103,7 +104,7 @@ class PairData:
 def open_pair_data(config: PairsConfig, source: str, size: Size, seed: int) -> PairData:
     """The pairs of a file, a folder or a dataset; a folder with the folders 'train' and 'held_out' is split as it says, others by prompt.
 
-    Raises ValueError, with the report, when more than `max_bad` of the rows are bad, or a part has none.
+    Raises ValueError, with the report, when more than `max_bad_fraction` of the rows are bad, or a part has none.
     """
     folder, tally = Path(source), Tally()
     if (folder / TRAIN).is_dir():
@@ -136,6 +137,6 @@ def is_held_out(text: str, share: float) -> bool:
 def _indexed(config: PairsConfig, format: PairFormat, where: str, tally: Tally) -> Index:
     cache = default_cache() if config.cache is None else config.cache.expanduser()
     index = open_index(format, cache)
-    index.tally.check(config.max_bad, f"pairs.source {where}", "pairs.max_bad")
+    index.tally.check(config.max_bad_fraction, f"pairs.source {where}", "pairs.max_bad_fraction")
     tally.merge(index.tally)
     return index

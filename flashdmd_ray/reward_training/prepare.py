@@ -48,10 +48,10 @@ def prepare_pairs(config: RewardTrainingConfig, folder: Path, load: Callable[[],
                 say(f"pairs: {name} {start + rows:,} of {count:,}")
         if dropped:
             say(f"pairs: {dropped:,} of {count:,} left out: a reward was not finite")
-        if dropped > pairs.max_bad * count:
+        if dropped > pairs.max_bad_fraction * count:
             raise ValueError(
-                f"rewards: {dropped:,} of {count:,} pairs got a reward that is not finite (allowed {pairs.max_bad:.1%}); "
-                "look at the reward's input and type, or raise pairs.max_bad"
+                f"rewards: {dropped:,} of {count:,} pairs got a reward that is not finite (allowed {pairs.max_bad_fraction:.1%}); "
+                "look at the reward's input and type, or raise pairs.max_bad_fraction"
             )
     return str(folder if (folder / TRAIN).is_dir() else folder / "all")
 

@@ -38,12 +38,12 @@ def device_of(config: Config, group: str) -> torch.device:
 
     Raises ValueError when torch sees no GPU.
     """
-    gpus = config.placed(group).gpus
+    gpus = config.placement.of(group).gpus
     if not gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError(
-            f"{config.placement_key(group)}.gpus: {gpus:g} asked for, but torch sees no GPU in this process; "
+            f"{config.placement.key(group)}.gpus: {gpus:g} asked for, but torch sees no GPU in this process; "
             "set it to 0, or check the driver and CUDA_VISIBLE_DEVICES"
         )
     return torch.device("cuda", 0)

@@ -73,10 +73,10 @@ def judge(reward: RewardConfig, score: Callable[[], Tensor]) -> None:
         raise ValueError(
             f"{where} gives {good:g} for a known image and {destroyed:g} for noise; a reward must be finite"
         )
-    if reward.unordered is None and destroyed - good > RESOLVED * max(abs(good), abs(destroyed)):
+    if reward.skip_noise_check is None and destroyed - good > RESOLVED * max(abs(good), abs(destroyed)):
         raise ValueError(
             f"{where} prefers noise ({destroyed:.4g}) to an image of its prompt ({good:.4g}): training towards it would destroy them. "
-            "Check its files and formula, or say in its setting `unordered` why that is right"
+            "Check its files and formula, or say in its setting `skip_noise_check` why that is right"
         )
 
 

@@ -56,7 +56,7 @@ RESUME_MAY_CHANGE = (
     "engine.compile",
     "data.decode",
     "data.workers",
-    "data.ahead",
+    "data.prefetch",
     "data.cache",
 )
 """Configuration sections and keys that do not change what a step computes (but for rounding), so a resumed run may set them anew."""

@@ -62,7 +62,7 @@ def worker_groups(config: Config, roles: Roles | None = None) -> list[WorkerGrou
 
 
 def _worker_group(config: Config, name: str, roles: Mapping[str, str]) -> WorkerGroup:
-    placed = config.placed(name)
+    placed = config.placement.of(name)
     return WorkerGroup(
         name=name,
         roles=roles,
@@ -70,7 +70,7 @@ def _worker_group(config: Config, name: str, roles: Mapping[str, str]) -> Worker
         cpus=placed.cpus,
         gpus=placed.gpus,
         stateful=name in STATEFUL,
-        key=config.placement_key(name),
+        key=config.placement.key(name),
         sees=config.for_pool(name) if "rewards" in roles else config,
     )
 

@@ -11,19 +11,19 @@ from functools import partial
 from typing import Any
 
 from flashdmd_ray.config import DataConfig
-from flashdmd_ray.data.ahead import Decoded, Size, ThreadDecoder, stride
-from flashdmd_ray.data.build import batch_decoding
-from flashdmd_ray.data.files import FileSource
-from flashdmd_ray.data.images import FileImages
-from flashdmd_ray.data.work import Doing, Make
+from flashdmd_ray.data.build import open_batch_reader
+from flashdmd_ray.data.executor import BatchWorker, MakeWorker
+from flashdmd_ray.data.file_source import FileSource
+from flashdmd_ray.data.image_reader import ImageReader
+from flashdmd_ray.data.prefetch import Decoded, Size, ThreadDecoder, stride
 from flashdmd_ray.runtime.environment import use_loopback, worker_environment
 
 BATCHES = 1000
 """Batches of one stream; then the next begins. Ray Data has to know the end of what it reads."""
 
 
-def on_ray(make: Make, items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """`data.work.Spread` on the Ray this process talks to: `workers` actors, each with a callable of its own.
+def on_ray(make_worker: MakeWorker, items: Sequence[Any], workers: int) -> Iterator[Any]:
+    """`data.executor.Executor` on the Ray this process talks to: `workers` actors, each with a callable of its own.
 
     Ray Data keeps a few results ahead of what is taken, as far as its share of the object store goes.
     """
@@ -36,8 +36,8 @@ def on_ray(make: Make, items: Sequence[Any], workers: int) -> Iterator[Any]:
     with ray.data.DataContext.current(context):
         data = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items))
         done = data.map_batches(
-            Doing,
-            fn_constructor_args=(make,),
+            BatchWorker,
+            fn_constructor_args=(make_worker,),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
             num_cpus=0.5,
@@ -48,9 +48,9 @@ def on_ray(make: Make, items: Sequence[Any], workers: int) -> Iterator[Any]:
 
 
 class RayDecoder:
-    """`data.ahead.Decoder` through Ray Data. The first batches are decoded here, until two of them have shown the stride."""
+    """`data.prefetch.Decoder` through Ray Data. The first batches are decoded here, until two of them have shown the stride."""
 
-    def __init__(self, config: DataConfig, images: FileImages) -> None:
+    def __init__(self, config: DataConfig, images: ImageReader) -> None:
         self._config = config
         self._seed = images.order.seed
         self._here = ThreadDecoder(images, config.workers, batches=0)
@@ -77,7 +77,7 @@ class RayDecoder:
             return
         batches = [[p + k * step for p in now] for k in range(1, BATCHES + 1)]
         self._expected, self._size = batches[::-1], size
-        self._stream = on_ray(partial(batch_decoding, self._config, self._seed, size), batches, self._config.workers)
+        self._stream = on_ray(partial(open_batch_reader, self._config, self._seed, size), batches, self._config.workers)
 
     def close(self) -> None:
         """End the stream and its processes."""

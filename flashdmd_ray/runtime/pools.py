@@ -58,7 +58,7 @@ class Pool:
         check_size: Callable[[int], None],
     ) -> None:
         """check_size: raises ValueError when the cluster has no room for that many workers."""
-        placed = config.placed(group.name)
+        placed = config.placement.of(group.name)
         assert isinstance(placed, PoolConfig)
         (self._role,) = group.roles
         self._group = group

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.config import DataConfig
-from flashdmd_ray.data.catalogue import data_report
-from flashdmd_ray.data.samples import Tally
+from flashdmd_ray.data.datasets import data_report
+from flashdmd_ray.data.tally import Tally
 from flashdmd_ray.run.files import write_atomically
 
 log = logging.getLogger(__name__)

@@ -167,7 +167,7 @@ class TrainingRun:
     def steps(self) -> Iterator[int]:
         """From the first step not yet done until the last, or until a signal or the hack monitor asks to stop."""
         while self.done < self.config.steps and not (self.stop.requested or self.monitor.wants_stop):
-            if self.config.watched and self.done == self.config.preference.start_step:
+            if self.config.monitor_enabled and self.done == self.config.preference.start_step:
                 self._evidence.keep_start()
             yield self.done
 
@@ -198,8 +198,8 @@ class TrainingRun:
         """What the hack monitor makes of the step; what is new goes to the log, with pictures when the verdict got worse."""
         figures, news = self.monitor.observe(self.done, metrics)
         for event in news:
-            self.progress.say(f"hack monitor, step {event.step}: {event.words}")
-            self.tracker.tag("hack_monitor", f"step {event.step}: {event.words}")
+            self.progress.say(f"hack monitor, step {event.step}: {event.message}")
+            self.tracker.tag("hack_monitor", f"step {event.step}: {event.message}")
             if event.worse:
                 self.tracker.image("hack_monitor", self._evidence.write(event.step), event.step)
         return figures
@@ -222,8 +222,8 @@ class TrainingRun:
             "settings": self._settings,
             "monitor": self.monitor.state(),
         }
-        watched = {SEVERITY: float(self.monitor.verdict.severity)} if self.config.watched else {}
-        self.saver.save(self.done, state, self._mean_metric() | watched)
+        severity = {SEVERITY: float(self.monitor.verdict.severity)} if self.config.monitor_enabled else {}
+        self.saver.save(self.done, state, self._mean_metric() | severity)
 
     def _mean_metric(self) -> dict[str, float]:
         """`checkpoint.best_metric` over the steps since the last checkpoint; warns when none of them had it."""

@@ -110,12 +110,12 @@ def test_pools_by_name_start_from_the_common_setting():
         "pickscore": ["pickscore"],
         "other": ["latent"],
     }
-    assert (config.placed("other").workers, config.placed("other").cpus) == (5, 3)
-    assert (config.placed("pickscore").workers, config.placement_key("pickscore")) == (2, "placement.reward")
+    assert (config.placement.of("other").workers, config.placement.of("other").cpus) == (5, 3)
+    assert (config.placement.of("pickscore").workers, config.placement.key("pickscore")) == (2, "placement.reward")
     assert parse_config(yaml.safe_load(dump_config(config))) == config
     seen = config.for_pool("other")
     assert [reward.label for reward in seen.rewards] == ["latent"]
-    assert seen.placed("other").workers == 5
+    assert seen.placement.of("other").workers == 5
 
 
 def test_one_process_has_no_growing_pools():

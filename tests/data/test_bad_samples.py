@@ -10,10 +10,11 @@ from PIL import Image
 from scenes_on_disk import encoded, pictures, samples, tar_members, write_folder, write_parquet, write_tar
 
 from flashdmd_ray.config import DataConfig
-from flashdmd_ray.data.build import build_images, open_file_images
+from flashdmd_ray.data.build import build_images, open_image_reader
 from flashdmd_ray.data.formats import Columns, open_images, open_prompts
 from flashdmd_ray.data.index import open_index, scan_piece
-from flashdmd_ray.data.samples import NAMES, Bad, Sample, Tally
+from flashdmd_ray.data.sample import Bad, Sample
+from flashdmd_ray.data.tally import NAMES, Tally
 from flashdmd_ray.training.data_report import note_replaced, start_report
 
 SIZE = (24, 24)
@@ -226,7 +227,7 @@ def test_more_than_one_percent_damaged_bodies_stop_the_run(tmp_path, cache):
         source.reals(torch.arange(50, 100), SIZE)
     assert "003.png" in str(error.value)
     assert "020.png" in str(error.value)
-    patient = build_images(DataConfig(source=str(root), cache=cache, max_bad=0.05), 5)
+    patient = build_images(DataConfig(source=str(root), cache=cache, max_bad_fraction=0.05), 5)
     assert patient.reals(torch.arange(100), SIZE).replaced == 4
 
 
@@ -244,13 +245,13 @@ def test_one_percent_is_the_limit(tmp_path, cache, bad, stops):
     root = write_folder(tmp_path / "f", samples(1) * 99, lines)
     config = DataConfig(source=str(root), cache=cache)
     if not stops:
-        assert len(open_file_images(config, 0)) == 99
+        assert len(open_image_reader(config, 0)) == 99
         return
     with pytest.raises(
         ValueError, match=r"2 of 101 samples are bad \(2.0%, allowed 1.0%\): missing image: 2 \(gone-0.png"
     ):
-        open_file_images(config, 0)
-    assert len(open_file_images(DataConfig(source=str(root), cache=cache, max_bad=0.02), 0)) == 99
+        open_image_reader(config, 0)
+    assert len(open_image_reader(DataConfig(source=str(root), cache=cache, max_bad_fraction=0.02), 0)) == 99
 
 
 def test_a_report_counts_all_and_names_five():

@@ -10,7 +10,7 @@ from PIL import Image
 from scenes_on_disk import as_pixels, encoded, pictures, samples, write_folder, write_hub, write_tar
 
 from flashdmd_ray.config import DataConfig
-from flashdmd_ray.data.build import build_images, open_file_images
+from flashdmd_ray.data.build import build_images, open_image_reader
 from flashdmd_ray.data.formats import Columns, open_images, open_prompts
 from flashdmd_ray.data.index import open_index, scan_piece
 
@@ -41,7 +41,7 @@ def test_a_hugging_face_dataset(captioned, cache, tmp_path):
     pytest.importorskip("datasets", reason="the extra 'hub' is not installed")
     folder = write_hub(tmp_path / "saved", captioned)
     data = source(folder, cache)
-    images = open_file_images(DataConfig(source=str(folder), cache=cache), 7)
+    images = open_image_reader(DataConfig(source=str(folder), cache=cache), 7)
     assert images.index.captions(range(24)) == tuple(caption for caption, _ in captioned)
     assert images.format.read(images.index.sample(3)) == captioned[3][1]
     assert data.reals(torch.arange(24), SIZE).images.shape == (24, 3, 24, 24)
@@ -196,7 +196,7 @@ def _touched(path, content=b"x"):
 
 def test_mixing_reads_few_row_groups(written, cache, monkeypatch):
     """Parquet of 6 row groups, two mixed at a time: an epoch reads every row group once, not once per image."""
-    images = open_file_images(DataConfig(source=str(written["parquet"]), cache=cache, mix=2), 7)
+    images = open_image_reader(DataConfig(source=str(written["parquet"]), cache=cache, shuffle_blocks=2), 7)
     assert len(images.index.block_sizes) == 6
     reads = []
     load = type(images.format)._load

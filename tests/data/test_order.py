@@ -9,7 +9,7 @@ from flashdmd_ray.data.order import Order, permute
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 seeds = st.integers(0, 2**40)
-mixes = st.one_of(st.none(), st.integers(1, 14))
+block_counts = st.one_of(st.none(), st.integers(1, 14))
 
 
 @given(count=st.integers(1, 3000), key=st.integers(0, 2**40).map(str))
@@ -18,43 +18,48 @@ def test_permute_is_a_permutation(count, key):
     assert sorted(permute(np.arange(count), count, key).tolist()) == list(range(count))
 
 
-@given(sizes=sizes, seed=seeds, mix=mixes, epoch=st.integers(0, 10**6))
+@given(sizes=sizes, seed=seeds, shuffle_blocks=block_counts, epoch=st.integers(0, 10**6))
 @settings(max_examples=100, deadline=None)
-def test_every_sample_comes_once_in_every_epoch(sizes, seed, mix, epoch):
-    order = Order(sizes, seed, mix)
+def test_every_sample_comes_once_in_every_epoch(sizes, seed, shuffle_blocks, epoch):
+    order = Order(sizes, seed, shuffle_blocks)
     count = sum(sizes)
     positions = epoch * count + np.arange(count)
     assert sorted(order.samples("reals", positions).tolist()) == list(range(count))
 
 
 @given(
-    sizes=sizes, seed=seeds, mix=mixes, workers=st.integers(1, 7), start=st.integers(0, 5000), steps=st.integers(1, 5)
+    sizes=sizes,
+    seed=seeds,
+    shuffle_blocks=block_counts,
+    workers=st.integers(1, 7),
+    start=st.integers(0, 5000),
+    steps=st.integers(1, 5),
 )
 @settings(max_examples=100, deadline=None)
-def test_the_order_does_not_depend_on_how_positions_are_shared_out(sizes, seed, mix, workers, start, steps):
+def test_the_order_does_not_depend_on_how_positions_are_shared_out(sizes, seed, shuffle_blocks, workers, start, steps):
     """Batches cut over workers, asked for in any order and one by one, are the slice of the one order."""
     positions = start + np.arange(workers * 3 * steps)
-    whole = Order(sizes, seed, mix).samples("reals", positions)
+    whole = Order(sizes, seed, shuffle_blocks).samples("reals", positions)
     for worker in range(workers):
-        alone = Order(sizes, seed, mix)  # as another process would make it
+        alone = Order(sizes, seed, shuffle_blocks)  # as another process would make it
         mine = positions.reshape(steps, workers, 3)[::-1, worker].ravel()
         expected = whole.reshape(steps, workers, 3)[::-1, worker].ravel()
         assert alone.samples("reals", mine).tolist() == expected.tolist()
         assert [int(alone.samples("reals", np.array([p]))[0]) for p in mine] == expected.tolist()
 
 
-@given(sizes=sizes, seed=seeds, mix=st.integers(1, 5))
+@given(sizes=sizes, seed=seeds, shuffle_blocks=st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
-def test_mixing_stays_within_its_blocks(sizes, seed, mix):
+def test_mixing_stays_within_its_blocks(sizes, seed, shuffle_blocks):
     """Between two positions that lie less than a group apart, no more blocks are touched than two groups have."""
-    order = Order(sizes, seed, mix)
+    order = Order(sizes, seed, shuffle_blocks)
     owner = np.repeat(np.arange(len(sizes)), sizes)
     blocks = owner[order.samples("reals", np.arange(sum(sizes)))]
     last = {block: int(np.flatnonzero(blocks == block)[-1]) for block in set(blocks.tolist())}
     first = {block: int(np.flatnonzero(blocks == block)[0]) for block in set(blocks.tolist())}
     for position in range(len(blocks)):
         open_now = [block for block in first if first[block] <= position <= last[block]]
-        assert len(open_now) <= mix
+        assert len(open_now) <= shuffle_blocks
 
 
 def test_seeds_streams_and_epochs_differ_and_are_pinned():

@@ -13,7 +13,7 @@ from PIL import Image
 from scenes_on_disk import encoded, pictures
 
 from flashdmd_ray.data.pixels import MAX_PIXELS, decode, image_size
-from flashdmd_ray.data.samples import BadSample
+from flashdmd_ray.data.sample import BadSample
 
 
 def picture(width=24, height=24):

@@ -9,9 +9,9 @@ from scenes_on_disk import samples, write_folder, write_tars
 
 from flashdmd_ray.config import load_config
 from flashdmd_ray.data.build import build_images, open_reals
+from flashdmd_ray.data.executor import in_threads
 from flashdmd_ray.data.precompute import distinct_texts, precompute
 from flashdmd_ray.data.precomputed import use_embeddings
-from flashdmd_ray.data.work import in_threads
 from flashdmd_ray.roles.networks import load_family, load_parts
 
 COUNT = 20
@@ -22,7 +22,7 @@ def settings(tmp_path, *more):
         None,
         [
             *(f"data.source={tmp_path / 'data'}", f"data.cache={tmp_path / 'cache'}", "runtime=local"),
-            *("adversarial.real_through_vae=true", "data.max_bad=0.2", *more),
+            *("adversarial.real_through_vae=true", "data.max_bad_fraction=0.2", *more),
         ],
     )
 

@@ -36,7 +36,7 @@ def test_damaged_bodies_are_found_and_refused(command, tmp_path):
     assert "truncated or damaged image: 1 (003.png)" in out
     assert "missing image: 1 (gone.png)" in out
     assert "refused: 6.5% bad, allowed 1.0%" in out
-    code, out, _ = command(root, "--check", "--set", "data.max_bad=0.1")
+    code, out, _ = command(root, "--check", "--set", "data.max_bad_fraction=0.1")
     assert code == 0
     assert "usable: 2 bad samples will be left out or replaced" in out
 
@@ -44,7 +44,7 @@ def test_damaged_bodies_are_found_and_refused(command, tmp_path):
 def test_a_cut_archive_is_refused_whatever_its_share(command, tmp_path):
     path = write_tar(tmp_path / "a.tar", tar_members(samples(5)))
     path.write_bytes(path.read_bytes()[:-11000])
-    code, out, _ = command(path, "--check", "--set", "data.max_bad=0.5")
+    code, out, _ = command(path, "--check", "--set", "data.max_bad_fraction=0.5")
     assert code == 1
     assert "refused: an archive is cut short" in out
 

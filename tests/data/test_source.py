@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scenes_on_disk import samples, write_tars
 
 from flashdmd_ray.config import DataConfig, load_config
-from flashdmd_ray.data.ahead import Decoded, ThreadDecoder, following, stride
 from flashdmd_ray.data.build import build_images
+from flashdmd_ray.data.executor import in_threads, ranges
 from flashdmd_ray.data.index import open_index
-from flashdmd_ray.data.work import in_threads, ranges
+from flashdmd_ray.data.prefetch import Decoded, ThreadDecoder, following, stride
 
 SIZE = (16, 16)
 BATCH = 5
@@ -95,14 +95,14 @@ def test_ray_data_gives_the_same_images_in_the_same_order(written, cache):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_index_made_on_ray_is_the_same_file(written, tmp_path):
-    from flashdmd_ray.data.catalogue import open_indexed
+    from flashdmd_ray.data.datasets import open_indexed
     from flashdmd_ray.data.formats import Columns, open_images
     from flashdmd_ray.runtime.data_stream import on_ray
 
     format = open_images(str(written["tar"]), Columns())
     one, two = (
-        open_indexed(DataConfig(source=str(written["tar"]), cache=tmp_path / name), format, spread)
-        for name, spread in (("here", in_threads), ("there", on_ray))
+        open_indexed(DataConfig(source=str(written["tar"]), cache=tmp_path / name), format, executor)
+        for name, executor in (("here", in_threads), ("there", on_ray))
     )
     assert one.content == two.content
     assert one.table.equals(two.table)

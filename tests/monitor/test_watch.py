@@ -51,7 +51,7 @@ def test_images_that_change_while_no_reward_rises_are_no_hacking():
     assert set(run(monitor(), (3, {}), (10, {"monitor/edge_density": 0.1, "monitor/dark_share": 0.9}))) == {0}
 
 
-def test_one_facet_is_suspicious_and_two_are_hacking():
+def test_one_category_is_suspicious_and_two_are_hacking():
     watch = monitor(held_out=())
     risen = {"monitor/reward/a": 14.0}
     light = risen | {"monitor/dark_share": 0.5, "monitor/bright_share": 0.5}
@@ -60,13 +60,13 @@ def test_one_facet_is_suspicious_and_two_are_hacking():
     assert levels == sorted(levels)
     assert set(levels) == {0, 1, 2}
     assert [event.level for event in watch.history] == ["suspicious", "hacking"]
-    words = watch.history[-1].words
-    assert words.startswith("hacking: share of dark pixels rose from 0.1 to 0.5")
-    assert "edge density fell" in words
-    assert "while the optimised reward rose: a (by 2 of its spread)" in words
+    message = watch.history[-1].message
+    assert message.startswith("hacking: share of dark pixels rose from 0.1 to 0.5")
+    assert "edge density fell" in message
+    assert "while the optimised reward rose: a (by 2 of its spread)" in message
 
 
-def test_a_held_out_reward_that_is_left_behind_is_a_facet():
+def test_a_held_out_reward_that_is_left_behind_is_a_category():
     watch = monitor()
     figures = [
         watch.observe(step, HEALTHY | {"monitor/reward/a": 10.0 if step < 4 else 14.0})[0] for step in range(1, 9)
@@ -74,24 +74,24 @@ def test_a_held_out_reward_that_is_left_behind_is_a_facet():
     assert figures[-1]["monitor/held_out_gap"] == pytest.approx(2)
     assert figures[-1]["monitor/rise/a"] == pytest.approx(2)
     assert watch.verdict.level == "suspicious"
-    assert watch.verdict.signs == {"held_out_gap": 1}
+    assert watch.verdict.alarms == {"held_out_gap": 1}
 
 
-def test_a_sign_of_twice_its_limit_counts_twice():
+def test_an_alarm_of_twice_its_limit_counts_twice():
     watch = monitor()
     run(watch, (3, {}), (5, {"monitor/reward/a": 14.0, "monitor/reward/b": 3.0}))
-    assert watch.verdict.signs == {"held_out_gap": 2}
+    assert watch.verdict.alarms == {"held_out_gap": 2}
     assert watch.verdict.level == "hacking"
 
 
-def test_one_wild_probe_is_no_sign():
+def test_one_wild_probe_raises_no_alarm():
     watch = monitor(held_out=())
     wild = [HEALTHY | {"monitor/reward/a": 14.0, "monitor/dark_share": 0.9 if step == 7 else 0.1} for step in range(20)]
     assert {watch.observe(step, metrics)[0][SEVERITY] for step, metrics in enumerate([HEALTHY] * 3 + wild)} == {0}
 
 
 def test_a_verdict_does_not_flicker():
-    """A sign once seen stays down to 0.8 of its limit; only then the run is healthy again."""
+    """An alarm once raised stays down to 0.8 of its limit; only then the run is healthy again."""
     watch = monitor(held_out=())
     risen = {"monitor/reward/a": 14.0}
     run(watch, (3, {}), (4, risen | {"monitor/dark_share": 0.41}), (6, risen | {"monitor/dark_share": 0.37}))
@@ -148,20 +148,20 @@ def test_saved_and_loaded_it_goes_on_as_if_never_stopped(cut):
     assert second.state() == straight.state()
 
 
-def test_the_report_s_words():
-    assert summary(monitor().state())["words"] == "no verdict: too few steps"
+def test_the_report_s_message():
+    assert summary(monitor().state())["message"] == "no verdict: too few steps"
     watch = monitor(held_out=())
     run(watch, (3, {}), (5, {}))
-    assert summary(watch.state())["words"] == "healthy whenever it looked, 3 times"
+    assert summary(watch.state())["message"] == "healthy whenever it looked, 3 times"
     run(watch, (9, HACKED), start=8)
     hacked = summary(watch.state())
     assert hacked["level"] == "hacking"
-    assert hacked["words"].startswith(
+    assert hacked["message"].startswith(
         "hacking: share of dark pixels rose from 0.1 to 0.5, edge density fell 75% below its start, while"
     )
-    assert hacked["words"].endswith(f"(since step {watch.history[-1].step})")
+    assert hacked["message"].endswith(f"(since step {watch.history[-1].step})")
     run(watch, (9, {}), start=17)
-    assert summary(watch.state())["words"].startswith("healthy at the end; after step")
+    assert summary(watch.state())["message"].startswith("healthy at the end; after step")
 
 
 def test_switched_off_it_says_nothing():

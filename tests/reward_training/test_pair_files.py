@@ -8,7 +8,7 @@ import torch
 
 from flashdmd_ray.config import RewardConfig
 from flashdmd_ray.data.formats.pairs import open_pairs
-from flashdmd_ray.data.samples import Bad
+from flashdmd_ray.data.sample import Bad
 from flashdmd_ray.reward_training.config import PairsConfig
 from flashdmd_ray.reward_training.made_pairs import demo_pairs
 from flashdmd_ray.reward_training.pairs import is_held_out, open_pair_data
@@ -33,9 +33,11 @@ def test_bad_rows_are_counted_named_and_never_used(tmp_path) -> None:
     for number, changes in enumerate(BAD_ROWS.values()):
         rows[7 * number] = row(7 * number) | changes
     path = str(write_pairs(tmp_path / "pairs.parquet", rows))
-    with pytest.raises(ValueError, match=r"5 of 40 samples are bad \(12\.5%, allowed 1\.0%\).*raise pairs\.max_bad"):
+    with pytest.raises(
+        ValueError, match=r"5 of 40 samples are bad \(12\.5%, allowed 1\.0%\).*raise pairs\.max_bad_fraction"
+    ):
         open_pair_data(config_for(tmp_path), path, (16, 16), 0)
-    data = open_pair_data(config_for(tmp_path, max_bad=0.2, held_out=0.3), path, (16, 16), 0)
+    data = open_pair_data(config_for(tmp_path, max_bad_fraction=0.2, held_out=0.3), path, (16, 16), 0)
     assert {reason: named.names for reason, named in data.tally.bad.items()} == {
         reason: [f"pairs.parquet group {7 * n // 8} row {7 * n % 8}"] for n, reason in enumerate(BAD_ROWS)
     }
@@ -85,7 +87,7 @@ def test_datasets_on_disk_are_the_same_pairs(tmp_path) -> None:
     rows = [row(number) for number in range(20)]
     rows[3]["label_0"] = None
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "hub"))
-    settings = {"held_out": 0.2, "max_bad": 0.1}
+    settings = {"held_out": 0.2, "max_bad_fraction": 0.1}
     found = open_pair_data(config_for(tmp_path, **settings), str(tmp_path / "hub"), (16, 16), 0)
     assert found.tally.bad["no label"].names == ["row 3"]
     written = write_pairs(tmp_path / "p.parquet", rows, group=32)

@@ -134,7 +134,7 @@ def test_rewards_judge_given_pairs_and_what_the_teacher_draws(configure, tmp_pat
         "held_out": 0.3,
     }
     config = configure(
-        "drawn", steps=2, rewards=rewards, pairs=drawn | {"cache": str(tmp_path / "cache"), "max_bad": 0.1}
+        "drawn", steps=2, rewards=rewards, pairs=drawn | {"cache": str(tmp_path / "cache"), "max_bad_fraction": 0.1}
     )
     assert run_reward_training(config) == 0
     data = open_pair_data(config.pairs, str(config.run.dir / "drawn" / "pairs" / "all"), (16, 16), 0)
@@ -259,5 +259,5 @@ def test_rows_that_rewards_cannot_judge_stop_the_job(configure, monkeypatch) -> 
 
     monkeypatch.setattr(prepare, "judge", broken)
     pairs = configure().pairs.model_dump() | {"labels": "rewards"}
-    with pytest.raises(ValueError, match=r"pairs got a reward that is not finite .*raise pairs\.max_bad"):
+    with pytest.raises(ValueError, match=r"pairs got a reward that is not finite .*raise pairs\.max_bad_fraction"):
         run_reward_training(configure("broken", rewards=[{"kind": "pickscore"}], pairs=pairs))

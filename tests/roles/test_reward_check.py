@@ -49,16 +49,16 @@ def test_a_reward_that_prefers_noise_is_refused_unless_its_owner_says_why():
     check(Roughness(1.0))
     check(Brightness(1.0))  # the same pixels in another order are as bright
     check(Brightness(-1.0))
-    with pytest.raises(ValueError, match=r"'mine' \(pickscore, demo\) prefers noise .* `unordered`") as refusal:
+    with pytest.raises(ValueError, match=r"'mine' \(pickscore, demo\) prefers noise .* `skip_noise_check`") as refusal:
         check(Roughness(-1.0))
     assert "\n" not in str(refusal.value)
-    check(Roughness(-1.0), unordered="measures roughness")
+    check(Roughness(-1.0), skip_noise_check="measures roughness")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_is_refused_whatever_its_owner_says(value):
     with pytest.raises(ValueError, match="a reward must be finite"):
-        check(Roughness(value), unordered="whatever")
+        check(Roughness(value), skip_noise_check="whatever")
 
 
 def test_a_reward_that_raises_is_refused_in_one_line():

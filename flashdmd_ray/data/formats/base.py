@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from flashdmd_ray.data.samples import Bad, Sample
+from flashdmd_ray.data.sample import Bad, Sample
 
 CAPTIONS = ("caption", "text", "prompt", "txt")
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img")
@@ -43,7 +43,7 @@ class ImageFormat(TextFormat, Protocol):
     """Captioned images in files."""
 
     @property
-    def mix(self) -> int | None:
+    def shuffle_blocks(self) -> int | None:
         """How many blocks are best shuffled together; None where any sample can be read alone."""
 
     def read(self, sample: Sample) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flashdmd_ray.data.formats.base import CAPTIONS, Columns, choose
 from flashdmd_ray.data.pixels import SUFFIXES, image_size
-from flashdmd_ray.data.samples import (
+from flashdmd_ray.data.sample import (
     BROKEN_LINE,
     DUPLICATE,
     LEAVES_FOLDER,
@@ -33,7 +33,7 @@ class FolderImages:
     root: Path
     columns: Columns
     kind = "image folder"
-    mix = None
+    shuffle_blocks = None
 
     def files(self) -> Iterable[Path]:
         yield self.root / METADATA

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashdmd_ray.data.formats.base import Columns
 from flashdmd_ray.data.formats.row import Row, captioned
-from flashdmd_ray.data.samples import LEAVES_FOLDER, MISSING_IMAGE, Bad, BadSample, Sample
+from flashdmd_ray.data.sample import LEAVES_FOLDER, MISSING_IMAGE, Bad, BadSample, Sample
 
 PREFIX = "hf:"
 PIECE = 1024
@@ -22,7 +22,7 @@ class HubRows(ABC):
     """Rows of one split; they lie in memory-mapped files, so any row can be read alone and all are one block."""
 
     source: str
-    mix = None
+    shuffle_blocks = None
 
     @abstractmethod
     def row(self, present: Sequence[str]) -> Row:

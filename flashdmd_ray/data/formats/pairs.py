@@ -13,7 +13,7 @@ from typing import Protocol
 from flashdmd_ray.data.formats.hub import PREFIX, HubRows
 from flashdmd_ray.data.formats.parquet import RowGroups, open_table
 from flashdmd_ray.data.formats.row import Row
-from flashdmd_ray.data.samples import Bad, Sample
+from flashdmd_ray.data.sample import Bad, Sample
 
 CAPTION, IMAGES, LABELS = "caption", ("jpg_0", "jpg_1"), ("label_0", "label_1")
 PAIR = Row(CAPTION, IMAGES, LABELS)
@@ -30,8 +30,8 @@ class PairFormat(Protocol):
     def kind(self) -> str: ...
 
     @property
-    def mix(self) -> int | None:
-        """As `ImageFormat.mix`."""
+    def shuffle_blocks(self) -> int | None:
+        """As `ImageFormat.shuffle_blocks`."""
 
     def files(self) -> Iterable[Path]: ...
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from flashdmd_ray.data.formats.base import Columns
 from flashdmd_ray.data.formats.row import Row, captioned
-from flashdmd_ray.data.samples import MISSING_IMAGE, Bad, BadSample, Sample
+from flashdmd_ray.data.sample import MISSING_IMAGE, Bad, BadSample, Sample
 
-GROUPS_MIXED = 8
+GROUPS_SHUFFLED = 8
 ROWS = 64
 DAMAGED_GROUP = "damaged row group"
 
@@ -36,7 +36,9 @@ class Groups:
             if block not in self._kept:
                 self._kept[block] = load(block)
             self._kept.move_to_end(block)
-            while len(self._kept) > GROUPS_MIXED + 2:  # two more than are mixed: one group ends while the next begins
+            while (
+                len(self._kept) > GROUPS_SHUFFLED + 2
+            ):  # two more than are mixed: one group ends while the next begins
                 self._kept.popitem(last=False)
             return self._kept[block]
 
@@ -50,7 +52,7 @@ class RowGroups(ABC):
 
     tables: tuple[Path, ...]
     groups: Groups = field(default_factory=Groups, compare=False, repr=False, kw_only=True)
-    mix = GROUPS_MIXED
+    shuffle_blocks = GROUPS_SHUFFLED
 
     @abstractmethod
     def row(self, path: Path) -> Row:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashdmd_ray.data.formats.base import CAPTIONS, Columns, choose
-from flashdmd_ray.data.samples import BROKEN_LINE, Bad, BadSample, Sample, check_caption
+from flashdmd_ray.data.sample import BROKEN_LINE, Bad, BadSample, Sample, check_caption
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flashdmd_ray.data.formats.base import CAPTIONS, IMAGES, Columns, choose
 from flashdmd_ray.data.pixels import image_size
-from flashdmd_ray.data.samples import Bad, BadSample, Sample, check_caption
+from flashdmd_ray.data.sample import Bad, BadSample, Sample, check_caption
 
 
 @dataclass(frozen=True)

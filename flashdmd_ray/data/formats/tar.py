@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from flashdmd_ray.data.formats.base import CAPTIONS, Columns
 from flashdmd_ray.data.pixels import SUFFIXES, image_size
-from flashdmd_ray.data.samples import (
+from flashdmd_ray.data.sample import (
     CUT_ARCHIVE,
     DUPLICATE,
     LARGEST_CAPTION,
@@ -33,7 +33,7 @@ class TarImages:
     archives: tuple[Path, ...]
     columns: Columns
     kind = "webdataset tar"
-    mix = None
+    shuffle_blocks = None
 
     def files(self) -> Iterable[Path]:
         return self.archives

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from flashdmd_ray.data.samples import Tally
+from flashdmd_ray.data.tally import Tally
 
 if TYPE_CHECKING:  # what indexes and checks data needs no torch
     from torch import Tensor

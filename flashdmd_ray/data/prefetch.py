@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from flashdmd_ray.data.pixels import Pixels
-from flashdmd_ray.data.samples import Bad
+from flashdmd_ray.data.sample import Bad
 
 Size = tuple[int, int]
 
@@ -29,7 +29,7 @@ class Decoder(Protocol):
         """The images at `positions`, cropped and resized to `size` = (H, W). Raises what decoding raises."""
 
 
-class Finder(Protocol):
+class SampleReader(Protocol):
     """What a decoder needs of the real images."""
 
     def numbers(self, positions: Sequence[int]) -> list[int]:
@@ -46,7 +46,7 @@ class ThreadDecoder:
     guess costs a decoding, never another image.
     """
 
-    def __init__(self, images: Finder, threads: int, batches: int) -> None:
+    def __init__(self, images: SampleReader, threads: int, batches: int) -> None:
         """batches: how many of them to be ahead."""
         self._images = images
         self._batches = batches

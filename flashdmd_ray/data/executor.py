@@ -12,19 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-Make = Callable[[], Callable[[Any], Any]]
+MakeWorker = Callable[[], Callable[[Any], Any]]
 
 
-class Spread(Protocol):
+class Executor(Protocol):
     """Somewhere to do the work."""
 
-    def __call__(self, make: Make, items: Sequence[Any], workers: int) -> Iterator[Any]:
-        """The result of every item, in order, a few ahead of what is taken. make and items are pickled."""
+    def __call__(self, make_worker: MakeWorker, items: Sequence[Any], workers: int) -> Iterator[Any]:
+        """The result of every item, in order, a few ahead of what is taken. make_worker and items are pickled."""
 
 
-def in_threads(make: Make, items: Sequence[Any], workers: int) -> Iterator[Any]:
+def in_threads(make_worker: MakeWorker, items: Sequence[Any], workers: int) -> Iterator[Any]:
     """In threads of this process that share one callable."""
-    do = make()
+    do = make_worker()
     waiting: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -44,11 +44,11 @@ def ranges(count: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-class Doing:
+class BatchWorker:
     """One item of a batch to one result, in a worker process of Ray Data. Both travel as bytes."""
 
-    def __init__(self, make: Make) -> None:
-        self._do = make()
+    def __init__(self, make_worker: MakeWorker) -> None:
+        self._do = make_worker()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         return {"result": [pickle.dumps(self._do(pickle.loads(item))) for item in batch["item"]]}

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.config import DataConfig
+from flashdmd_ray.data.executor import Executor, in_threads
 from flashdmd_ray.data.formats import Columns, ImageFormat, TextFormat, open_images, open_prompts
 from flashdmd_ray.data.index import Index, Scanned, default_cache, is_indexed, open_index, scan_piece
-from flashdmd_ray.data.work import Spread, in_threads
 
 
-def named(config: DataConfig) -> dict[str, TextFormat]:
+def named_datasets(config: DataConfig) -> dict[str, TextFormat]:
     """By key of the configuration, the data sets in files. Reads no sample. Raises ValueError when one is not there."""
     found: dict[str, TextFormat] = {}
     if config.source != "demo":
@@ -38,30 +38,30 @@ def columns(config: DataConfig) -> Columns:
     return Columns(config.caption, config.image)
 
 
-def open_indexed(config: DataConfig, format: TextFormat, spread: Spread = in_threads) -> Index:
-    """The index of a data set, bad or not; made where `spread` does its work when it is not in the cache."""
-    return open_index(format, cache_folder(config), partial(_scan, spread=spread, workers=config.workers))
+def open_indexed(config: DataConfig, format: TextFormat, executor: Executor = in_threads) -> Index:
+    """The index of a data set, bad or not; made where `executor` does its work when it is not in the cache."""
+    return open_index(format, cache_folder(config), partial(_scan, executor=executor, workers=config.workers))
 
 
-def _scan(format: TextFormat, spread: Spread, workers: int) -> Iterator[Scanned]:
-    return spread(partial(_scanner, format), range(format.pieces()), workers)
+def _scan(format: TextFormat, executor: Executor, workers: int) -> Iterator[Scanned]:
+    return executor(partial(_scanner, format), range(format.pieces()), workers)
 
 
 def _scanner(format: TextFormat) -> Callable[[int], Scanned]:
     return partial(scan_piece, format)
 
 
-def judged_index(config: DataConfig, key: str, format: TextFormat) -> Index:
-    """The index of the data set called `key`. Raises ValueError when more than `max_bad` of its samples are bad."""
+def accepted_index(config: DataConfig, key: str, format: TextFormat) -> Index:
+    """The index of the data set called `key`. Raises ValueError when more than `max_bad_fraction` of its samples are bad."""
     index = open_indexed(config, format)
-    index.tally.check(config.max_bad, f"data.{key} {getattr(config, key)}")
+    index.tally.check(config.max_bad_fraction, f"data.{key} {getattr(config, key)}")
     return index
 
 
 def describe_data(config: DataConfig) -> list[str]:
     """What `--dry-run` says about the data, a line for each data set. Raises ValueError for one that is not there."""
     lines = [f"source: {config.scenes:,} digit scenes of the train split"] if config.source == "demo" else []
-    for key, format in named(config).items():
+    for key, format in named_datasets(config).items():
         cache = cache_folder(config)
         if is_indexed(format, cache):
             index = open_indexed(config, format)
@@ -75,7 +75,7 @@ def describe_data(config: DataConfig) -> list[str]:
 def data_report(config: DataConfig) -> dict[str, dict[str, Any]]:
     """What indexing found, by key: path, kind, a digest of the content, samples seen, and bad ones by reason."""
     found = {}
-    for key, format in named(config).items():
+    for key, format in named_datasets(config).items():
         index = open_indexed(config, format)
         facts = {"path": getattr(config, key), "kind": format.kind, "content": index.content}
         found[key] = facts | index.tally.as_json()

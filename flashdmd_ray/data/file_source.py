@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashdmd_ray.data.ahead import Decoded, Decoder, Size
-from flashdmd_ray.data.images import FileImages
+from flashdmd_ray.data.image_reader import ImageReader
+from flashdmd_ray.data.image_source import RealLatents, Reals
 from flashdmd_ray.data.index import Index
 from flashdmd_ray.data.order import Order
 from flashdmd_ray.data.precomputed import StoredLatents
-from flashdmd_ray.data.samples import Bad, Tally
-from flashdmd_ray.data.source import RealLatents, Reals
+from flashdmd_ray.data.prefetch import Decoded, Decoder, Size
+from flashdmd_ray.data.sample import Bad
+from flashdmd_ray.data.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +29,10 @@ class FileSource:
 
     def __init__(
         self,
-        images: FileImages,
+        images: ImageReader,
         prompts: Index,
         decoder: Decoder,
-        max_bad: float,
+        max_bad_fraction: float,
     ) -> None:
         self.images = images
         self.decoder = decoder
@@ -39,7 +40,7 @@ class FileSource:
         """Latents computed before the run, for `latents`."""
         self._prompts = prompts
         self._prompt_order = Order([len(prompts)], images.order.seed)
-        self._max_bad = max_bad
+        self._max_bad_fraction = max_bad_fraction
         self._met = Tally()
         self._known: set[Bad] = set()
         self._replaced = 0
@@ -51,7 +52,7 @@ class FileSource:
         return self._prompts.captions(self._prompt_order.samples(stream, positions.numpy()).tolist())
 
     def reals(self, positions: Tensor, size: Size) -> Reals:
-        """Raises ValueError, with the report, when more than data.max_bad of the images decoded so far were bad."""
+        """Raises ValueError, with the report, when more than data.max_bad_fraction of the images decoded so far were bad."""
         decoded = self.decoder.take(positions.tolist(), size)
         self._count(decoded)
         pixels = torch.from_numpy(np.stack([d.pixels for d in decoded])).permute(0, 3, 1, 2)
@@ -78,9 +79,9 @@ class FileSource:
             self._met.note_bad(bad)
             if bad.key in self._met.bad[bad.reason].names:
                 log.warning("%s: %s; the next image takes its place", bad.key, bad.reason)
-        if self._met.seen >= ENOUGH and self._replaced > self._max_bad * self._met.seen:
+        if self._met.seen >= ENOUGH and self._replaced > self._max_bad_fraction * self._met.seen:
             raise ValueError(
                 f"data.source: {self._replaced} of {self._met.seen} images could not be decoded "
-                f"({self._replaced / self._met.seen:.1%}, allowed {self._max_bad:.1%}): {'; '.join(self._met.lines())}; "
-                "mend or remove them, or raise data.max_bad"
+                f"({self._replaced / self._met.seen:.1%}, allowed {self._max_bad_fraction:.1%}): {'; '.join(self._met.lines())}; "
+                "mend or remove them, or raise data.max_bad_fraction"
             )

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashdmd_ray.data.image_source import RealLatents, Reals
 from flashdmd_ray.data.index import Index
 from flashdmd_ray.data.order import Order
-from flashdmd_ray.data.samples import Tally
-from flashdmd_ray.data.source import RealLatents, Reals
+from flashdmd_ray.data.tally import Tally
 
 REALS = "reals"
 

@@ -6,29 +6,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashdmd_ray.data.ahead import Decoded, Size
 from flashdmd_ray.data.formats import ImageFormat
 from flashdmd_ray.data.index import Index
 from flashdmd_ray.data.order import Order
 from flashdmd_ray.data.pixels import decode
-from flashdmd_ray.data.samples import Bad, BadSample
+from flashdmd_ray.data.prefetch import Decoded, Size
+from flashdmd_ray.data.sample import Bad, BadSample
 
 REALS = "reals"
 LONGEST_SEARCH = 100
 """Bad samples in a row after which there is no point in looking on."""
 
 
-class FileImages:
+class ImageReader:
     """Real images of a data set. What an index cannot know, that a body is damaged, is found when it is decoded.
 
     Such a sample is replaced by the next one of the index that can be decoded, wherever and whenever that is done, so
     batches keep their size and do not depend on who decodes.
     """
 
-    def __init__(self, format: ImageFormat, index: Index, seed: int, mix: int | None) -> None:
+    def __init__(self, format: ImageFormat, index: Index, seed: int, shuffle_blocks: int | None) -> None:
         self.format = format
         self.index = index
-        self.order = Order(index.block_sizes.tolist(), seed, mix)
+        self.order = Order(index.block_sizes.tolist(), seed, shuffle_blocks)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -56,10 +56,10 @@ class FileImages:
         )
 
 
-class BatchDecoding:
+class BatchReader:
     """Decodes the images at positions, in a worker process."""
 
-    def __init__(self, images: FileImages, size: Size) -> None:
+    def __init__(self, images: ImageReader, size: Size) -> None:
         self._images = images
         self._size = size
 
