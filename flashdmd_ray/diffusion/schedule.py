@@ -57,7 +57,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What a perfect network would predict at x_t, in its own parameterisation, (B, ...)."""
+        """Regression target at x_t in the network's own parameterisation, (B, ...)."""
 
     @abstractmethod
     def network_timestep(self, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a reward model learns from labelled pairs."""
+"""Loss of a reward model on labelled pairs."""
 
 from __future__ import annotations
 

@@ -43,11 +43,11 @@ class DenoiserWithHead(nn.Module):
         noisy: Tensor,
         timesteps: Tensor,
         conditioning: Conditioning,
-        judged: tuple[Tensor, Tensor, Conditioning] | None = None,
+        gan_inputs: tuple[Tensor, Tensor, Conditioning] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction; with `judged` (noisy latents, timesteps, conditioning) also their logits, from one call of the engine."""
+        """The prediction; with `gan_inputs` (noisy latents, timesteps, conditioning) also their logits, from one call of the engine."""
         prediction = self.denoiser(noisy, timesteps, conditioning)
-        return prediction if judged is None else (prediction, self.logits(*judged))
+        return prediction if gan_inputs is None else (prediction, self.logits(*gan_inputs))
 
     def logits(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """float32 (B, N): one logit per position of the mid block."""
@@ -84,21 +84,21 @@ class AdversarialScoreEstimator(ScoreEstimator):
         )
         network_timesteps = self.schedule.network_timestep(timesteps)
         real_conditioning = self.family.encode(reals.captions)
-        losses, told = torch.zeros(2, device=self.engine.device), []
+        losses, logit_pairs = torch.zeros(2, device=self.engine.device), []
         for rows in self.engine.micro_batches(len(noisy)):
-            judged = (
+            gan_inputs = (
                 torch.cat([noisy_reals[rows], noisy[rows]]),
                 network_timesteps[rows].repeat(2),
                 Conditioning.concat([real_conditioning[rows], conditioning[rows]]),
             )
-            prediction, logits = self.engine(noisy[rows], network_timesteps[rows], conditioning[rows], judged)
+            prediction, logits = self.engine(noisy[rows], network_timesteps[rows], conditioning[rows], gan_inputs)
             denoising = self._denoising_loss(prediction, fakes.values[rows], noisy[rows], eps[rows], timesteps[rows])
             adversarial = discriminator_loss(*halves(logits), self.config.adversarial.loss)
             self.engine.backward(denoising + self.config.adversarial.score_weight * adversarial)
             losses += torch.stack([denoising, adversarial]).detach() * (len(prediction) / len(noisy))
-            told.append(torch.stack(halves(logits)).detach())
+            logit_pairs.append(torch.stack(halves(logits)).detach())
         norm = self.engine.update("distillation")
-        real_logits, fake_logits = torch.cat(told, dim=1)
+        real_logits, fake_logits = torch.cat(logit_pairs, dim=1)
         return {
             "score/loss": losses[0].item(),
             "score/grad_norm": norm,
@@ -122,7 +122,7 @@ class LatentDiscriminator(Saved):
 
     @property
     def device(self) -> torch.device:
-        """Where its networks compute."""
+        """Device of its networks."""
         return self.estimator.device
 
     def gan_gradient(self, fakes: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, Metrics]:

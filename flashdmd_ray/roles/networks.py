@@ -1,4 +1,4 @@
-"""What the roles of one process share: the loaded teacher family and a denoiser bound to its prompts."""
+"""The parts that roles of one process share: the teacher family, trained networks and their files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def resolve(path: str, part: str) -> str:
 
 
 def device_of(config: Config, group: str) -> torch.device:
-    """Where the networks of a worker group compute: this process's first GPU, or the CPU when `placement.<group>.gpus` is 0.
+    """Device of a worker group's networks: this process's first GPU, or the CPU when `placement.<group>.gpus` is 0.
 
     Raises ValueError when torch sees no GPU.
     """
@@ -81,7 +81,7 @@ def load_parts(model: ModelConfig, parts: Collection[str]) -> Family:
 
 
 def trained_network(config: Config, family: Family, role: NetworkName) -> Denoiser:
-    """Where the training of a role starts: a whole float32 copy of the teacher, or an adapter of it that changes nothing yet.
+    """Build the network a role starts from: a whole float32 copy of the teacher, or an adapter that changes nothing yet.
 
     Generator and score estimator start from the same values either way. Raises ValueError for an unusable `lora.targets`.
     """

@@ -37,7 +37,7 @@ class Rollout:
 
     @property
     def device(self) -> torch.device:
-        """Where its networks compute."""
+        """Device of its networks."""
         return self.family.device
 
     def load_weights(self, weights: PublishedWeights) -> None:
