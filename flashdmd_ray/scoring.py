@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Candidates
 from flashdmd_ray.config import Config, RewardConfig
+from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.errors import DeadlineExceeded, PoolClosed, RoleFailed, WorkerError
 from flashdmd_ray.runtime.protocol import Runtime
 
@@ -75,7 +76,7 @@ def _score_chunk(pool: Reward, rewards: tuple[RewardConfig, ...], chunk: Candida
             chunk.version,
             groups,
             ", ".join(labels),
-            " ".join(str(error).split())[:300] or type(error).__name__,
+            one_line(error),
         )
         nothing = torch.full((groups, count), torch.nan)
         return Scores(dict.fromkeys(labels, nothing), dict.fromkeys(labels, (_reason(error),) * groups))

@@ -15,6 +15,7 @@ from torch import Tensor
 from flashdmd_ray.checkpoint.manifest import Part, describe
 from flashdmd_ray.checkpoint.store import flush
 from flashdmd_ray.checkpoint.tensors import save_tensors
+from flashdmd_ray.run.messages import typed_line
 from flashdmd_ray.run.storage import Location, RemotePath
 
 
@@ -105,7 +106,7 @@ class PartWriter:
         try:
             report = PartReport(file.name, part=write_part(file.directory.path / file.name, tensors))
         except Exception as error:  # whatever it is, the driver must hear of it
-            report = PartReport(file.name, error=" ".join(f"{type(error).__name__}: {error}".split()))
+            report = PartReport(file.name, error=typed_line(error))
         tensors.clear()  # free the copies before the next part is waited for
         with self._lock:
             if file in self._reports:

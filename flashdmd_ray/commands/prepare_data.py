@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.data.executor import Executor, in_threads
-from flashdmd_ray.run.command_line import FAILED, brief, prepare_process, refuse, say
+from flashdmd_ray.run.command_line import FAILED, add_set, run_command
 
 PROMPTS = (".txt", ".jsonl", ".ndjson")
 
@@ -19,20 +19,15 @@ PROMPTS = (".txt", ".jsonl", ".ndjson")
 def prepare_data_command(arguments: Sequence[str] | None = None) -> int:
     """`prepare_data.py SOURCE [--check] [--embeddings] [--latents] [--out DIR] ...`; returns the exit code."""
     options = _parse(arguments)
-    prepare_process()
-    try:
-        config = _config(options)
-        steps = [step for step in ("embeddings", "latents") if getattr(options, step)]
-        if steps and options.out is None:
-            raise ValueError("--out: name the folder that the computed files go to")
-        return _on(options.runtime, lambda executor: _run(config, options, steps, executor))
-    except ValueError as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        say(f"failed: {brief(error)}")
-        return FAILED
+    return run_command(lambda: _prepare(options))
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    config = _config(options)
+    steps = [step for step in ("embeddings", "latents") if getattr(options, step)]
+    if steps and options.out is None:
+        raise ValueError("--out: name the folder that the computed files go to")
+    return _on(options.runtime, lambda executor: _run(config, options, steps, executor))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,14 +49,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", type=Path, metavar="CONFIG.yaml", help="a run's configuration; its model and data keys hold"
     )
-    parser.add_argument(
-        "--set",
-        metavar="key=value",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="set a key, e.g. model.resolution=[512,512]",
-    )
+    add_set(parser, "model.resolution=[512,512]")
     parser.add_argument("--workers", type=int, metavar="N", help="threads, or Ray actors (default: data.workers)")
     parser.add_argument(
         "--runtime",

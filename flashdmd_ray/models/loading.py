@@ -15,6 +15,8 @@ from torch import nn
 from transformers import CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from flashdmd_ray.run.messages import one_line
+
 # A damaged or foreign file can raise any of these from safetensors, json, diffusers and transformers; none of them
 # names the remedy.
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
@@ -29,8 +31,9 @@ def load_part(path: str, part: str, load: Callable[[], Any]) -> Any:
         # safetensors and diffusers also raise classes of their own, derived from Exception alone.
         if not isinstance(error, _LOADING_ERRORS) and type(error).__module__.split(".")[0] not in _LOADING_PACKAGES:
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot load {part or 'the model'} from {path}: {reason[:300]}; {_remedy(path)}") from error
+        raise ValueError(
+            f"cannot load {part or 'the model'} from {path}: {one_line(error)}; {_remedy(path)}"
+        ) from error
 
 
 def _remedy(path: str) -> str:

@@ -17,6 +17,7 @@ from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
 from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.run.files import new_folder
+from flashdmd_ray.run.messages import one_line
 
 FACTS = "flashdmd.json"
 FORMAT = 2
@@ -55,9 +56,7 @@ def load_student(family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
     try:
         student.load_state_dict(dict(weights))
     except RuntimeError as error:
-        raise ValueError(
-            f"the weights do not fit the denoiser of {family.path}: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise ValueError(f"the weights do not fit the denoiser of {family.path}: {one_line(error)}") from None
     return student.requires_grad_(False).eval().to(family.device)
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashdmd_ray.config import Config, load_config
-from flashdmd_ray.run.command_line import FAILED, brief, prepare_process, refuse, say
+from flashdmd_ray.run.command_line import run_command
 from flashdmd_ray.run.files import write_atomically
 from flashdmd_ray.run.storage import Location, checkpoint_root
 
@@ -37,7 +37,12 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=2000, help="held-out prompts per row (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of prompts and noise (default: the run's own)")
     options = parser.parse_args(arguments)
-    return _execute(lambda: evaluate_run(options.run, options.samples, options.seed))
+
+    def work() -> int:
+        evaluate_run(options.run, options.samples, options.seed)
+        return 0
+
+    return run_command(work)
 
 
 def export_command(arguments: Sequence[str] | None = None) -> int:
@@ -62,21 +67,12 @@ def export_command(arguments: Sequence[str] | None = None) -> int:
         "--out", metavar="DIRECTORY", type=Path, help="where to (default: RUN/export, RUN/lora or RUN/kohya)"
     )
     options = parser.parse_args(arguments)
-    return _execute(lambda: export_run(options.run, options.checkpoint, options.out, options.format))
 
+    def work() -> int:
+        export_run(options.run, options.checkpoint, options.out, options.format)
+        return 0
 
-def _execute(command: Callable[[], object]) -> int:
-    prepare_process()
-    try:
-        command()
-    except ValueError as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        say(f"failed: {brief(error)}")
-        return FAILED
-    return 0
+    return run_command(work)
 
 
 def evaluate_run(run: Path, samples: int, seed: int | None) -> Mapping[str, object]:

@@ -5,15 +5,13 @@ Exit codes: 0 done, 1 the run failed, 2 the configuration or a file it names is 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from flashdmd_ray.config import DEFAULT_CONFIG, dump_config, load_as
 from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.models.teacher_files import teacher_files
 from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
-from flashdmd_ray.run.command_line import exit_code, refuse
+from flashdmd_ray.run.command_line import refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
 
 DEMO = DEFAULT_CONFIG.with_name("latent_reward_demo.yaml")
@@ -21,7 +19,13 @@ DEMO = DEFAULT_CONFIG.with_name("latent_reward_demo.yaml")
 
 def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
     """`train_latent_reward.py CONFIG.yaml [--set key=value ...] [--dry-run]`; returns the exit code."""
-    options = _parse(arguments)
+    options = training_parser(
+        "train_latent_reward.py",
+        "Train a latent reward model on labelled pairs of images, or on the verdicts of pixel rewards, and measure it.",
+        "Every key is explained in flashdmd_ray/reward_training/config.py; see docs/rewards.md.",
+        "say what would be done",
+        DEMO,
+    ).parse_args(arguments)
     try:
         config = load_as(RewardTrainingConfig, options.config, options.set)
         run = RunDirectory.check(config.run.dir, config.run.name)
@@ -30,41 +34,13 @@ def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
         return refuse(error)
     print(dump_config(config), flush=True)
     print("\n".join(plan), flush=True)
-    if options.dry_run:
-        return 0
-
-    def train() -> int:
-        from flashdmd_ray.reward_training.job import run_reward_training
-
-        return run_reward_training(config)
-
-    return exit_code(train, run)
+    return 0 if options.dry_run else run_training(lambda: _train(config), run)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train_latent_reward.py",
-        description="Train a latent reward model on labelled pairs of images, or on the verdicts of pixel rewards, and measure it.",
-        epilog="The same command again resumes the job. Keys are explained in flashdmd_ray/reward_training/config.py; see docs/rewards.md.",
-    )
-    parser.add_argument(
-        "config",
-        metavar="CONFIG.yaml",
-        nargs="?",
-        type=Path,
-        default=DEMO,
-        help="a configuration file; default: the shipped demo",
-    )
-    parser.add_argument(
-        "--set",
-        metavar="key=value",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="set a key, e.g. steps=400 run.name=long",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, then stop")
-    return parser.parse_args(arguments)
+def _train(config: RewardTrainingConfig) -> int:
+    from flashdmd_ray.reward_training.job import run_reward_training
+
+    return run_reward_training(config)
 
 
 def describe(config: RewardTrainingConfig, run: RunDirectory) -> list[str]:

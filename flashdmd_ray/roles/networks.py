@@ -24,6 +24,7 @@ from flashdmd_ray.models import family_class
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import PARTS, Family
+from flashdmd_ray.run.messages import one_line
 
 NetworkName = Literal["generator", "score"]
 
@@ -112,7 +113,7 @@ def student_network(config: Config, family: Family, weights: Mapping[str, Tensor
         network.load_state_dict(dict(weights))
     except RuntimeError as error:
         raise ValueError(
-            f"the weights do not fit the generator of this configuration on {family.path}: {' '.join(str(error).split())[:300]}"
+            f"the weights do not fit the generator of this configuration on {family.path}: {one_line(error)}"
         ) from None
     return network
 

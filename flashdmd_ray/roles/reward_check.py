@@ -15,6 +15,7 @@ from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel
 from flashdmd_ray.models.rewards import PixelReward
 from flashdmd_ray.roles.networks import load_parts
+from flashdmd_ray.run.messages import typed_line
 
 PROMPT = "a red 0 on a gray background"
 SIDE = 224
@@ -67,8 +68,7 @@ def judge(reward: RewardConfig, score: Callable[[], Tensor]) -> None:
     try:
         good, destroyed = score().tolist()
     except Exception as error:
-        brief = " ".join(str(error).split())[:300]
-        raise ValueError(f"{where} cannot score a known image: {type(error).__name__}: {brief}") from error
+        raise ValueError(f"{where} cannot score a known image: {typed_line(error)}") from error
     if not torch.tensor([good, destroyed]).isfinite().all():
         raise ValueError(
             f"{where} gives {good:g} for a known image and {destroyed:g} for noise; a reward must be finite"

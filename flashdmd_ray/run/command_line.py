@@ -1,24 +1,70 @@
-"""Exit codes and one-line errors of every command."""
+"""Options, exit codes and one-line errors that the commands share."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.messages import one_line, typed_line
 
 FAILED, REFUSED = 1, 2
 
 LONGEST_MESSAGE = 600
 
 
-def exit_code(work: Callable[[], int], run: RunDirectory) -> int:
-    """Do work in that run folder. Whatever ends it early becomes one line and an exit code; the traceback goes to the folder."""
+def training_parser(
+    prog: str, description: str, keys: str, dry_run: str, default: Path | None = None
+) -> argparse.ArgumentParser:
+    """A parser with CONFIG.yaml, --set and --dry-run. keys: where every key is explained. dry_run: what --dry-run does."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"The same command again resumes the run where it stopped. {keys}",
+    )
+    parser.add_argument(
+        "config",
+        metavar="CONFIG.yaml",
+        nargs="?",
+        type=Path,
+        default=default,
+        help="a configuration file; default: the shipped demo",
+    )
+    add_set(parser, "steps=400 run.name=long")
+    parser.add_argument("--dry-run", action="store_true", help=f"{dry_run}, then stop")
+    return parser
+
+
+def add_set(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add the option `--set key=value ...`, which may be given several times."""
+    parser.add_argument(
+        "--set", metavar="key=value", nargs="+", action="extend", default=[], help=f"set a key, e.g. {example}"
+    )
+
+
+def run_command(work: Callable[[], int]) -> int:
+    """Do the work of a command that has no run folder of its own; an error becomes one line and an exit code."""
+    prepare_process()
+    try:
+        return work()
+    except ValueError as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        say(f"failed: {brief(error)}")
+        return FAILED
+
+
+def run_training(work: Callable[[], int], run: RunDirectory) -> int:
+    """As `run_command` for work in a run folder, which gets the traceback. A new folder in which nothing was recorded is removed."""
     prepare_process()
     is_new = not run.exists
     try:
@@ -57,7 +103,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def refuse(error: ValueError) -> int:
-    """One line for each problem."""
+    """Print one line for each problem; returns the exit code."""
     for line in str(error).splitlines() or [type(error).__name__]:
         say(line)
     return REFUSED
@@ -65,15 +111,12 @@ def refuse(error: ValueError) -> int:
 
 def brief(error: Exception) -> str:
     """The error in one line; errors that were not written for a reader carry their type."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, RuntimeError | ArithmeticError | OSError):
-        text = f"{type(error).__name__}: {text}"
-    text = text or type(error).__name__
-    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."
+    written = isinstance(error, RuntimeError | ArithmeticError | OSError)
+    return one_line(error, LONGEST_MESSAGE) if written else typed_line(error, LONGEST_MESSAGE)
 
 
 def note_traceback(run: RunDirectory) -> bool:
-    """Append the traceback being handled to the run's error.log, if the run has a folder; whether it was written."""
+    """Append the traceback being handled to the run's error.log, if the run has a folder; returns whether it was written."""
     if not run.exists:
         return False
     try:
@@ -85,4 +128,5 @@ def note_traceback(run: RunDirectory) -> bool:
 
 
 def say(text: str) -> None:
+    """Print an error, or that the command was stopped, to standard error."""
     print(f"error: {text}" if not text.startswith("stopped") else text, file=sys.stderr, flush=True)

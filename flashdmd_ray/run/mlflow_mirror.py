@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flashdmd_ray.run.messages import typed_line
+
 PERIOD_S = 2.0
 """Between two transfers of metrics."""
 LONGEST_PAUSE_S = 60.0
@@ -248,20 +250,16 @@ def follow(mirror: Mirror, inbox: queue.SimpleQueue[dict[str, Any]]) -> bool:
         except Exception as error:
             logging.exception("a transfer failed")
             if finishing:
-                say(f"MLflow did not take everything ({brief(error)}); the run folder has it all")
+                say(f"MLflow did not take everything ({typed_line(error)}); the run folder has it all")
                 return False
             if not warned:
-                say(f"MLflow cannot be reached ({brief(error)}); the run goes on, the transfer is tried again")
+                say(f"MLflow cannot be reached ({typed_line(error)}); the run goes on, the transfer is tried again")
             pause, warned = min(2 * pause, LONGEST_PAUSE_S), True
         else:
             pause = PERIOD_S
             if finishing:
                 return True
             say("ok")
-
-
-def brief(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def say(text: str) -> None:

@@ -15,6 +15,7 @@ from fsspec.registry import known_implementations
 
 from flashdmd_ray.config import Config, suggestion
 from flashdmd_ray.run.files import check_writable
+from flashdmd_ray.run.messages import one_line
 
 WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss"}
 """Object stores: a folder is the common beginning of names. To make one would try to make the bucket."""
@@ -163,9 +164,8 @@ def check_checkpoint_root(config: Config, run: Path) -> Location:
     try:
         _try_to_write(root)
     except Exception as error:  # drivers raise exceptions of their own
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"checkpoint.dir: cannot write {root} ({reason}); correct it, or give this user access"
+            f"checkpoint.dir: cannot write {root} ({one_line(error)}); correct it, or give this user access"
         ) from None
     return root
 

@@ -6,6 +6,7 @@ from typing import Never
 
 from ray import exceptions
 
+from flashdmd_ray.run.messages import typed_line
 from flashdmd_ray.runtime.errors import Call, DeadlineExceeded, PoolClosed, RoleFailed, WorkerError, WorkerLost
 
 _SURROUNDINGS = (RuntimeError, ConnectionError, TimeoutError, MemoryError)
@@ -36,9 +37,7 @@ def _from_role(error: exceptions.RayTaskError, call: Call, worker: str) -> Excep
     cause = error.cause
     remote = f"raised by {call} on {worker}:\n{error}"
     if not isinstance(cause, Exception) or (isinstance(cause, _SURROUNDINGS) and not isinstance(cause, _PROGRAM)):
-        failed = RoleFailed(
-            f"{call}: {worker} failed: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}. See its log"
-        )
+        failed = RoleFailed(f"{call}: {worker} failed: {typed_line(cause)}. See its log")
         failed.add_note(remote)
         return failed
     cause.add_note(remote)

@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from flashdmd_ray.batch import Batch
 from flashdmd_ray.config import Config, PoolConfig
+from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.autoscale import Demand
 from flashdmd_ray.runtime.concurrency import in_thread
 from flashdmd_ray.runtime.errors import Call, DeadlineExceeded, PoolClosed, RoleFailed, WorkerError, WorkerLost
@@ -147,7 +148,7 @@ class Pool:
             if not passing or replays_left == 0:
                 reraise(failure)
             what = failure if isinstance(failure, WorkerError) else f"{name}: {type(failure).__name__}: {failure}"
-            log.warning("%s; the call is replayed (%d left)", " ".join(str(what).split())[:400], replays_left - 1)
+            log.warning("%s; the call is replayed (%d left)", one_line(what, 400), replays_left - 1)
             with self._changed:
                 self._usage.replay(_groups(args))
         raise AssertionError("unreachable")

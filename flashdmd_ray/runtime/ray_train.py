@@ -20,6 +20,7 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from flashdmd_ray.engine.processes import free_port, init_process_group
+from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.environment import worker_environment
 from flashdmd_ray.runtime.errors import WorkerLost
@@ -186,5 +187,4 @@ def _address() -> tuple[str, int]:
 
 def _reason(error: Exception) -> str:
     failures = getattr(error, "worker_failures", {})
-    text = " ".join(str(next(iter(failures.values()), error)).split())
-    return text[:300]
+    return one_line(next(iter(failures.values()), error))

@@ -22,6 +22,7 @@ from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import PARTS, Family
 from flashdmd_ray.models.loading import load_part
+from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.serving.messages import ModelInfo
 from flashdmd_ray.serving.numerics import steady
 from flashdmd_ray.serving.settings import TEACHER, ServeSettings
@@ -165,8 +166,7 @@ def read_adapter(file: Path, family: Family) -> AdaptedDenoiser:
         adapted = AdaptedDenoiser(family.teacher, settings, seed=0)
         adapted.load_state_dict(tensors)
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file} does not fit {family.path} ({reason}); serve it on its own base") from None
+        raise ValueError(f"{file} does not fit {family.path} ({one_line(error)}); serve it on its own base") from None
     return adapted.requires_grad_(False).eval()
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.config import apply_override
-from flashdmd_ray.run.command_line import FAILED, brief, prepare_process, refuse, say
+from flashdmd_ray.run.command_line import add_set, run_command
+from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.front import answering, take_address
 from flashdmd_ray.serving.keys import VARIABLE, is_loopback, read_keys
@@ -34,24 +35,16 @@ CONTROLLER_LOGS = {"log_level": "CRITICAL"}
 def serve_command(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = parse(arguments)
-    prepare_process()
-    try:
-        settings = parse_settings(settings_tree(options.models, options.set))
-        check_address(options.host, settings)
-        check_ingress(settings)
-        for source in settings.models.values():
-            open_source(source, settings.registry)
-    except ValueError as error:
-        return refuse(error)
-    try:
-        return run(settings, options.host, options.port)
-    except ValueError as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except Exception as error:
-        say(f"failed: {brief(error)}")
-        return FAILED
+    return run_command(lambda: _serve(options))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = parse_settings(settings_tree(options.models, options.set))
+    check_address(options.host, settings)
+    check_ingress(settings)
+    for source in settings.models.values():
+        open_source(source, settings.registry)
+    return run(settings, options.host, options.port)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -66,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         help="an export, a run folder or models:/name@alias; without NAME it is called after its folder",
     )
-    parser.add_argument("--set", metavar="key=value", nargs="+", action="extend", default=[])
+    add_set(parser, "replica.count=2 limits.images=4")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=port_number, default=8000, help="default: %(default)s")
     return parser.parse_args(arguments)
@@ -181,4 +174,4 @@ def _status(status: Any) -> str:
 def _reason(text: str) -> str:
     """The line that a replica ended with, out of Serve's report of it."""
     said = re.findall(r"ValueError: (.+)", text)
-    return said[0] if said else " ".join(text.split())[:600]
+    return said[0] if said else one_line(text, 600)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.catalogue import Loader, Version
 from flashdmd_ray.serving.messages import ModelInfo
@@ -100,7 +101,7 @@ class Shelf:
             self._serve(name, place, place.store.take(source, self._settings.fetch_s))
             place.refused = None
         except Exception as error:  # whatever is wrong with a new version, the old one goes on
-            reason = " ".join(str(error).split()) if isinstance(error, ValueError) else type(error).__name__
+            reason = one_line(error, 600) if isinstance(error, ValueError) else type(error).__name__
             reason = place.store.in_words_of_the_source(reason)
             if place.refused is None or place.refused.reason != reason:
                 defect = not isinstance(error, ValueError)

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.messages import typed_line
 
 FACTS = "flashdmd.json"
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
@@ -106,7 +107,7 @@ class RegisteredModel(Source):
         try:
             found = Path(mlflow.artifacts.download_artifacts(f"models:/{self._name}/{version}", dst_path=str(into)))
         except Exception as error:  # MLflow's own, and those of its stores
-            raise ValueError(f"models:/{self._name}/{version} cannot be downloaded ({_brief(error)})") from None
+            raise ValueError(f"models:/{self._name}/{version} cannot be downloaded ({typed_line(error)})") from None
         inside = sorted(file.parent for file in found.rglob(FACTS))
         if not inside:
             raise ValueError(f"models:/{self._name}/{version} holds no export (no {FACTS})")
@@ -124,7 +125,9 @@ class RegisteredModel(Source):
         try:
             found = mlflow.MlflowClient(self._registry).get_model_version_by_alias(self._name, self._alias)
         except Exception as error:
-            raise ValueError(f"models:/{self._name}@{self._alias} is not in the registry ({_brief(error)})") from None
+            raise ValueError(
+                f"models:/{self._name}@{self._alias} is not in the registry ({typed_line(error)})"
+            ) from None
         return str(found.version)
 
 
@@ -156,7 +159,3 @@ def signature_of(folder: Path) -> str:
     except OSError:
         raise ValueError(f"{folder} changed while it was looked at") from None
     return "\n".join(lines)
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -13,6 +13,7 @@ from typing import Any, Self
 from flashdmd_ray.checkpoint.manifest import Part
 from flashdmd_ray.checkpoint.parts import Destination, PartReport
 from flashdmd_ray.checkpoint.store import CheckpointStore
+from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.concurrency import in_thread
 from flashdmd_ray.runtime.errors import WorkerError
 
@@ -126,7 +127,7 @@ def _failed(step: int, reason: object) -> Exception:
     """The error to raise for `reason`; a lost worker, which another attempt may mend, stays what it is."""
     if isinstance(reason, CheckpointError | WorkerError):
         return reason
-    text = " ".join(str(reason).split()).rstrip(".")
+    text = one_line(reason).rstrip(".")
     return CheckpointError(
         f"the checkpoint of step {step} could not be written ({text}); the ones before it are as they were. "
         "Make room, or set checkpoint.dir to another place"

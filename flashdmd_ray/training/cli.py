@@ -6,19 +6,22 @@ Ctrl-C and SIGTERM.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from flashdmd_ray.config import Config, dump_config, load_config
 from flashdmd_ray.plan import check, describe, preview
-from flashdmd_ray.run.command_line import exit_code, refuse
+from flashdmd_ray.run.command_line import refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    options = parse(arguments)
+    options = training_parser(
+        "joint_train.py",
+        "Distil a diffusion or flow model into a few-step generator and refine it with preference RL beside it.",
+        "Every key is explained in flashdmd_ray/config/.",
+        "print roles, parameters, placement, memory and schedule",
+    ).parse_args(arguments)
     try:
         config = load_config(options.config, options.set)
         run, parts = preview(config) if options.dry_run else check(config)
@@ -28,37 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print(describe(config, run, parts))
         return 0
-    return execute(config, run)
+    return run_training(lambda: _train(config, run), run)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="joint_train.py",
-        description="Distil a diffusion or flow model into a few-step generator and refine it with preference RL beside it.",
-        epilog="The same command again resumes the run where it stopped. Every key is explained in flashdmd_ray/config/.",
-    )
-    parser.add_argument(
-        "config", metavar="CONFIG.yaml", nargs="?", type=Path, help="a configuration file; default: the shipped demo"
-    )
-    parser.add_argument(
-        "--set",
-        metavar="key=value",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="set a key, e.g. steps=400 run.name=long",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print roles, parameters, placement, memory and schedule, then stop"
-    )
-    return parser.parse_args(arguments)
+def _train(config: Config, run: RunDirectory) -> int:
+    print(f"{run.path}: {'opening' if run.exists else 'new run'}, loading libraries and models", flush=True)
+    from flashdmd_ray.training.job import run_job
 
-
-def execute(config: Config, run: RunDirectory) -> int:
-    def train() -> int:
-        print(f"{run.path}: {'opening' if run.exists else 'new run'}, loading libraries and models", flush=True)
-        from flashdmd_ray.training.job import run_job
-
-        return run_job(config)
-
-    return exit_code(train, run)
+    return run_job(config)

@@ -15,6 +15,7 @@ from torch import Tensor
 from flashdmd_ray.models.latent_reward.base import LatentRewardModel
 from flashdmd_ray.models.latent_reward.mmdit import MMDiTLatentReward, last_text_norm
 from flashdmd_ray.models.latent_reward.unet import UNetLatentReward
+from flashdmd_ray.run.messages import one_line
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -37,7 +38,7 @@ def load_latent_reward(path: Path | str) -> LatentRewardModel:
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not a complete latent reward model: {error}") from error
     except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} does not hold a latent reward model: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{path} does not hold a latent reward model: {one_line(error)}") from error
     return model
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdmd_ray.models.rewards.base import BatchedReward
+from flashdmd_ray.run.messages import typed_line
 
 
 class Custom(BatchedReward):
@@ -34,10 +35,7 @@ class Custom(BatchedReward):
         try:
             own = own_class(**options)
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{path} cannot be built with options {dict(options)}: {type(error).__name__}: {reason}"
-            ) from error
+            raise ValueError(f"{path} cannot be built with options {dict(options)}: {typed_line(error)}") from error
         return cls(own, path)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -62,9 +60,8 @@ def import_class(path: str) -> Any:
     try:
         found = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # an import runs the user's code
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"cannot import the reward {path}: {type(error).__name__}: {reason}; it must be importable where workers run"
+            f"cannot import the reward {path}: {typed_line(error)}; it must be importable where workers run"
         ) from error
     method = getattr(found, "score", None)
     if not inspect.isclass(found) or not callable(method):
