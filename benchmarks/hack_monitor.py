@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flashdmd_ray.run.folder import read_metrics
+from flashdmd_ray.run.metrics_log import read_metrics
 
 CHECKED = 100
 """Held-out prompts of the checker."""

@@ -51,7 +51,17 @@ from flashdmd_ray.config.runtime import (
     PoolConfig,
     RewardPoolConfig,
 )
-from flashdmd_ray.config.section import Count, Fraction, PositiveFloat, PositiveInt, Section, Timestep, suggestion
+from flashdmd_ray.config.section import (
+    Count,
+    Fraction,
+    MayChange,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Timestep,
+    changeable_keys,
+    suggestion,
+)
 
 __all__ = [
     "DEFAULT_CONFIG",
@@ -70,6 +80,7 @@ __all__ = [
     "GroupConfig",
     "LoraConfig",
     "MatchingConfig",
+    "MayChange",
     "ModelConfig",
     "MonitorConfig",
     "MonitorLimits",
@@ -90,6 +101,7 @@ __all__ = [
     "Timestep",
     "TrackingConfig",
     "apply_override",
+    "changeable_keys",
     "dump_config",
     "load_as",
     "load_config",

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from flashdmd_ray.config.section import Fraction, PositiveInt, Section
+from flashdmd_ray.config.section import Fraction, MayChange, PositiveInt, Section
 
 
 class DataConfig(Section):
@@ -27,14 +27,14 @@ class DataConfig(Section):
     8 row groups, whose rows cannot be read alone."""
     max_bad_fraction: Fraction = 0.01
     """Share of bad samples (damaged, no caption, too large, ...) above which a run stops with a report. Bad ones are never used."""
-    decode: Literal["threads", "ray"] = "threads"
+    decode: MayChange[Literal["threads", "ray"]] = "threads"
     """threads: the process that trains on real images decodes them, ahead of itself. ray: Ray Data does, on any CPU of the cluster;
     the same images in the same order. Needs runtime 'ray'."""
-    workers: PositiveInt = 2
+    workers: MayChange[PositiveInt] = 2
     """Threads, or Ray tasks at a time, that decode in advance, for each process that trains on real images."""
-    prefetch: PositiveInt = 2
+    prefetch: MayChange[PositiveInt] = 2
     """Batches decoded in advance."""
-    cache: Path | None = None
+    cache: MayChange[Path | None] = None
     """Folder of the indexes of data sets; null is flashdmd_ray/data in the user's cache folder."""
     embeddings: Path | None = None
     """Folder of text embeddings from jobs/prepare_data.py --embeddings; prompts that are not in it are encoded as usual."""

@@ -22,22 +22,22 @@ from flashdmd_ray.config.optimizers import EngineConfig, OptimizerConfig
 from flashdmd_ray.config.rewards import RewardConfig
 from flashdmd_ray.config.run import CheckpointConfig, RunConfig, TrackingConfig
 from flashdmd_ray.config.runtime import ControlConfig, DeadlineConfig, PlacementConfig
-from flashdmd_ray.config.section import Count, PositiveInt, Section
+from flashdmd_ray.config.section import Count, MayChange, PositiveInt, Section
 
 
 class Config(Section):
     """Everything a joint training run is told."""
 
     seed: Count = 0
-    steps: PositiveInt = 200
+    steps: MayChange[PositiveInt] = 200
     """Passes of the loop: one generator update each, with its score, discriminator and preference updates."""
     batch: PositiveInt = 32
     """Global batch of the distillation step, split over the learner's ranks."""
     ttur: PositiveInt = 1
     """Score-estimator and discriminator updates per generator update: 1 or 2 here, 5 in DMD2."""
-    runtime: Literal["local", "ray"] = "ray"
+    runtime: MayChange[Literal["local", "ray"]] = "ray"
     """local: one process, no Ray. ray: learner, discriminator, rollout and reward workers."""
-    run: RunConfig = RunConfig()
+    run: MayChange[RunConfig] = RunConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -53,12 +53,12 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
     engine: EngineConfig = EngineConfig()
     lora: LoraConfig = LoraConfig()
-    placement: PlacementConfig = PlacementConfig()
-    deadlines: DeadlineConfig = DeadlineConfig()
-    control: ControlConfig = ControlConfig()
+    placement: MayChange[PlacementConfig] = PlacementConfig()
+    deadlines: MayChange[DeadlineConfig] = DeadlineConfig()
+    control: MayChange[ControlConfig] = ControlConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: MayChange[TrackingConfig] = TrackingConfig()
+    evaluation: MayChange[EvaluationConfig] = EvaluationConfig()
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flashdmd_ray.config.section import PositiveFloat, PositiveInt, Section
+from flashdmd_ray.config.section import MayChange, PositiveFloat, PositiveInt, Section
 
 
 class MonitorLimits(Section):
@@ -38,7 +38,7 @@ class MonitorLimits(Section):
 
 
 class MonitorConfig(Section):
-    enabled: bool = True
+    enabled: MayChange[bool] = True
     """Watch rewards and candidates' images for alarms of reward hacking (docs/hack_monitor.md)."""
     every: PositiveInt = 1
     """Steps with preference updates between two probes: the groups of one preference update, always of the same prompts and noise, rolled
@@ -47,12 +47,12 @@ class MonitorConfig(Section):
     """Probes whose median is the start that everything is compared with. The first sees the weights before any update."""
     window: PositiveInt = 5
     """Probes whose median is compared with it: the last so many."""
-    reward_rise: Annotated[float, Field(ge=0)] = 0.02
+    reward_rise: MayChange[Annotated[float, Field(ge=0)]] = 0.02
     """Rise of an optimised reward, in units of its spread over candidates at the start, up to which nothing counts as hacking."""
-    limits: MonitorLimits = MonitorLimits()
+    limits: MayChange[MonitorLimits] = MonitorLimits()
     """How far each signal may move."""
-    action: Literal["report", "lower", "stop"] = "report"
+    action: MayChange[Literal["report", "lower", "stop"]] = "report"
     """What a verdict of hacking does. lower: scales the learning rate of preference updates (under AdamW a smaller weight of the loss would
     change nothing). stop: ends the run with exit code 3. The newest checkpoint written while healthy is kept whatever the action."""
-    lower_by: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    lower_by: MayChange[Annotated[float, Field(gt=0, lt=1)]] = 0.1
     """Factor of the action 'lower'; again when a further `window` of probes is still hacking."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from flashdmd_ray.config.section import Count, Fraction, PositiveFloat, PositiveInt, Section
+from flashdmd_ray.config.section import Count, Fraction, MayChange, PositiveFloat, PositiveInt, Section
 
 
 class RateConfig(Section):
@@ -42,21 +42,21 @@ class OptimizerConfig(RateConfig):
 
 
 class EngineConfig(Section):
-    kind: Literal["torch", "deepspeed"] = "torch"
+    kind: MayChange[Literal["torch", "deepspeed"]] = "torch"
     """What trains the generator and the score estimator: every rank alone with all of it, or sharded by DeepSpeed ZeRO."""
-    zero_stage: Literal[1, 2, 3] = 1
+    zero_stage: MayChange[Literal[1, 2, 3]] = 1
     """deepspeed only. What ranks share out: 1 masters and moments, 2 gradients too, 3 weights too."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations of the trained networks. Masters and moments are float32 in either. (float16 would need loss scaling.)"""
-    accumulation: PositiveInt = 1
+    accumulation: MayChange[PositiveInt] = 1
     """Micro-batches per update, one after the other: less memory for activations, the same update."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: MayChange[bool] = False
     """Compute activations of the denoisers, SAM and the VAE decoder again in the backward pass instead of keeping them."""
-    offload_optimizer: bool = False
+    offload_optimizer: MayChange[bool] = False
     """Masters, moments and the optimizer's step in host memory. Saves nothing on a machine without a GPU."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw_8bit: moments of 8 bits in blocks of 256 with one scale each; kind 'torch' only, needs the extra 'low-memory'."""
-    compile: bool = False
+    compile: MayChange[bool] = False
     """torch.compile of the trained networks; not with ZeRO stage 3, whose gathering it cannot follow."""
 
     @model_validator(mode="after")

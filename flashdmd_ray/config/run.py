@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from flashdmd_ray.config.section import PositiveInt, Section
+from flashdmd_ray.config.section import MayChange, PositiveInt, Section
 
 
 def _plain_name(name: str) -> str:
-    if not name or name in {".", ".."} or any(c in name for c in "/\\\0") or ".." in name:
-        raise ValueError("must be a plain folder name without '/', '\\' or '..'")
+    """The name itself when it is one plain, visible folder name: nothing is written outside the runs."""
+    if not name.strip() or name.startswith(".") or ".." in name or any(c in "/\\" or not c.isprintable() for c in name):
+        raise ValueError("must be a plain folder name without '/', '\\', '..' or a leading dot")
     return name
 
 
@@ -24,18 +25,18 @@ class RunConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = 50
+    every: MayChange[PositiveInt] = 50
     """Steps between checkpoints; the last step always writes one."""
     dir: str | None = None
     """A folder or URL (s3://bucket/folder, gs://..., any that fsspec has a driver for) that gets a folder of the run's name;
     null keeps checkpoints in the run folder. All machines of a job must see it."""
-    asynchronous: bool = True
+    asynchronous: MayChange[bool] = True
     """true: training goes on while a checkpoint is written, from copies in host memory. false: training waits."""
-    keep: PositiveInt = 2
+    keep: MayChange[PositiveInt] = 2
     """The newest so many complete checkpoints stay; older ones are removed when a new one is complete."""
-    best_metric: str | None = None
+    best_metric: MayChange[str | None] = None
     """A metric such as matching/real_fake_gap: the checkpoint with the best mean of it over the steps since the one before stays too."""
-    best_mode: Literal["min", "max"] = "min"
+    best_mode: MayChange[Literal["min", "max"]] = "min"
     """Whether small or large values of `best_metric` are good."""
 
 

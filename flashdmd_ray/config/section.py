@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +19,23 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
     )
+
+
+_MAY_CHANGE = "a resumed run may change it"
+_T = TypeVar("_T")
+MayChange = Annotated[_T, _MAY_CHANGE]
+"""Type of a setting, or of a whole section, that a resumed run may set anew: it changes nothing of what a step computes but rounding."""
+
+
+def changeable_keys(kind: type[Section]) -> tuple[str, ...]:
+    """The dotted keys of a configuration that are marked `MayChange`: single settings, and sections with all that is in them."""
+    keys: list[str] = []
+    for name, field in kind.model_fields.items():
+        if _MAY_CHANGE in field.metadata:
+            keys.append(name)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += [f"{name}.{key}" for key in changeable_keys(field.annotation)]
+    return tuple(keys)
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ def preview(config: Config) -> tuple[RunDirectory, list[Part]]:
 
 
 def _inspected(config: Config) -> tuple[RunDirectory, list[Part], Models]:
-    run = RunDirectory.check(config.run.dir, config.run.name, config.model_dump(mode="json"))
+    run = RunDirectory.check(config.run, config)
     check_checkpoint_root(config, run.path)
     models = models_of(config)
     parts = parts_of_models(config, models)

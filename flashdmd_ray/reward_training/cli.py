@@ -28,7 +28,7 @@ def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
     ).parse_args(arguments)
     try:
         config = load_as(RewardTrainingConfig, options.config, options.set)
-        run = RunDirectory.check(config.run.dir, config.run.name)
+        run = RunDirectory.check(config.run, config)
         plan = describe(config, run)
     except ValueError as error:
         return refuse(error)

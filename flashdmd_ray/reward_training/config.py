@@ -11,6 +11,7 @@ from flashdmd_ray.config import (
     Count,
     EngineConfig,
     Fraction,
+    MayChange,
     ModelConfig,
     OptimizerConfig,
     PositiveFloat,
@@ -53,11 +54,11 @@ class PairsConfig(Section):
     """Share of the prompts whose pairs are never trained on but measured with. ('demo' has held-out scenes of its own.)"""
     max_bad_fraction: Fraction = 0.01
     """Share of bad rows (no caption, no label, damaged image, ...) above which the job stops with a report. Bad ones are never used."""
-    workers: PositiveInt = 2
+    workers: MayChange[PositiveInt] = 2
     """Threads of each rank that decode ahead."""
-    prefetch: PositiveInt = 2
+    prefetch: MayChange[PositiveInt] = 2
     """Batches decoded ahead."""
-    cache: Path | None = None
+    cache: MayChange[Path | None] = None
     """Folder of the indexes of data sets; null is flashdmd_ray/data in the user's cache folder."""
 
     @property
@@ -126,12 +127,12 @@ class RewardTrainingConfig(Section):
 
     seed: Count = 0
     steps: PositiveInt = 8000
-    """Updates (LPO: 8,000)."""
+    """Updates (LPO: 8,000). The number shapes the learning rate, so a resumed run has the same."""
     batch: PositiveInt = 32
     """Pairs per update, split over the ranks (LPO: 32)."""
-    runtime: Literal["local", "ray"] = "ray"
+    runtime: MayChange[Literal["local", "ray"]] = "ray"
     """local: one process, no Ray. ray: workers under Ray Train."""
-    run: RunConfig = RunConfig(name="latent_reward")
+    run: MayChange[RunConfig] = RunConfig(name="latent_reward")
     model: ModelConfig = ModelConfig()
     latent_reward: RewardModelConfig = RewardModelConfig()
     pairs: PairsConfig = PairsConfig()
@@ -146,11 +147,11 @@ class RewardTrainingConfig(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of an average of the weights, which then is the result; 0 is off."""
     engine: EngineConfig = EngineConfig()
-    workers: WorkersConfig = WorkersConfig()
-    threads: PositiveInt = 1
+    workers: MayChange[WorkersConfig] = WorkersConfig()
+    threads: MayChange[PositiveInt] = 1
     """torch threads of every process."""
-    checkpoint: RewardCheckpointConfig = RewardCheckpointConfig()
-    deadlines: RewardDeadlineConfig = RewardDeadlineConfig()
+    checkpoint: MayChange[RewardCheckpointConfig] = RewardCheckpointConfig()
+    deadlines: MayChange[RewardDeadlineConfig] = RewardDeadlineConfig()
     accuracy: AccuracyConfig = AccuracyConfig()
 
     @model_validator(mode="after")

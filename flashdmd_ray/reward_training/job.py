@@ -17,29 +17,11 @@ from flashdmd_ray.reward_training.pairs import open_pair_data
 from flashdmd_ray.reward_training.prepare import prepare_pairs
 from flashdmd_ray.reward_training.result import ACCURACY, FOLDER
 from flashdmd_ray.reward_training.worker import METRICS, load_spaces, run_worker
-from flashdmd_ray.run.folder import RunDirectory, read_metrics
+from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import Interruption
+from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.run.progress import Progress
 
-MAY_CHANGE = (
-    "runtime",
-    "run",
-    "workers",
-    "threads",
-    "checkpoint",
-    "deadlines",
-    "pairs.workers",
-    "pairs.prefetch",
-    "pairs.cache",
-    "engine.kind",
-    "engine.zero_stage",
-    "engine.accumulation",
-    "engine.gradient_checkpointing",
-    "engine.offload_optimizer",
-    "engine.compile",
-)
-"""Keys that do not change what a step computes (but for rounding), so a resumed job may set them anew. The number of steps shapes the
-learning rate, so it may not."""
 CHECKPOINTS = "checkpoints"
 POLL_S = 0.3
 Act = Callable[[], None]
@@ -50,7 +32,7 @@ def run_reward_training(config: RewardTrainingConfig) -> int:
 
     Raises ValueError for a run folder, pairs or models that cannot be used; other exceptions mean that the job failed.
     """
-    directory = RunDirectory.prepare(config.run.dir, config.run.name, config.model_dump(mode="json"), MAY_CHANGE)
+    directory = RunDirectory.prepare(config.run, config)
     result = directory.path / FOLDER
     if (result / ACCURACY).is_file():
         print(f"{directory.path} is finished; choose another run.name to train again")

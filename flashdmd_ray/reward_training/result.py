@@ -13,7 +13,7 @@ from flashdmd_ray.models.latent_reward import LatentRewardModel, save_latent_rew
 from flashdmd_ray.reward_training.accuracy import table
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.run.files import new_folder
-from flashdmd_ray.run.folder import environment
+from flashdmd_ray.run.versions import software_versions
 
 FOLDER, ACCURACY, CARD = "latent_reward", "accuracy.json", "README.md"
 
@@ -41,7 +41,7 @@ def card(
     config: RewardTrainingConfig, model: LatentRewardModel, report: Mapping[str, Any], steps: int, path: Path
 ) -> Sequence[str]:
     """The model card: what it is, how to use it, what was measured, what it was made with."""
-    pairs, optimizer, versions = config.pairs, config.optimizer, environment()
+    pairs, optimizer, versions = config.pairs, config.optimizer, software_versions()
     labels = "the labels of the source" if pairs.labels == "given" else f"the verdicts of {', '.join(_judges(config))}"
     parameters = sum(p.numel() for p in model.parameters())
     trained = "all trained" if config.latent_reward.train == "all" else "the last part trained"

@@ -16,7 +16,7 @@ from flashdmd_ray.reward_training.result import save_result
 from flashdmd_ray.reward_training.training import Place, RewardTrainer, train
 from flashdmd_ray.reward_training.verdicts import load_judges
 from flashdmd_ray.roles.networks import load_parts
-from flashdmd_ray.run.folder import MetricsLog
+from flashdmd_ray.run.metrics_log import MetricsLog
 
 BAD_PAIRS, METRICS = "bad_pairs.json", "metrics.jsonl"
 

@@ -94,7 +94,7 @@ class MLflowRun:
         import yaml
         from mlflow.entities import Param, RunTag
 
-        from flashdmd_ray.run.folder import flatten
+        from flashdmd_ray.run.settings import flatten
 
         config = flatten(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
         wanted = {key: str(value)[:LONGEST_PARAM] for key, value in config.items()}

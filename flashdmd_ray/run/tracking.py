@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any, Literal, Self
 
 from flashdmd_ray.config import TrackingConfig
-from flashdmd_ray.run.folder import MetricsLog, RunDirectory
+from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.metrics_log import MetricsLog
 
 log = logging.getLogger(__name__)
 

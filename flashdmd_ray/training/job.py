@@ -26,9 +26,10 @@ from flashdmd_ray.driver import train
 from flashdmd_ray.monitor import SEVERITY, HackMonitor
 from flashdmd_ray.results.report import report
 from flashdmd_ray.results.sample_sheet import SampleSheet
-from flashdmd_ray.run.folder import RESUME_MAY_CHANGE, RunDirectory, changed_settings, fixed_settings
+from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.progress import Progress
+from flashdmd_ray.run.settings import changed_settings, fixed_settings
 from flashdmd_ray.run.storage import Location, checkpoint_root
 from flashdmd_ray.run.tracking import Tracker
 from flashdmd_ray.runtime.build import build_runtime
@@ -59,7 +60,7 @@ def run_job(config: Config) -> int:
 
     Raises ValueError for a run folder or checkpoint that cannot be used; other exceptions mean that the run failed.
     """
-    directory = RunDirectory.prepare(config.run.dir, config.run.name, config.model_dump(mode="json"))
+    directory = RunDirectory.prepare(config.run, config)
     root = checkpoint_root(config, directory.path)
     done = latest_step(root)
     if done >= config.steps and (directory.path / "report.json").is_file():
@@ -132,7 +133,7 @@ class TrainingRun:
         self._started = time.monotonic()
         self._judged: list[float] = []  # values of checkpoint.best_metric since the last checkpoint
         self._root = checkpoint_root(config, directory.path)
-        self._settings = fixed_settings(config.model_dump(mode="json"), (*RESUME_MAY_CHANGE, "checkpoint"))
+        self._settings = fixed_settings(Config, config.model_dump(mode="json"), ("checkpoint",))
         self.saver = CheckpointSaver(
             open_store(self._root, self._mark(), config.checkpoint.keep, Best.wanted(config.checkpoint)),
             (runtime.generator, runtime.score, runtime.discriminator),

@@ -25,8 +25,9 @@ from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
 from flashdmd_ray.roles.generator import Generator
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
-from flashdmd_ray.run.folder import RunDirectory, read_metrics
+from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import Interruption
+from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.run.progress import Progress
 from flashdmd_ray.run.storage import RemotePath, checkpoint_root
 from flashdmd_ray.run.tracking import Tracker
@@ -64,7 +65,7 @@ def small(teacher: Path, folder: Path, where: str | None, steps: int, batch: int
 
 def advance(config: Config) -> list[tuple[int, str]]:
     """Train to the configuration's last step as `run_job` does, without the report; returns the versions published on the way."""
-    directory = RunDirectory.prepare(config.run.dir, config.run.name, config.model_dump(mode="json"))
+    directory = RunDirectory.prepare(config.run, config)
     runtime, published = build_runtime(config), []
     publish = runtime.publish
 
@@ -131,7 +132,7 @@ def test_resumed_from_the_store_alone_equals_never_stopped(tmp_path, teacher):
 
 def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path, teacher):
     config = small(teacher, tmp_path, None, steps=30)
-    run = RunDirectory.prepare(config.run.dir, config.run.name, config.model_dump(mode="json"))
+    run = RunDirectory.prepare(config.run, config)
     older, newest = write(run.checkpoints, 10), write(run.checkpoints, 20)
     (newest / PART).write_bytes(b"x" + (newest / PART).read_bytes()[1:])
     with pytest.raises(

@@ -8,7 +8,7 @@ from PIL import Image
 
 from flashdmd_ray.checkpoint import manifests, read_state, select_checkpoint
 from flashdmd_ray.config import Config, parse_config
-from flashdmd_ray.run.folder import read_metrics
+from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.training import job
 
 

@@ -34,7 +34,7 @@ from flashdmd_ray.reward_training.training import (
     spread_timesteps,
 )
 from flashdmd_ray.roles.networks import load_parts
-from flashdmd_ray.run.folder import read_metrics
+from flashdmd_ray.run.metrics_log import read_metrics
 from tests.reward_training.conftest import write_pairs
 
 SHIPPED = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("latent_reward*.yaml"))

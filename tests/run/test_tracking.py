@@ -12,13 +12,15 @@ from PIL import Image
 
 from flashdmd_ray.config import Config, TrackingConfig
 from flashdmd_ray.run import tracking
-from flashdmd_ray.run.folder import RunDirectory, read_metrics
+from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.run.tracking import Tracker, default_uri
 from flashdmd_ray.serving.sources import FACTS, open_source
 
 
 def new_run(root, name="first", **changes):
-    return RunDirectory.prepare(root, name, Config.model_validate(changes).model_dump(mode="json"))
+    config = Config.model_validate({"run": {"dir": str(root), "name": name}, **changes})
+    return RunDirectory.prepare(config.run, config)
 
 
 def grid(run, step):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.job import run_reward_training
-from flashdmd_ray.run.folder import read_metrics
+from flashdmd_ray.run.metrics_log import read_metrics
 from tests.reward_training.conftest import configure, teacher  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

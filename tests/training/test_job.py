@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from flashdmd_ray.checkpoint import latest_checkpoint, load_tensors, read_state
 from flashdmd_ray.config import Config, parse_config
-from flashdmd_ray.run.folder import read_metrics
+from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.serving.sources import open_source
 from flashdmd_ray.training import job
 
