@@ -89,10 +89,9 @@ def measure_here(arm: str, seed: str, samples: str, path: str, out: str, *settin
     from flashdmd_ray.config import load_config
     from flashdmd_ray.results.evaluation import as_record, evaluate
     from flashdmd_ray.results.evaluation_data import build_reference
-    from flashdmd_ray.results.export import load_student
     from flashdmd_ray.results.report import build_yardstick, student_weights
     from flashdmd_ray.roles.image_sampling import student_sampler, teacher_sampler
-    from flashdmd_ray.roles.networks import load_family
+    from flashdmd_ray.roles.networks import load_family, load_student
 
     config = load_config(None, [*settings, f"evaluation.samples={samples}", "evaluation.teacher_steps=25"])
     family = load_family(config.model)

@@ -58,12 +58,12 @@ def test_roles_on_different_devices_of_one_process_work_together() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_named_with_its_key() -> None:
-    from flashdmd_ray.roles.networks import device_of
+    from flashdmd_ray.roles.networks import group_device
 
     config = load_config(None, ["runtime=local", "placement.rollout.gpus=0.5"])
     with pytest.raises(ValueError, match=r"placement\.rollout\.gpus: 0\.5 asked for, but torch sees no GPU"):
-        device_of(config, "rollout")
-    assert device_of(config, "learner") == torch.device("cpu")
+        group_device(config, "rollout")
+    assert group_device(config, "learner") == torch.device("cpu")
 
 
 @pytest.mark.gpu

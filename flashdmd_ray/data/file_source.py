@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashdmd_ray.batch import from_uint8
 from flashdmd_ray.data.image_reader import ImageReader
 from flashdmd_ray.data.image_source import RealLatents, Reals
 from flashdmd_ray.data.index import Index
@@ -57,7 +58,7 @@ class FileSource:
         self._count(decoded)
         pixels = torch.from_numpy(np.stack([d.pixels for d in decoded])).permute(0, 3, 1, 2)
         captions = self.images.index.captions([d.sample for d in decoded])
-        return Reals(pixels.float() / 127.5 - 1, captions, sum(bool(d.bad) for d in decoded))
+        return Reals(from_uint8(pixels), captions, sum(bool(d.bad) for d in decoded))
 
     def latents(self, positions: Tensor, size: Size, encode: Callable[[Tensor], Tensor]) -> RealLatents:
         if self.stored is None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from flashdmd_ray.data.formats import ImageFormat
 from flashdmd_ray.data.index import Index
 from flashdmd_ray.data.order import Order
-from flashdmd_ray.data.pixels import decode
+from flashdmd_ray.data.pixels import Pixels, decode
 from flashdmd_ray.data.prefetch import Decoded, Size
-from flashdmd_ray.data.sample import Bad, BadSample
+from flashdmd_ray.data.sample import Bad, BadSample, Sample
 
 REALS = "reals"
 LONGEST_SEARCH = 100
@@ -40,20 +41,23 @@ class ImageReader:
 
     def find(self, number: int, size: Size) -> Decoded:
         """The image of sample `number`, or of the next one that can be decoded. Raises ValueError when there is none near."""
-        bad: list[Bad] = []
-        for step in range(min(LONGEST_SEARCH, len(self.index))):
-            current = (number + step) % len(self.index)
-            sample = self.index.sample(current)
-            try:
-                pixels = decode(self.format.read(sample), size)
-            except BadSample as error:
-                bad.append(Bad(sample.key, error.reason))
-                continue
-            return Decoded(pixels, current, tuple(bad))
-        raise ValueError(
-            f"data.source: {len(bad)} samples in a row cannot be decoded, from {bad[0].key} ({bad[0].reason}) "
-            f"to {bad[-1].key}; run jobs/prepare_data.py --check"
-        )
+        near = ((number + step) % len(self) for step in range(len(self)))
+        return first_decodable(self.index, near, lambda sample: decode(self.format.read(sample), size), "data.source")
+
+
+def first_decodable(index: Index, numbers: Iterable[int], read: Callable[[Sample], Pixels], key: str) -> Decoded:
+    """The first of these samples of the index that `read` can decode. Raises ValueError, naming `key`, after LONGEST_SEARCH bad ones."""
+    bad: list[Bad] = []
+    for number in itertools.islice(numbers, LONGEST_SEARCH):
+        sample = index.sample(number)
+        try:
+            return Decoded(read(sample), number, tuple(bad))
+        except BadSample as error:
+            bad.append(Bad(sample.key, error.reason))
+    raise ValueError(
+        f"{key}: {len(bad)} samples in a row cannot be decoded, from {bad[0].key} ({bad[0].reason}) to {bad[-1].key}; "
+        "mend or remove them (jobs/prepare_data.py --check names all that are bad)"
+    )
 
 
 class BatchReader:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashdmd_ray.batch import from_uint8
 from flashdmd_ray.config import DataConfig, ModelConfig
 from flashdmd_ray.data.build import open_image_reader, open_prompt_index
 from flashdmd_ray.data.executor import Executor, ranges
@@ -63,7 +64,7 @@ class Encoding:
             for start in range(*bounds, TOGETHER):
                 numbers = range(start, min(start + TOGETHER, bounds[1]))
                 decoded = [self.images.find(number, self.family.image_size) for number in numbers]
-                pixels = torch.stack([torch.tensor(d.pixels).permute(2, 0, 1) for d in decoded]).float() / 127.5 - 1
+                pixels = from_uint8(torch.stack([torch.tensor(d.pixels).permute(2, 0, 1) for d in decoded]))
                 padded = torch.cat([pixels, pixels[:1].expand(TOGETHER - len(pixels), -1, -1, -1)])
                 latents.append(self.family.encode_images(padded)[: len(decoded)])
                 samples += [d.sample for d in decoded]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from flashdmd_ray.batch import to_uint8
 from flashdmd_ray.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -52,7 +53,7 @@ def contradicting_pool(pool: Pool, seed: int, split: Split = "train") -> Pool:
     rng = np.random.default_rng((seed, 77))
     attributes = [contradict(parse_caption(caption), rng) for caption in pool.captions]
     images, masks = render([place(item, split, rng) for item in attributes])
-    return Pool(((images + 1) * 127.5).round().to(torch.uint8), masks, [item.caption for item in attributes])
+    return Pool(to_uint8(images), masks, [item.caption for item in attributes])
 
 
 def degrade(images: torch.Tensor, others: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from flashdmd_ray.batch import from_uint8, to_uint8
+
 Split = Literal["train", "held_out"]
 
 CANVAS = 24
@@ -236,10 +238,10 @@ class Pool:
 
     def batch(self, index: torch.Tensor) -> torch.Tensor:
         """Images of these rows, float32 in [-1, 1]."""
-        return self.images[index].float() / 127.5 - 1
+        return from_uint8(self.images[index])
 
 
 def make_pool(count: int, split: Split, seed: int) -> Pool:
     scenes = sample_scenes(count, split, seed)
     images, masks = render(scenes)
-    return Pool(((images + 1) * 127.5).round().to(torch.uint8), masks, [scene.caption for scene in scenes])
+    return Pool(to_uint8(images), masks, [scene.caption for scene in scenes])

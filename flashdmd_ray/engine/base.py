@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flashdmd_ray.config import EngineConfig, OptimizerConfig, RateConfig
 from flashdmd_ray.engine.flat import FlatLayout
-from flashdmd_ray.engine.loading import Source, device_of, receive
+from flashdmd_ray.engine.loading import Source, module_device, receive
 from flashdmd_ray.engine.optimizers import learning_rate
 from flashdmd_ray.engine.processes import world_size
 from flashdmd_ray.engine.state import OptimizerState
@@ -46,7 +46,7 @@ class Engine(ABC):
         for name, p in zip(self.layout.names, self._trained, strict=True):
             if p.dtype != torch.float32:
                 raise ValueError(f"{role}: parameter {name!r} is {p.dtype}: load the network in float32 to train it")
-        self.device = device_of(module)
+        self.device = module_device(module)
         receive(module, source, self._allocate, self._keep)
         self._loss_is_finite: Tensor | None = None  # of the backwards that wait for their update
         self._announced: tuple[float, bool] | None = None  # share and "is the last" of the micro-batch in hand

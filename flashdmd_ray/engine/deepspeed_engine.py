@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from flashdmd_ray.config import EngineConfig, OptimizerConfig
 from flashdmd_ray.engine.base import Engine, norm_of_parts
-from flashdmd_ray.engine.loading import Source, arrive, device_of, skeleton
+from flashdmd_ray.engine.loading import Source, arrive, module_device, skeleton
 from flashdmd_ray.engine.optimizers import build_optimizer
 from flashdmd_ray.engine.processes import init_process_group, rank
 from flashdmd_ray.engine.state import OptimizerState
@@ -87,7 +87,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         if not dist.is_initialized():
             init_process_group(rank=0, world_size=1)
-        self._deepspeed = import_deepspeed(device_of(module))
+        self._deepspeed = import_deepspeed(module_device(module))
         self._settings = _deepspeed_settings(settings, config)
         # The float32 weights, to be held until the masters exist; a skeleton's are read from the source again.
         rounded = config.precision != "float32"

@@ -50,7 +50,7 @@ def skeleton(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def device_of(module: nn.Module) -> torch.device:
+def module_device(module: nn.Module) -> torch.device:
     """Where the network lives; for a skeleton, where its weights will live."""
     real = (p.device for p in module.parameters() if not p.is_meta)
     return next(real, local_device())

@@ -53,6 +53,21 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def placed_device(gpus: float, key: str) -> torch.device:
+    """Device of a process that was given so many GPUs: the first that it sees, or the CPU for none. key: where they are asked for.
+
+    Raises ValueError when torch sees no GPU.
+    """
+    if not gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{key}: {gpus:g} asked for, but torch sees no GPU in this process; "
+            "set it to 0, or check the driver and CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", 0)
+
+
 def local_device() -> torch.device:
     """The device of this process: the GPU it sees, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

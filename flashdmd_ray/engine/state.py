@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashdmd_ray.engine.flat import FlatLayout
-from flashdmd_ray.engine.loading import device_of
+from flashdmd_ray.engine.loading import module_device
 from flashdmd_ray.engine.optimizers import MOMENTS, read_moment, restored_state
 from flashdmd_ray.engine.processes import rank, world_size
 
@@ -79,7 +79,7 @@ class OptimizerState(ABC):
     @property
     def device(self) -> torch.device:
         """Where ranks exchange tensors, also when the masters lie in host memory."""
-        return device_of(self.module)
+        return module_device(self.module)
 
     # ---- weights
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from flashdmd_ray.diffusion.schedule import FlowSchedule, schedule_from_config
 from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
-from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import Family
+from flashdmd_ray.roles.networks import load_student
 from flashdmd_ray.run.files import new_folder
-from flashdmd_ray.run.messages import one_line
 
 FACTS = "flashdmd.json"
 FORMAT = 2
@@ -48,16 +47,6 @@ class CardFacts:
     """The evaluation table (`evaluation.as_json`), of which rows named "student, ..." are this model's; None or no rows: not measured."""
     examples: Sequence[tuple[str, int]] = ()
     """(prompt, seed) of pictures that can be drawn again."""
-
-
-def load_student(family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
-    """The generator with `weights` (`Engine.weights()`), frozen. Raises ValueError when they are not this family's."""
-    student = family.denoiser()
-    try:
-        student.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fit the denoiser of {family.path}: {one_line(error)}") from None
-    return student.requires_grad_(False).eval().to(family.device)
 
 
 def few_step_scheduler(

@@ -91,8 +91,8 @@ def evaluate_run(run: Path, samples: int, seed: int | None) -> Mapping[str, obje
     import torch
 
     from flashdmd_ray.results.evaluation import as_json, print_table
-    from flashdmd_ray.results.export import load_student
     from flashdmd_ray.results.report import compare, judging_family
+    from flashdmd_ray.roles.networks import load_student
 
     torch.set_num_threads(config.placement.threads)
     print(f"evaluating {source}", flush=True)

@@ -20,12 +20,12 @@ from flashdmd_ray.models.rewards import ImageFeatures, PixelReward
 from flashdmd_ray.monitor import summary
 from flashdmd_ray.results.evaluation import Comparison, Yardstick, as_json, evaluate, print_table
 from flashdmd_ray.results.evaluation_data import build_reference, choose_prompts, has_exact_judge
-from flashdmd_ray.results.export import CardFacts, export_pipeline, load_student
+from flashdmd_ray.results.export import CardFacts, export_pipeline
 from flashdmd_ray.results.grid import write_grid
 from flashdmd_ray.results.sample_sheet import COLUMNS
 from flashdmd_ray.roles.generator import AVERAGE
 from flashdmd_ray.roles.image_sampling import Sampler, sample_all_images, seed_of, student_sampler, teacher_sampler
-from flashdmd_ray.roles.networks import load_family, whole_weights
+from flashdmd_ray.roles.networks import load_family, load_student, whole_weights
 from flashdmd_ray.roles.reward import load_reward
 from flashdmd_ray.run.files import write_atomically
 from flashdmd_ray.run.folder import RunDirectory

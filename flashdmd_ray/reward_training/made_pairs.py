@@ -90,8 +90,8 @@ def _prompts(config: PairsConfig, seed: int) -> tuple[str, ...]:
 
 
 def _student_sampler(config: PairsConfig, family: Family) -> Sampler:
-    from flashdmd_ray.results.export import load_student
     from flashdmd_ray.results.finished_run import find_student, read_run_config, read_student
+    from flashdmd_ray.roles.networks import load_student
 
     assert config.run is not None, "the configuration refuses a student without a run"
     run = read_run_config(config.run)

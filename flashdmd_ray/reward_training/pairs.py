@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashdmd_ray.batch import from_uint8
 from flashdmd_ray.data.formats.pairs import PairFormat, open_pairs
-from flashdmd_ray.data.image_reader import LONGEST_SEARCH
+from flashdmd_ray.data.image_reader import first_decodable
 from flashdmd_ray.data.index import Index, default_cache, open_index
 from flashdmd_ray.data.order import Integers, Order
-from flashdmd_ray.data.pixels import decode
+from flashdmd_ray.data.pixels import Pixels, decode
 from flashdmd_ray.data.prefetch import Decoded, Size, ThreadDecoder
-from flashdmd_ray.data.sample import Bad, BadSample
+from flashdmd_ray.data.sample import Bad, Sample
 from flashdmd_ray.data.tally import Tally
 from flashdmd_ray.reward_training.config import PairsConfig
 
@@ -70,26 +71,18 @@ class PairFiles:
 
     def find(self, number: int, size: Size) -> Decoded:
         """Both images of a pair, uint8 (2, H, W, 3), or of the next that can be decoded. Raises ValueError when none near can."""
-        bad: list[Bad] = []
-        for step in range(min(LONGEST_SEARCH, len(self))):
-            row = int(self.rows[(number + step) % len(self)])
-            sample = self.index.sample(row)
-            try:
-                pixels = np.stack([decode(data, size) for data in self.format.read(sample)])
-            except BadSample as error:
-                bad.append(Bad(sample.key, error.reason))
-                continue
-            return Decoded(pixels, row, tuple(bad))
-        raise ValueError(
-            f"pairs.source: {len(bad)} pairs in a row cannot be decoded, from {bad[0].key} ({bad[0].reason})"
-        )
+        near = (int(self.rows[(number + step) % len(self)]) for step in range(len(self)))
+        return first_decodable(self.index, near, lambda sample: self._decoded(sample, size), "pairs.source")
+
+    def _decoded(self, sample: Sample, size: Size) -> Pixels:
+        return np.stack([decode(data, size) for data in self.format.read(sample)])
 
     def _pairs(self, decoded: Sequence[Decoded]) -> Pairs:
         self.met += [bad for one in decoded for bad in one.bad if bad not in self.met]
         pixels = torch.from_numpy(np.stack([one.pixels for one in decoded])).permute(0, 1, 4, 2, 3)
         labels = torch.tensor([self.format.labels(self.index.sample(one.sample)) for one in decoded])
         texts = self.index.captions([one.sample for one in decoded])
-        return Pairs(pixels.float() / 127.5 - 1, texts, labels[:, 0], labels[:, 1])
+        return Pairs(from_uint8(pixels), texts, labels[:, 0], labels[:, 1])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flashdmd_ray.batch import to_uint8
 from flashdmd_ray.data.formats.pairs import CAPTION, IMAGES, LABELS, TRUTH
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
@@ -121,7 +122,7 @@ def _write(path: Path, pairs: Pairs) -> int:
 
 def _png(image: torch.Tensor) -> bytes:
     """A lossless file of an image float (3, H, W) in [-1, 1]."""
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
     return file.getvalue()

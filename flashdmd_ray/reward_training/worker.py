@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from flashdmd_ray.batch import Metrics
+from flashdmd_ray.engine.processes import placed_device
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.reward_training.accuracy import as_report, count_right
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
@@ -21,20 +22,9 @@ from flashdmd_ray.run.metrics_log import MetricsLog
 BAD_PAIRS, METRICS = "bad_pairs.json", "metrics.jsonl"
 
 
-def device_for(config: RewardTrainingConfig) -> torch.device:
-    """Where a worker computes. Raises ValueError when GPUs are asked for and torch sees none."""
-    if not config.workers.gpus:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"workers.gpus: {config.workers.gpus:g} asked for, but torch sees no GPU in this process; set it to 0, or check the driver"
-        )
-    return torch.device("cuda", 0)
-
-
 def load_spaces(config: RewardTrainingConfig) -> Family:
     """The VAE and the text encoders of the model family."""
-    return load_parts(config.model, ("vae", "text")).to(device_for(config))
+    return load_parts(config.model, ("vae", "text")).to(placed_device(config.workers.gpus, "workers.gpus"))
 
 
 def run_worker(config: RewardTrainingConfig, source: str, folder: Path, place: Place) -> None:

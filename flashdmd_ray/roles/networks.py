@@ -20,6 +20,7 @@ from flashdmd_ray.demo import weights_path
 from flashdmd_ray.diffusion.sampling import PredictX0
 from flashdmd_ray.diffusion.schedule import NoiseSchedule
 from flashdmd_ray.engine import Engine, build_engine, in_turn, skeleton, world_size
+from flashdmd_ray.engine.processes import placed_device
 from flashdmd_ray.models import family_class
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
@@ -34,20 +35,9 @@ def resolve(path: str, part: str) -> str:
     return str(weights_path(part)) if path == "demo" else path
 
 
-def device_of(config: Config, group: str) -> torch.device:
-    """Device of a worker group's networks: this process's first GPU, or the CPU when `placement.<group>.gpus` is 0.
-
-    Raises ValueError when torch sees no GPU.
-    """
-    gpus = config.placement.of(group).gpus
-    if not gpus:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"{config.placement.key(group)}.gpus: {gpus:g} asked for, but torch sees no GPU in this process; "
-            "set it to 0, or check the driver and CUDA_VISIBLE_DEVICES"
-        )
-    return torch.device("cuda", 0)
+def group_device(config: Config, group: str) -> torch.device:
+    """Device of a worker group's networks, as `placement.<group>.gpus` says. Raises ValueError when torch sees no GPU."""
+    return placed_device(config.placement.of(group).gpus, f"{config.placement.key(group)}.gpus")
 
 
 def load_family(model: ModelConfig, parts: Collection[str] = PARTS, device: torch.device | str = "cpu") -> Family:
@@ -66,7 +56,7 @@ def group_family(config: Config, group: str, parts: Collection[str] = PARTS) -> 
     Ranks with GPUs load one after the other: host memory holds one copy. Raises ValueError when those embeddings were made for something
     else.
     """
-    device = device_of(config, group)
+    device = group_device(config, group)
     with nullcontext() if device.type == "cpu" else in_turn():
         family = load_family(config.model, parts, device)
     if "text" in parts:
@@ -106,16 +96,23 @@ def trained_engine(config: Config, family: Family, role: NetworkName, settings: 
     return build_engine(config.engine, network, settings, role=name, source=family.teacher.state_dict())
 
 
+def load_student(family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
+    """A whole network with `weights`, those of `whole_weights`, frozen, on the family's device. Raises ValueError when they do not fit."""
+    return _frozen(family.denoiser(), weights, f"the denoiser of {family.path}").to(family.device)
+
+
 def student_network(config: Config, family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
-    """The generator with `weights` (`Generator.weights`), frozen. Raises ValueError when they are of another network."""
-    network = trained_network(config, family, "generator").requires_grad_(False).eval()
+    """The generator as it is trained, with `weights` (`Generator.weights`), frozen. Raises ValueError when they are of another network."""
+    network = trained_network(config, family, "generator")
+    return _frozen(network, weights, f"the generator of this configuration on {family.path}")
+
+
+def _frozen(network: Denoiser, weights: Mapping[str, Tensor], name: str) -> Denoiser:
     try:
         network.load_state_dict(dict(weights))
     except RuntimeError as error:
-        raise ValueError(
-            f"the weights do not fit the generator of this configuration on {family.path}: {one_line(error)}"
-        ) from None
-    return network
+        raise ValueError(f"the weights do not fit {name}: {one_line(error)}") from None
+    return network.requires_grad_(False).eval()
 
 
 def whole_weights(config: Config, family: Family, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

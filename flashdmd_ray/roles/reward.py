@@ -11,7 +11,7 @@ from flashdmd_ray.diffusion.sampling import timesteps_like
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel
 from flashdmd_ray.models.rewards import PixelReward, reward_model
-from flashdmd_ray.roles.networks import device_of, group_family, resolve
+from flashdmd_ray.roles.networks import group_device, group_family, resolve
 from flashdmd_ray.roles.reward_check import check_rewards
 
 
@@ -37,7 +37,7 @@ class Reward:
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Reward:
         """Raises ValueError, one line, for models that cannot be loaded, and for a reward that fails `check_rewards`."""
-        device = device_of(config, "reward")
+        device = group_device(config, "reward")
         models = {reward.label: load_reward(reward).to(device) for reward in config.rewards}
         latent = [model for model in models.values() if isinstance(model, LatentRewardModel)]
         parts = () if all(model.encodes_itself for model in latent) else ("text",)

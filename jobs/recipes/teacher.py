@@ -10,6 +10,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from flashdmd_ray.demo.checker import PromptChecker
 from flashdmd_ray.demo.scenes import CANVAS, make_pool
+from flashdmd_ray.results.evaluation import frechet_distance
 from recipes.text import declare_float32, tokenize
 from recipes.training import Plan, fit
 from recipes.vae import LATENT_CHANNELS
@@ -229,15 +230,3 @@ def sample(
         )
         images.append(result.images * 2 - 1)
     return torch.cat(images)
-
-
-def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Squared Frechet distance of the Gaussians fitted to two sets of features (N, F), in float64."""
-    first, second = first.double(), second.double()
-    gap = (first.mean(0) - second.mean(0)).square().sum()
-    one, two = torch.cov(first.T), torch.cov(second.T)
-    # trace of (one two)^(1/2) from the eigenvalues of a similar symmetric matrix
-    values, vectors = torch.linalg.eigh(one)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ two @ root).clamp(min=0).sqrt().sum()
-    return float(gap + one.trace() + two.trace() - 2 * cross)
