@@ -33,7 +33,7 @@ class Batch:
                 f"cannot split a batch of {len(self)} over {parts} ranks: use a larger batch or fewer ranks"
             )
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        lengths = {name: len(value) for name, value in values.items() if _is_cut(value)}
+        lengths = {name: len(value) for name, value in values.items() if is_cut(value)}
         assert set(lengths.values()) == {len(self)}, (
             f"{type(self).__name__} holds columns of different sizes: {lengths}"
         )
@@ -48,7 +48,7 @@ class Batch:
 
 def split_value(value: Any, parts: int) -> list[Any]:
     """One value per rank: batches, tensors (dim 0) and tuples of texts are cut, everything else is common to all ranks."""
-    if not _is_cut(value):
+    if not is_cut(value):
         return [value] * parts
     if isinstance(value, Batch):
         return list(value.split(parts))
@@ -57,9 +57,10 @@ def split_value(value: Any, parts: int) -> list[Any]:
     return [value[start:end] for start, end in _bounds(len(value), parts)]
 
 
-def _is_cut(value: Any) -> bool:
+def is_cut(value: Any) -> bool:
+    """Return True for a value that is cut over ranks. An empty tuple is not: nothing says that it holds texts."""
     if isinstance(value, tuple):
-        return all(isinstance(item, str) for item in value)
+        return bool(value) and all(isinstance(item, str) for item in value)
     return isinstance(value, Batch) or (isinstance(value, Tensor) and value.ndim > 0)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are either complete or not there.
+"""Checkpoints: complete or not there.
 
 A checkpoint is a folder `step-00000050` of safetensors and JSON files. Every process that holds tensors writes them itself, beside the
 training (`parts`); the driver waits for all parts (`saver`) and commits (`store`) with `manifest.json`, which lists sizes and SHA-256
@@ -10,7 +10,7 @@ from flashdmd_ray.checkpoint.manifest import Part, manifests, read_manifest, rea
 from flashdmd_ray.checkpoint.parts import Destination, PartFile, Saved, save_part
 from flashdmd_ray.checkpoint.selection import (
     Best,
-    damage_explained,
+    explain_damage,
     latest_checkpoint,
     latest_step,
     newest_healthy,
@@ -26,7 +26,7 @@ __all__ = [
     "Part",
     "PartFile",
     "Saved",
-    "damage_explained",
+    "explain_damage",
     "latest_checkpoint",
     "latest_step",
     "load_tensors",

@@ -1,4 +1,4 @@
-"""The fingerprint of a set of weights: what publishing writes down and what every rollout worker reads back."""
+"""Checksum of a set of weights, computed when they are published and again by every rollout worker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Hex digest over names, dtypes, shapes and exact bytes; independent of device and of the mapping's order.
+    """Return a hex digest over names, dtypes, shapes and exact bytes, independent of device and of the mapping's order.
 
     A worker that loaded published weights computes this over what its network now holds. A difference means that the network does not run
     on the weights it was sent, which must stop the run: rewards would be optimised for a generator that nobody trains.

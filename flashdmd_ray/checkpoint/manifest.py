@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: `manifest.json`, the last of its files to be written."""
+"""List of a checkpoint's files, with sizes and SHA-256 sums: `manifest.json`, the last of them to be written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint as its manifest describes it.
+    """Contents of a checkpoint.
 
     serial: grows with every checkpoint written to one place. run: whose it is. metrics: what retention may judge it by.
     """
@@ -52,22 +52,25 @@ class Manifest:
 
 
 def read_manifest(folder: Location) -> Manifest:
-    """Raises DamagedCheckpoint when the manifest is missing or damaged, and what the store raises when it cannot be reached."""
+    """Read a checkpoint's manifest.
+
+    Raises DamagedCheckpoint when it is missing or damaged, and what the store raises when it cannot be reached.
+    """
     try:
         tree = json.loads((folder / MANIFEST).read_text())
-        known = tree["format"] == FORMAT
+        is_supported = tree["format"] == FORMAT
         files = {name: Part(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in tree["files"].items()}
         metrics = {str(name): float(value) for name, value in tree.get("metrics", {}).items()}
         manifest = Manifest(folder, int(tree["step"]), int(tree["serial"]), str(tree.get("run", "")), metrics, files)
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpoint(f"checkpoint {folder}: cannot read {MANIFEST} ({error})") from None
-    if not known:
+    if not is_supported:
         raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} has a format that this version does not know")
     return manifest
 
 
 def read_state(folder: Location) -> dict[str, Any]:
-    """The driver's JSON of a checkpoint. Raises DamagedCheckpoint, a ValueError, when it cannot be read."""
+    """Read the driver's JSON of a checkpoint. Raises DamagedCheckpoint, a ValueError, when it cannot be read."""
     try:
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
@@ -77,7 +80,7 @@ def read_state(folder: Location) -> dict[str, Any]:
 
 
 def newest_first(root: Location) -> list[Location]:
-    """Checkpoint folders by the order of writing; one whose manifest cannot be read comes first, so that it is noticed.
+    """List checkpoint folders, the newest first; one whose manifest cannot be read comes first, so that it is noticed.
 
     In a store the manifest is the commit: a folder without one is unfinished, so no checkpoint.
     """
@@ -88,7 +91,7 @@ def newest_first(root: Location) -> list[Location]:
 
 
 def is_committed(folder: Location) -> bool:
-    """Whether a folder with a checkpoint's name was finished: by its rename in a file system, by its manifest in a store."""
+    """Return True when a folder with a checkpoint's name was finished: by its rename in a file system, by its manifest in a store."""
     if isinstance(folder, Path):
         return folder.is_dir()
     try:
@@ -98,14 +101,14 @@ def is_committed(folder: Location) -> bool:
 
 
 def manifests(root: Location) -> list[Manifest]:
-    """Of all checkpoints whose manifest can be read, newest first."""
-    found = []
+    """Read the manifests of all checkpoints, newest first; one that cannot be read is left out."""
+    readable = []
     for folder in newest_first(root):
         try:
-            found.append(read_manifest(folder))
+            readable.append(read_manifest(folder))
         except DamagedCheckpoint:
             continue
-    return sorted(found, key=lambda manifest: manifest.serial, reverse=True)
+    return sorted(readable, key=lambda manifest: manifest.serial, reverse=True)
 
 
 def verify_checkpoint(folder: Location) -> Location:
@@ -118,33 +121,33 @@ def verify_checkpoint(folder: Location) -> Location:
         raise ValueError(f"no checkpoint at {folder}: name a directory such as runs/demo/checkpoints/step-00000050")
     for part in read_manifest(folder).files.values():
         try:
-            found = _look_at(folder / part.name, part)
+            actual = _describe_file(folder / part.name, part)
         except FileNotFoundError:
             raise DamagedCheckpoint(f"checkpoint {folder}: {part.name} is missing") from None
-        check_same(part, found, folder)
+        check_same(part, actual, folder)
     return folder
 
 
-def check_same(written: Part, found: Part, folder: Location) -> None:
-    """Raises DamagedCheckpoint when a file is not what was written."""
-    if found != written:
+def check_same(written: Part, actual: Part, folder: Location) -> None:
+    """Raise DamagedCheckpoint when a file is not what was written."""
+    if actual != written:
         raise DamagedCheckpoint(
             f"checkpoint {folder}: {written.name} is not what was written (size or SHA-256 differs)"
         )
 
 
 def describe(name: str, file: Path) -> Part:
-    """Size and SHA-256 of a file."""
+    """Return size and SHA-256 of a file."""
     with file.open("rb") as stream:
         return Part(name, file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
 
 
 def describe_bytes(name: str, data: bytes) -> Part:
-    """Size and SHA-256 of a file's content."""
+    """Return size and SHA-256 of a file's content."""
     return Part(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _look_at(file: Location, expected: Part) -> Part:
+def _describe_file(file: Location, expected: Part) -> Part:
     if isinstance(file, Path):
         return describe(expected.name, file)
     if expected.name == STATE:

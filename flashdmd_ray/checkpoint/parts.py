@@ -1,4 +1,4 @@
-"""How a role's tensors get into a checkpoint: taken by the training thread, written by another thread of the same process."""
+"""Files of one role in a checkpoint: tensors are taken by the training thread and written by another thread of its process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from flashdmd_ray.run.storage import Location, RemotePath
 
 @dataclass(frozen=True)
 class Destination:
-    """The folder that roles save to, as `directory / name` like a path. background: write in another thread, after `save` has returned."""
+    """Folder that roles save to, used like a path: `directory / name`.
+
+    background: write in another thread, after `save` has returned.
+    """
 
     path: Location
     background: bool
@@ -41,7 +44,7 @@ class PartFile:
 
 @dataclass(frozen=True)
 class PartReport:
-    """How far a part is: written when `part` is there, failed when `error` is, still being written otherwise."""
+    """Progress of one part: written when `part` is there, failed when `error` is, still being written otherwise."""
 
     name: str
     part: Part | None = None
@@ -57,10 +60,10 @@ class PartReport:
 
 
 class Saved:
-    """Base of the roles that save parts."""
+    """Base of roles that save parts."""
 
     def saved(self, directory: Destination) -> tuple[str, ...]:
-        """A `PartReport` as text for each part that this process was given for `directory`. Does not wait and does not raise."""
+        """Report, as text, on each part that this process was given for `directory`: a `PartReport`. Does not wait and does not raise."""
         return tuple(report.to_text() for report in _writer.reports(directory))
 
 
@@ -74,7 +77,7 @@ def save_part(file: PartFile, tensors: Mapping[str, Tensor]) -> None:
 
 
 class PartWriter:
-    """Writes the parts of a process, one after the other. Remembers how those of the latest destination went."""
+    """Writer of a process's parts, one after the other. Keeps the reports on those of the latest destination."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -117,7 +120,7 @@ _writer = PartWriter()
 
 
 def write_part(path: Location, tensors: Mapping[str, Tensor]) -> Part:
-    """Write one file and see it safely on the disk, or in the store. Raises what stands in the way."""
+    """Write one file, flushed to the disk or uploaded to the store. Raises OSError, or what the store's driver raises."""
     if isinstance(path, RemotePath):
         with tempfile.TemporaryDirectory(prefix="flashdmd-") as folder:
             local = Path(folder) / path.name

@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints is meant: the newest, the best, or that of a step."""
+"""Selection of a checkpoint: the newest, the best, the newest healthy one, or that of a step."""
 
 from __future__ import annotations
 
@@ -22,53 +22,53 @@ from flashdmd_ray.run.storage import Location
 
 
 def newest_healthy(candidates: Iterable[Manifest]) -> Manifest | None:
-    """Of checkpoints, newest first: the first that was written while the hack monitor said so; None when there is none."""
+    """Return the first of `candidates`, newest first, that was written while the hack monitor found the run healthy, if any."""
     return next((m for m in candidates if m.metrics.get(SEVERITY) == 0), None)
 
 
 @dataclass(frozen=True)
 class Best:
-    """What makes a checkpoint the best of its run: the smallest or the largest value of a metric."""
+    """Criterion for the best checkpoint of a run: the smallest or the largest value of a metric."""
 
     metric: str
     mode: Literal["min", "max"]
 
     @classmethod
-    def wanted(cls, settings: CheckpointConfig) -> Self | None:
-        """What the configuration asks for; None when it names no metric."""
+    def from_config(cls, settings: CheckpointConfig) -> Self | None:
+        """Build the configured criterion; None when the configuration names no metric."""
         return None if settings.best_metric is None else cls(settings.best_metric, settings.best_mode)
 
     def of(self, candidates: Iterable[Manifest]) -> Manifest | None:
-        """The best one, of equals the newest; None when none recorded the metric as a finite number."""
+        """Return the best of `candidates`, of equals the newest; None when none recorded the metric as a finite number."""
         sign = 1.0 if self.mode == "min" else -1.0
         judged = [m for m in candidates if math.isfinite(m.metrics.get(self.metric, math.nan))]
         return min(judged, key=lambda m: (sign * m.metrics[self.metric], -m.serial), default=None)
 
 
 def latest_checkpoint(root: Location) -> Location | None:
-    """The newest checkpoint, verified; None when there is none.
+    """Return the newest checkpoint, verified; None when there is none.
 
     A damaged one is never passed over in silence: ValueError names the file and says how to go back to the one before.
     """
-    found = newest_first(root)
-    if not found:
+    folders = newest_first(root)
+    if not folders:
         return None
-    with damage_explained(root):
-        return verify_checkpoint(found[0])
+    with explain_damage(root):
+        return verify_checkpoint(folders[0])
 
 
 def latest_step(root: Location) -> int:
-    """Steps behind the newest checkpoint, by its manifest alone; 0 when there is none. Raises ValueError like `latest_checkpoint`."""
-    found = newest_first(root)
-    if not found:
+    """Return the step of the newest checkpoint, by its manifest alone; 0 when there is none. Raises ValueError like `latest_checkpoint`."""
+    folders = newest_first(root)
+    if not folders:
         return 0
-    with damage_explained(root):
-        return read_manifest(found[0]).step
+    with explain_damage(root):
+        return read_manifest(folders[0]).step
 
 
 @contextmanager
-def damage_explained(root: Location) -> Iterator[None]:
-    """Add to the error about the newest checkpoint what the user may decide: nobody else goes back to an older one."""
+def explain_damage(root: Location) -> Iterator[None]:
+    """Add the user's choices to the error about the newest checkpoint: nothing goes back to an older one by itself."""
     try:
         yield
     except DamagedCheckpoint as error:
@@ -78,45 +78,46 @@ def damage_explained(root: Location) -> Iterator[None]:
 
 
 def select_checkpoint(root: Location, which: str, best: Best | None) -> Location:
-    """`which`: 'latest', 'best' (by `best`), 'healthy' (the newest that the hack monitor found so) or a step.
+    """Return the checkpoint that `which` names, verified.
 
-    Raises ValueError when there is no such checkpoint or it is damaged.
+    which: 'latest', 'best' (by `best`), 'healthy' (the newest that the hack monitor found so) or a step. Raises ValueError when there is
+    no such checkpoint or it is damaged.
     """
     if which == "latest":
         latest = latest_checkpoint(root)
         if latest is None:
             raise ValueError(f"{root} holds no complete checkpoint: train to the first one")
         return latest
-    known = manifests(root)
+    candidates = manifests(root)
     if which == "best":
-        return verify_checkpoint(_best(known, best, root).folder)
+        return verify_checkpoint(_best(candidates, best, root).folder)
     if which == "healthy":
-        return verify_checkpoint(_healthy(known, root).folder)
+        return verify_checkpoint(_healthy(candidates, root).folder)
     if not which.isascii() or not which.isdigit():
         raise ValueError(f"--checkpoint {which}: expected latest, best, healthy or a step such as 200")
-    for manifest in known:
+    for manifest in candidates:
         if manifest.step == int(which):
             return verify_checkpoint(manifest.folder)
-    raise ValueError(f"--checkpoint {which}: {root} holds {_steps(known)}")
+    raise ValueError(f"--checkpoint {which}: {root} holds {_steps(candidates)}")
 
 
-def _best(known: Sequence[Manifest], best: Best | None, root: Location) -> Manifest:
+def _best(candidates: Sequence[Manifest], best: Best | None, root: Location) -> Manifest:
     if best is None:
         raise ValueError("--checkpoint best: the run was trained without checkpoint.best_metric; name a step or latest")
-    found = best.of(known)
-    if found is None:
+    best_one = best.of(candidates)
+    if best_one is None:
         raise ValueError(f"--checkpoint best: no checkpoint at {root} recorded {best.metric}; name a step or latest")
-    return found
+    return best_one
 
 
-def _healthy(known: Sequence[Manifest], root: Location) -> Manifest:
-    found = newest_healthy(known)
-    if found is None:
+def _healthy(candidates: Sequence[Manifest], root: Location) -> Manifest:
+    healthy = newest_healthy(candidates)
+    if healthy is None:
         raise ValueError(
             f"--checkpoint healthy: the hack monitor found no checkpoint at {root} healthy; name a step or latest"
         )
-    return found
+    return healthy
 
 
-def _steps(known: Sequence[Manifest]) -> str:
-    return f"steps {', '.join(str(m.step) for m in reversed(known))}" if known else "no complete checkpoint"
+def _steps(candidates: Sequence[Manifest]) -> str:
+    return f"steps {', '.join(str(m.step) for m in reversed(candidates))}" if candidates else "no complete checkpoint"

@@ -1,4 +1,4 @@
-"""The checkpoints of one run in one place: begun, committed, retired. One process at a time writes to a place.
+"""Checkpoints of one run in one place: begun, committed, retired. One process at a time writes to a place.
 
 In a file system a checkpoint is written under a temporary name, flushed, and renamed: it is complete or not there. Object stores have no
 rename, so there the manifest, written last, is the commit, and a folder without one is unfinished.
@@ -33,8 +33,11 @@ BEGUN = "begun.json"
 
 
 class CheckpointStore(ABC):
-    """run: marks this run's checkpoints; no others are removed. keep: how many of the newest stay (>= 1), beside the best and the
-    newest that the hack monitor found healthy."""
+    """Writer of a run's checkpoints.
+
+    run: marks this run's checkpoints; no others are removed. keep: number of the newest that stay (>= 1), beside the best and the newest
+    that the hack monitor found healthy.
+    """
 
     def __init__(self, root: Location, run: str, keep: int, best: Best | None) -> None:
         assert keep >= 1
@@ -51,14 +54,14 @@ class CheckpointStore(ABC):
     def commit(
         self, begun: Location, step: int, parts: Iterable[Part], state: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> Location:
-        """Make the folder a checkpoint; returns where it lies.
+        """Make the folder a checkpoint; returns its location.
 
         parts: the files that were written to it. state: JSON, the driver's own part. Raises OSError when it cannot be written, or
         when a part that was reported as written cannot be seen from here.
         """
         files = {part.name: part for part in parts}
         for part in files.values():
-            _check_seen(begun / part.name, part)
+            _check_size(begun / part.name, part)
         text = json.dumps(dict(state), indent=1, sort_keys=True).encode()
         files[STATE] = describe_bytes(STATE, text)
         serial = 1 + max((m.serial for m in manifests(self.root)), default=0)
@@ -67,9 +70,9 @@ class CheckpointStore(ABC):
     def retire(self) -> None:
         """Remove the complete checkpoints of this run that are neither among the newest, nor the best, nor the newest healthy one."""
         ours = [m for m in manifests(self.root) if m.run == self.run]
-        kept = (self.best.of(ours) if self.best else None, newest_healthy(ours))
+        exempt = (self.best.of(ours) if self.best else None, newest_healthy(ours))
         for manifest in ours[self.keep :]:
-            if not any(manifest is one for one in kept):
+            if not any(manifest is one for one in exempt):
                 self._remove(manifest.folder)
 
     @abstractmethod
@@ -85,13 +88,13 @@ class CheckpointStore(ABC):
 
 
 def open_store(root: Location, run: str, keep: int, best: Best | None = None) -> CheckpointStore:
-    """The store for a place; creates nothing."""
+    """Return the store for a place; creates nothing."""
     kind = RemoteStore if isinstance(root, RemotePath) else LocalStore
     return kind(root, run, keep, best)
 
 
 class LocalStore(CheckpointStore):
-    """In a file system, which may be shared by machines: temporary name, flush, rename."""
+    """Checkpoints in a file system, which machines may share: temporary name, flush, rename."""
 
     root: Path
 
@@ -127,7 +130,7 @@ class LocalStore(CheckpointStore):
 
 
 class RemoteStore(CheckpointStore):
-    """In a store: parts under the final name, the manifest last."""
+    """Checkpoints in an object store: parts under the final name, the manifest last."""
 
     root: RemotePath
 
@@ -172,7 +175,7 @@ class RemoteStore(CheckpointStore):
 
 
 def flush(path: Path) -> None:
-    """A file's content, or a folder's list of names, to the disk."""
+    """Force a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -181,21 +184,21 @@ def flush(path: Path) -> None:
 
 
 def _free_name(step: int, taken: set[str]) -> str:
-    """A checkpoint of the same step is never replaced: there must be no moment without it."""
+    """Name for a step's checkpoint that nothing has yet: one of the same step is never replaced, so that it is always there."""
     name, attempt = f"step-{step:08d}", 1
     while name in taken:
         name, attempt = f"step-{step:08d}.{attempt}", attempt + 1
     return name
 
 
-def _check_seen(file: Location, part: Part) -> None:
+def _check_size(file: Location, part: Part) -> None:
     try:
-        seen = size(file)
+        actual = size(file)
     except FileNotFoundError:
-        seen = None
-    if seen != part.bytes:
+        actual = None
+    if actual != part.bytes:
         raise OSError(
             f"{part.name} was written with {part.bytes} bytes, but here {file} "
-            + ("does not exist" if seen is None else f"has {seen}")
+            + ("does not exist" if actual is None else f"has {actual}")
             + "; all machines of a job must see the same storage: set checkpoint.dir to a shared folder or a URL"
         )

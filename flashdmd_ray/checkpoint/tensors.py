@@ -23,9 +23,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Location) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU. A file in a store is fetched first, and must be what its checkpoint's manifest says.
+    """Load the tensors of a safetensors file, on the CPU.
 
-    Raises DamagedCheckpoint, a ValueError, naming the file when it is missing or damaged.
+    A file in a store is fetched first, and must be what its checkpoint's manifest says. Raises DamagedCheckpoint, a ValueError, naming
+    the file when it is missing or damaged.
     """
     if isinstance(path, RemotePath):
         return _fetch_tensors(path)

@@ -20,7 +20,7 @@ def build_engine(
     role: str,
     source: Source | None = None,
 ) -> Engine:
-    """The engine that trains `module` (already on its device; its float32 parameters with `requires_grad`) for a role.
+    """Build the engine that trains `module` for a role: its float32 parameters with `requires_grad`, on the device where they are.
 
     role: named in errors. source: the weights by name when `module` is a `skeleton`; only rank 0 reads it, one tensor at a time.
     With several ranks, call `init_process_group` first. DeepSpeed without a process group gets one of a single rank.

@@ -22,7 +22,7 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Engine(ABC):
-    """Trains `module`: forward by calling the engine, then `backward` and one `update`.
+    """Trainer of one network: call it for a forward with gradients, then `backward`, then `update`.
 
     An *objective* is what an update optimises ("distillation", "preference"). All objectives move the same fp32 master weights, and each
     has AdamW moments, an update counter and a learning rate of its own: the small preference gradients would vanish under the second
@@ -104,7 +104,7 @@ class Engine(ABC):
             assert self._announced is None, f"{self.role}: a micro-batch without a backward"
 
     def backward(self, loss: Tensor) -> Tensor:
-        """Back-propagate a scalar loss; returns what it adds to the loss of the update, detached.
+        """Back-propagate a scalar loss; returns its share of the update's loss, detached.
 
         Once per update, or once in each of `micro_batches`: otherwise sum the losses first (ZeRO would silently drop all but the last).
         """
@@ -125,9 +125,9 @@ class Engine(ABC):
         return loss.detach()
 
     def update(self, objective: str = "distillation", rate: RateConfig | None = None) -> float:
-        """One AdamW update with the moments of `objective`, at its own `rate`; None is the engine's.
+        """Make one AdamW update with the moments of `objective`.
 
-        `learning_rate` of the objective's number of updates. Returns the global gradient norm before clipping.
+        rate: the objective's `learning_rate` settings; None: the engine's. Returns the global gradient norm before clipping.
         Raises FloatingPointError, on every rank, when a loss or gradient is not finite; weights, moments and counters are then untouched.
         """
         assert self._loss_is_finite is not None, f"{self.role}: update without a backward before it"
@@ -159,11 +159,11 @@ class Engine(ABC):
         )
 
     def updates(self, objective: str = "distillation") -> int:
-        """Number of updates made for an objective."""
+        """Return the number of updates made for an objective."""
         return self.optimizer_state.updates.get(objective, 0)
 
     def shard_weight(self, count: int) -> float:
-        """Factor for this rank's mean loss over `count` samples that makes the average over ranks the mean over all samples.
+        """Weight of this rank's mean loss over `count` samples, so that the average over ranks is the mean over all samples.
 
         sum_r w_r mean_r / R = sum of all losses / N  needs  w_r = R count_r / N. Exactly 1.0 when all ranks hold equally many. Collective.
         """
@@ -176,39 +176,41 @@ class Engine(ABC):
     # ---- weights and checkpoints
 
     def ema_update_from(self, source: Engine, decay: float) -> None:
-        """EMA of another engine's weights, on the fp32 masters: psi <- decay psi + (1 - decay) theta, theta the masters of `source`.
+        """Move the weights towards another engine's: psi <- decay psi + (1 - decay) theta, on the fp32 masters.
 
-        A lerp of equal slices, whatever the ZeRO stage. Raises ValueError when `source` is of another kind or trains other parameters.
-        Collective.
+        theta: the masters of `source`. A lerp of equal slices, whatever the ZeRO stage. Raises ValueError when `source` is of another
+        kind or trains other parameters. Collective.
         """
         self.optimizer_state.ema_update_from(source.optimizer_state, decay)
 
     def weights(self) -> dict[str, Tensor]:
-        """On rank 0 the full fp32 masters and the persistent buffers by name, on the CPU: what `load_state_dict` takes.
+        """Full fp32 masters and persistent buffers by name, on the CPU of rank 0, in the form that `load_state_dict` takes.
 
         Gathered one parameter at a time; empty on the other ranks, which never hold more than one full parameter. Collective.
         """
         return self.optimizer_state.weights()
 
     def copy(self) -> nn.Module:
-        """A frozen copy of the network as it is now, complete on every rank, in evaluation mode and the compute precision. Collective."""
+        """Copy the network as it is now: frozen, complete on every rank, in evaluation mode and the compute precision. Collective."""
         return copy.deepcopy(self.module).eval().requires_grad_(False)
 
     def state_items(self) -> Iterator[tuple[str, Tensor]]:
-        """The entries of `state`, one after the other, so that a writer need not hold them all. Every rank must exhaust it: collective."""
+        """Yield the entries of `state` one by one, so that a writer need not hold them all. Collective: every rank must exhaust it."""
         return self.optimizer_state.items()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything an exact resume needs, by parameter name, on the CPU of rank 0 (other ranks: empty); the same for any number of ranks,
-        either kind of engine and every ZeRO stage.
+        """Return everything an exact resume needs, by name, on the CPU of rank 0; the other ranks get an empty mapping.
 
-        Keys: weights/<parameter>, buffers/<buffer>, updates/<objective>, moments/<objective>/{exp_avg,exp_avg_sq}/<parameter>. Collective.
+        The same for any number of ranks, either kind of engine and every ZeRO stage. Keys: weights/<parameter>, buffers/<buffer>,
+        updates/<objective>, moments/<objective>/{exp_avg,exp_avg_sq}/<parameter>. Collective.
         """
         return dict(self.state_items())
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from what `state` returned on rank 0, on any engine over the same network. Every rank passes all of it; tensors are read
-        one at a time, so a mapping over memory-mapped files (`checkpoint.load_tensors`) costs no rank a copy.
+        """Continue from what `state` returned on rank 0, on any engine over the same network.
+
+        Every rank passes all of it; tensors are read one at a time, so a mapping over memory-mapped files (`checkpoint.load_tensors`)
+        costs no rank a copy.
 
         Raises ValueError, before any change, when it does not fit.
         """

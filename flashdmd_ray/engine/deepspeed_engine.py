@@ -72,7 +72,7 @@ class Stage3State(ZeroState):
 
     @cached_property
     def _starts(self) -> list[int]:
-        """Where each parameter's slice begins in a vector of this rank, and where the last one ends."""
+        """Start of each parameter's slice in a vector of this rank, and the end of the last one."""
         trained: list[Any] = [p for p in self.module.parameters() if p.requires_grad]
         return [0, *itertools.accumulate(p.partition_numel() for p in trained)]
 
@@ -155,7 +155,7 @@ class DeepSpeedEngine(Engine):
         self._forget_gradient()
 
     def _forget_gradient(self) -> None:
-        """Nothing of this gradient may be left for parameters that take no part in the next update."""
+        """Clear what DeepSpeed would keep of this gradient for parameters that take no part in the next update."""
         if self.config.offload_optimizer:
             self._zero.reset_cpu_buffers()
             self.optimizer_state.masters.grad.zero_()  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Where each trained parameter of a module lies in one flat fp32 vector.
+"""Layout of a module's trained parameters in one flat fp32 vector.
 
 Engines keep weights, gradients and AdamW moments as flat vectors, because that is how ZeRO partitions them: a rank owns a slice of the
 vector. Checkpoints speak in parameter names. This is the map between the two.
@@ -23,7 +23,7 @@ class FlatLayout:
 
     @classmethod
     def of(cls, module: nn.Module) -> FlatLayout:
-        """The layout of the parameters with `requires_grad`. Raises ValueError when there are none."""
+        """Return the layout of the parameters with `requires_grad`. Raises ValueError when there are none."""
         trained = [(name, p.shape) for name, p in module.named_parameters() if p.requires_grad]
         if not trained:
             raise ValueError(
@@ -37,7 +37,7 @@ class FlatLayout:
 
     @cached_property
     def starts(self) -> list[int]:
-        """Where each parameter begins in the flat vector."""
+        """Start of each parameter in the flat vector."""
         starts, start = [], 0
         for shape in self.shapes:
             starts.append(start)
@@ -52,10 +52,10 @@ class FlatLayout:
         ]
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ValueError naming the first parameter that is missing in `tensors`, unknown or of another shape."""
+        """Raise ValueError naming the first parameter that is missing in `tensors`, unknown or of another shape."""
         missing = [name for name in self.names if name not in tensors]
-        known = set(self.names)
-        unknown = [name for name in tensors if name not in known]
+        names = set(self.names)
+        unknown = [name for name in tensors if name not in names]
         if missing or unknown:
             what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the network does not train"
             raise ValueError(

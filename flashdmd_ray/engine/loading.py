@@ -1,4 +1,4 @@
-"""Bringing up the ranks of a node without a full copy of the weights in each.
+"""Starts the ranks of a node without a full copy of the weights in each.
 
 A trained network is handed to its engine as a `skeleton`, which holds no weights, together with a source that rank 0 alone reads. The
 engine sends the weights around one parameter at a time; under ZeRO stage 3 a rank keeps its slice of each and never holds more than one
@@ -24,8 +24,10 @@ Source = Mapping[str, Tensor]
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """The ranks of a machine run the block one after another: each reads a whole network and sends it to its GPU before the next one reads,
-    so host memory holds one copy at a time. Ranks of different machines do not wait for one another's turn. Collective.
+    """Run the block on one rank of each machine at a time.
+
+    Each reads a whole network and sends it to its GPU before the next one reads, so host memory holds one copy at a time. Ranks of
+    different machines do not wait for one another's turn. Collective.
     """
     if world_size() == 1:
         yield
@@ -42,7 +44,7 @@ def in_turn() -> Iterator[None]:
 
 
 def skeleton(module: nn.Module) -> nn.Module:
-    """A deep copy of `module` with float32 parameters on the meta device: its structure and buffers without the memory of its weights."""
+    """Copy `module` with float32 parameters on the meta device: its structure and buffers without the memory of its weights."""
     memo: dict[int, object] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta", dtype=torch.float32), requires_grad=p.requires_grad)
         for p in module.parameters()
@@ -51,7 +53,7 @@ def skeleton(module: nn.Module) -> nn.Module:
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Where the network lives; for a skeleton, where its weights will live."""
+    """Device of the network; for a skeleton, the device its weights will be on."""
     real = (p.device for p in module.parameters() if not p.is_meta)
     return next(real, local_device())
 

@@ -19,7 +19,7 @@ _BLOCK = 256
 def build_optimizer(
     name: Literal["adamw", "adamw_8bit"], parameters: Sequence[Tensor], settings: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """AdamW with the role's settings over `parameters`. Raises ValueError when adamw_8bit cannot be had."""
+    """Build AdamW with the role's settings over `parameters`. Raises ValueError when adamw_8bit cannot be had."""
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if name == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
@@ -33,7 +33,7 @@ def build_optimizer(
 
 
 def read_moment(state: Mapping[str, Any], moment: str) -> Tensor:
-    """One of MOMENTS in float32, from what an optimizer keeps for the masters."""
+    """Return one of MOMENTS in float32 from the state that an optimizer keeps of the masters."""
     if moment in state:
         return torch.as_tensor(state[moment])
     number = 1 + MOMENTS.index(moment)
@@ -49,7 +49,7 @@ def read_moment(state: Mapping[str, Any], moment: str) -> Tensor:
 def restored_state(
     optimizer: torch.optim.Optimizer, masters: Tensor, number: int, vectors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """What `optimizer` would keep for the masters after `number` updates that left these float32 moments."""
+    """Rebuild the state that `optimizer` keeps of the masters after `number` updates, from float32 moments."""
     if isinstance(optimizer, torch.optim.AdamW):
         return {"step": torch.tensor(float(number), dtype=torch.float32, device=masters.device), **vectors}
     eight_bit: Any = optimizer
@@ -79,7 +79,7 @@ def _bitsandbytes() -> Any:
 
 
 def learning_rate(rate: RateConfig, update: int) -> float:
-    """The rate of update n = 1, 2, ... of an objective: up to `lr` in the first `warmup`, then, with `decay`, down to `floor` of it.
+    """Learning rate of update n = 1, 2, ... of an objective: linear warm-up, then constant or a linear decay.
 
         r_n = lr n / warmup                                                           n <= warmup
         r_n = lr (1 - f + floor f),   f = min(1, (n - warmup) / (decay - warmup))     n >  warmup

@@ -1,4 +1,4 @@
-"""The process group in which the ranks of a worker group train together."""
+"""Process group in which the ranks of a worker group train together."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def init_process_group(
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A port nobody listens on at this moment."""
+    """Return a port nobody listens on at this moment."""
     with socket.create_server((address, 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 def world_size() -> int:
-    """Ranks that train together; 1 without a process group."""
+    """Return the number of ranks that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process among them; 0 without a process group."""
+    """Return the rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -69,5 +69,5 @@ def placed_device(gpus: float, key: str) -> torch.device:
 
 
 def local_device() -> torch.device:
-    """The device of this process: the GPU it sees, else the CPU."""
+    """Return the device of this process: the GPU it sees, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Optimizer state by parameter name, whatever slices of it a rank holds: what checkpoints save and what averages read."""
+"""Optimizer state by parameter name, whatever slices of it a rank holds, for checkpoints and averages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flashdmd_ray.engine.processes import rank, world_size
 
 @dataclass(eq=False, kw_only=True)
 class OptimizerState(ABC):
-    """The fp32 master weights, with AdamW moments and an update counter for each objective: flat vectors, or this rank's slices of them.
+    """fp32 master weights, and for each objective AdamW moments and an update counter: flat vectors, or this rank's slices of them.
 
     Every vector here is sliced like `masters`. All methods but `owned` are collective: every rank calls them in the same order.
     """
@@ -78,7 +78,7 @@ class OptimizerState(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where ranks exchange tensors, also when the masters lie in host memory."""
+        """Device on which ranks exchange tensors, also when the masters lie in host memory."""
         return module_device(self.module)
 
     # ---- weights
@@ -153,5 +153,5 @@ class OptimizerState(ABC):
 
 
 def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries below a prefix, without it."""
+    """Return the entries below a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

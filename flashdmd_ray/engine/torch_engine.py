@@ -18,11 +18,12 @@ from flashdmd_ray.engine.state import OptimizerState
 
 
 class TorchEngine(Engine):
-    """Parameters and gradients of the module are views of flat vectors: reduction, clipping, AdamW and averaging are one operation each.
+    """Engine over flat vectors: reduction, clipping, AdamW and averaging are one operation each.
 
-    In float32 the parameters are views of the masters. In bfloat16, or with offload_optimizer, they are views of a vector of their own, in
-    the compute precision on the module's device; masters and moments are float32, beside it or in host memory. Gradients are float32 sums
-    in every case; a bfloat16 backward hands over each parameter's gradient as soon as it is complete.
+    Parameters and gradients of the module are views of the vectors. In float32 the parameters are views of the masters. In bfloat16, or
+    with offload_optimizer, they are views of a vector of their own, in the compute precision on the module's device; masters and moments
+    are float32, beside it or in host memory. Gradients are float32 sums in every case; a bfloat16 backward hands over each parameter's
+    gradient as soon as it is complete.
     """
 
     def __init__(

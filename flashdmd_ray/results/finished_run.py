@@ -127,7 +127,7 @@ def export_run(run: Path, which: str, out: Path | None, form: Format = "pipeline
     from flashdmd_ray.results.report import card_facts, saved_weights, student_weights
     from flashdmd_ray.roles.networks import load_family
 
-    checkpoint = select_checkpoint(checkpoint_root(config, run), which, Best.wanted(config.checkpoint))
+    checkpoint = select_checkpoint(checkpoint_root(config, run), which, Best.from_config(config.checkpoint))
     training = read_state(checkpoint)
     facts = card_facts(config, training, *_reported(run, config, training))
     family = load_family(config.model)

@@ -97,7 +97,7 @@ def _runner(config: RewardTrainingConfig, source: str, folder: Path) -> Iterator
     from flashdmd_ray.runtime.environment import use_loopback
 
     use_loopback(os.environ)
-    from flashdmd_ray.runtime.ray_train import TrainSettings, ask_to_stop, ray_train
+    from flashdmd_ray.runtime.ray_train import TrainSettings, ray_train, request_stop
 
     storage, limits, group = folder.absolute(), config.deadlines, config.workers
     settings = TrainSettings(
@@ -112,7 +112,7 @@ def _runner(config: RewardTrainingConfig, source: str, folder: Path) -> Iterator
         config.checkpoint.keep,
     )
     with ray_train(settings) as run:
-        yield lambda: ask_to_stop(storage), lambda: run(partial(run_worker, config, source, storage))
+        yield lambda: request_stop(storage), lambda: run(partial(run_worker, config, source, storage))
 
 
 def _steps_seen(folder: Path) -> int:

@@ -1,7 +1,4 @@
-"""Where the roles run: in this process (`local`) or in Ray actors (`ray`).
-
-The driver sees one `Runtime` and cannot tell which.
-"""
+"""Runtimes: the roles in this process (`local`) or in Ray actors (`ray`), behind one interface."""
 
 from flashdmd_ray.runtime.build import build_runtime
 from flashdmd_ray.runtime.errors import DeadlineExceeded, RoleFailed, WorkerError, WorkerLost

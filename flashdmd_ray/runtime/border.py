@@ -1,4 +1,4 @@
-"""Between the driver, whose tensors lie on the CPU, and roles whose networks may be on a GPU. No Ray."""
+"""Transfer of tensors between the driver, on the CPU, and roles whose networks may be on a GPU. No Ray."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CPU = torch.device("cpu")
 
 
 def call_role(role: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`role.method(...)` with every tensor of the arguments on the role's device, and those of the result on the CPU.
+    """Call `role.method(...)` with the arguments' tensors on the role's device; those of the result come back on the CPU.
 
-    A role says where it computes by `device`; one that does not is on the CPU.
+    A role without an attribute `device` is on the CPU.
     """
     device = getattr(role, "device", CPU)
     result = getattr(role, method)(*move(args, device), **move(dict(kwargs), device))
@@ -23,7 +23,7 @@ def call_role(role: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 class RoleOnDevice:
-    """A role of this process whose networks are on a GPU, called like one whose networks are on the CPU."""
+    """Handle of a role of this process whose networks are on a GPU, called like one whose networks are on the CPU."""
 
     def __init__(self, role: Any) -> None:
         self._role = role
@@ -37,5 +37,5 @@ class RoleOnDevice:
 
 
 def at_border(role: Any) -> Any:
-    """The role as the driver of the same process calls it."""
+    """Return the role in the form that the driver of the same process calls."""
     return role if getattr(role, "device", CPU) == CPU else RoleOnDevice(role)

@@ -1,4 +1,4 @@
-"""From a configuration to a runtime."""
+"""Build a runtime from a configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROLES: Roles = {
 }
 """Worker group -> name of the role in `Runtime` -> "module:Class"; "reward" stands for every pool of rewards.
 
-Roles of one group live in the same processes: EMA coupling moves all weights at every step, which is a local operation
+Roles of one group live in the same processes: the EMA update moves all weights at every step, which is a local operation
 only because the generator and the score estimator are neighbours."""
 
 LATENT_ADVERSARY: Roles = {
@@ -46,12 +46,12 @@ STATEFUL = ("learner", "discriminator")
 
 
 def roles_for(config: Config) -> Roles:
-    """The role classes this configuration asks for."""
+    """Return the role classes of this configuration."""
     return LATENT_ADVERSARY if config.adversarial.space == "latent" else ROLES
 
 
 def worker_groups(config: Config, roles: Roles | None = None) -> list[WorkerGroup]:
-    """The processes this configuration needs: without preference updates there is nothing to roll out or to reward."""
+    """List the worker groups of this configuration; without preference updates nothing is rolled out or rewarded."""
     roles = roles_for(config) if roles is None else roles
     needed = [name for name in roles if name in STATEFUL or config.preference.updates]
     return [
@@ -71,7 +71,7 @@ def _worker_group(config: Config, name: str, roles: Mapping[str, str]) -> Worker
         gpus=placed.gpus,
         stateful=name in STATEFUL,
         key=config.placement.key(name),
-        sees=config.for_pool(name) if "rewards" in roles else config,
+        config=config.for_pool(name) if "rewards" in roles else config,
     )
 
 
@@ -89,7 +89,7 @@ def build_runtime(config: Config, roles: Roles | None = None, say: Callable[[str
     use_loopback(os.environ)
     from flashdmd_ray.runtime.ray_runtime import RayRuntime
 
-    return RayRuntime(config, groups, say)
+    return RayRuntime(groups, say)
 
 
 def _build_local(config: Config, groups: Sequence[WorkerGroup], say: Callable[[str], None]) -> LocalRuntime:

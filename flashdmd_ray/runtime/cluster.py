@@ -1,4 +1,4 @@
-"""The Ray cluster a job runs in: the one it was submitted to, or a private one that lives and dies with the job."""
+"""Ray cluster of a job: the one it was submitted to, or a private one that lives and dies with the job."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ SYSTEM_CONFIG = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connection to Ray. `joined`: made here, so `leave` ends it, and with it all processes of a `private` cluster."""
+    """Connection to Ray.
+
+    joined: made here, so `leave` ends it, and with it all processes of a private cluster.
+    """
 
     joined: bool
     private: bool
@@ -59,7 +62,7 @@ class Cluster:
         return cls(joined=True, private=private)
 
     def nodes(self) -> list[Node]:
-        """What each living machine has in all, whoever uses it now."""
+        """Total resources of each living machine, in use or not."""
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return [Node(cpus=resources.get("CPU", 0.0), gpus=int(resources.get("GPU", 0))) for resources in alive]
 

@@ -1,4 +1,4 @@
-"""Threads of the driver that wait for workers.
+"""Threads in which the driver waits for workers.
 
 They are daemons: a call that never returns must not keep a finished driver alive.
 """
@@ -28,7 +28,7 @@ def in_thread(call: Callable[[], T]) -> Future[T]:
 
 
 def run_parallel(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run all calls at once; results in order. Raises the first error without waiting for the others."""
+    """Run all calls at once; returns the results in order. Raises the first error without waiting for the others."""
     futures = [in_thread(call) for call in calls]
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
     for future in futures:

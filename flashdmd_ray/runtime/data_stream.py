@@ -1,4 +1,4 @@
-"""Work on data sets through Ray Data: on any CPU of the cluster, streamed, in order."""
+"""Data sets through Ray Data: work on any CPU of the cluster, streamed, in order."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def decode_on_ray(roles: Sequence[Any], config: DataConfig) -> None:
 
 
 def start_ray() -> Any:
-    """A Ray for a command that is no training job: the one of RAY_ADDRESS, or a private one. Leave it with `leave()`."""
+    """Connect a command that is no training job to the Ray of RAY_ADDRESS, or to a private one. Leave it with `leave()`."""
     use_loopback(os.environ)
     from flashdmd_ray.runtime.cluster import Cluster
 

@@ -1,4 +1,4 @@
-"""Settings of the processes themselves: threads, memory allocator, offline mode, addresses. No Ray, no torch at import."""
+"""Process settings: threads, memory allocator, offline mode, addresses. Imports no Ray, and no torch at import."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PASSED_ON = (
 
 
 def worker_environment(threads: int, gpus: float) -> dict[str, str]:
-    """Environment variables of one worker process, on top of what the machine sets."""
+    """Return the environment variables of one worker process, on top of those of its machine."""
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment |= {
         "OMP_NUM_THREADS": str(threads),
@@ -67,9 +67,10 @@ def use_loopback(environment: MutableMapping[str, str]) -> None:
 
 
 def use_quick_handles(environment: MutableMapping[str, str]) -> None:
-    """Serve's documented settings for throughput that are about calls of handles: gRPC, and no thread of its own for a replica's code,
-    which here is asynchronous and draws in a thread of ours. Read when `ray.serve` is imported and inherited by its processes; in a
-    cluster (RAY_ADDRESS) its own settings hold.
+    """Choose Serve's documented throughput settings for calls of handles.
+
+    gRPC, and no thread of its own for a replica's code, which here is asynchronous and generates in a thread of ours. Read when
+    `ray.serve` is imported and inherited by its processes; in a cluster (RAY_ADDRESS) its own settings hold.
     """
     if "RAY_ADDRESS" not in environment:
         environment.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")

@@ -1,4 +1,4 @@
-"""What can go wrong with a worker. Each message names role, method and step, and says what to do.
+"""Errors of worker processes. Each message names role, method and step, and the remedy.
 
 Errors that a role raises about its input or its numbers (ValueError, FloatingPointError, ...) are not here: they reach
 the driver as they are, in both runtimes. The errors below mean that a *process* failed; the supervisor may build the
@@ -32,7 +32,7 @@ class RoleFailed(WorkerError):
 
 @dataclass(frozen=True)
 class Call:
-    """Which call an error is about."""
+    """Role, method and step of a call, for messages."""
 
     role: str
     method: str

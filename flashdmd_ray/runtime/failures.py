@@ -1,4 +1,4 @@
-"""Ray's errors in this project's words."""
+"""Translation of Ray's errors into this project's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROGRAM = (NotImplementedError, RecursionError)
 
 
 def translate(error: Exception, call: Call, worker: str, deadline_s: float) -> Exception:
-    """The error that the driver should see for `error`, which `ray.get` raised for a call on `worker`.
+    """Return the error that the driver should see for `error`, which `ray.get` raised for a call on `worker`.
 
     What the role raised about its input or its numbers comes back as it was raised there, with the remote traceback as
     a note.
@@ -45,8 +45,10 @@ def _from_role(error: exceptions.RayTaskError, call: Call, worker: str) -> Excep
 
 
 def most_telling(errors: list[Exception]) -> Exception:
-    """Of the errors of several ranks in one call, the one that caused the others: a rank whose partner is gone only
-    reports a lost connection."""
+    """Return the error, of those of several ranks in one call, that caused the others.
+
+    A rank whose partner is gone only reports a lost connection.
+    """
 
     def importance(error: Exception) -> int:
         if not isinstance(error, WorkerError):

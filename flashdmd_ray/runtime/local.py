@@ -1,4 +1,4 @@
-"""Every role in this process, called directly: for debugging, tests and machines with one device. No Ray."""
+"""Local runtime: every role in this process, for debugging, tests and machines with one device. No Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class LocalRuntime:
-    """Role objects themselves.
+    """Runtime of role objects in this process.
 
     Calls that the Ray runtime runs at the same time run here one after the other, with equal results.
     """
@@ -41,7 +41,7 @@ class LocalRuntime:
         return [call() for call in calls]
 
     def background(self, call: Callable[[], T]) -> Task[T]:
-        """Runs at once; an error is kept for `result`, as if it had happened elsewhere."""
+        """Run the call at once; an error is kept for `result`, as if it had happened elsewhere."""
         future: Future[T] = Future()
         try:
             future.set_result(call())
@@ -53,4 +53,4 @@ class LocalRuntime:
         return {}
 
     def close(self) -> None:
-        """Nothing to end: there is only this process."""
+        """Do nothing: there is only this process."""

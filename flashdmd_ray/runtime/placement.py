@@ -1,4 +1,4 @@
-"""Which processes a job consists of, and whether a cluster has room for them. No Ray."""
+"""Worker groups of a job, and the check that a cluster has room for them. No Ray."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class WorkerGroup:
     """
     key: str
     """The setting that places it."""
-    sees: Config
-    """The configuration its roles are built from."""
+    config: Config
+    """Its roles are built from this; a pool of rewards has only its own rewards in it."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine of the cluster has in all."""
+    """Total resources of one machine of the cluster."""
 
     cpus: float
     gpus: int
@@ -55,22 +55,22 @@ def create_roles(group: WorkerGroup, rank: int, world_size: int) -> dict[str, An
         if hasattr(kind, "from_neighbours"):
             roles[name] = kind.from_neighbours(roles)
         else:
-            roles[name] = kind.from_config(group.sees, rank=rank, world_size=world_size)
+            roles[name] = kind.from_config(group.config, rank=rank, world_size=world_size)
     return roles
 
 
-def check_devices(group: WorkerGroup, assigned: int, seen: int) -> None:
+def check_devices(group: WorkerGroup, assigned: int, visible: int) -> None:
     """Raise ValueError when a worker of the group sees other GPUs than its own; called in the worker.
 
-    assigned: GPUs that Ray gave this process. seen: GPUs that torch sees. A share of a GPU is one GPU, seen by all that
+    assigned: GPUs that Ray gave this process. visible: GPUs that torch sees. A share of a GPU is one GPU, seen by all that
     share it. Ray does not hide GPUs from workers that asked for none: we do, and here is the proof.
     """
     expected = math.ceil(group.gpus)
     if assigned != expected:
         raise ValueError(f"{group.key}.gpus: {group.gpus:g} asked for, but Ray assigned {_amount(assigned, 'GPU')}")
-    if seen != expected:
+    if visible != expected:
         raise ValueError(
-            f"{group.key}.gpus: this worker was given {_amount(expected, 'GPU')}, but torch sees {seen}; "
+            f"{group.key}.gpus: this worker was given {_amount(expected, 'GPU')}, but torch sees {visible}; "
             "check the driver and CUDA_VISIBLE_DEVICES on that machine"
         )
 

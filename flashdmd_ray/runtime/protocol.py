@@ -72,7 +72,7 @@ class Runtime(Protocol):
         """Start a call whose result is wanted later. Errors are raised by `Task.result`."""
 
     def pool_metrics(self) -> dict[str, float]:
-        """pool/<name>/<figure> of every pool since the last call, see `Usage.take`; none in one process."""
+        """pool/<name>/<figure> of every pool since the last call, see `Usage.take_figures`; none in one process."""
 
     def close(self) -> None:
         """End everything this runtime started. May be called twice."""

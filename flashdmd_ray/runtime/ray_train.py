@@ -1,4 +1,4 @@
-"""One function on several ranks under Ray Train: placement, process group, checkpoints, and going on after a worker was lost."""
+"""One function on several ranks under Ray Train: placement, process group, checkpoints, and recovery after a worker was lost."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ _REFUSALS = {"ValueError": ValueError, "FloatingPointError": FloatingPointError}
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """storage: a folder that every machine of the cluster sees; Ray Train keeps checkpoints in its folder `checkpoints`.
+    """Placement and limits of the ranks.
 
-    workers: ranks, with so many Ray CPUs and GPUs each. start_s, collective_s: deadlines in seconds. attempts: starts in all.
-    keep: checkpoints that stay.
+    storage: a folder that every machine of the cluster sees; Ray Train keeps checkpoints in its folder `checkpoints`. workers: ranks,
+    with so many Ray CPUs and GPUs each. start_s, collective_s: deadlines in seconds. attempts: starts in all. keep: checkpoints that
+    stay.
     """
 
     storage: Path
@@ -67,17 +68,17 @@ class RayTrainPlace:
             ray.train.report({"step": step, **metrics}, checkpoint=made, checkpoint_dir_name=f"step-{step:08}")
 
     def is_stopping(self) -> bool:
-        """Rank 0 looks for the request and tells the others, so that all leave after the same step."""
-        asked = torch.tensor(int(self.rank == 0 and self._stop.exists()))
+        """Return True when a stop was requested. Rank 0 looks and tells the others, so that all leave after the same step."""
+        requested = torch.tensor(int(self.rank == 0 and self._stop.exists()))
         if self.world_size > 1:
-            asked = asked.cuda() if torch.distributed.get_backend() == "nccl" else asked
-            torch.distributed.broadcast(asked, src=0)
-        return bool(asked)
+            requested = requested.cuda() if torch.distributed.get_backend() == "nccl" else requested
+            torch.distributed.broadcast(requested, src=0)
+        return bool(requested)
 
 
 @contextmanager
 def ray_train(settings: TrainSettings) -> Iterator[Callable[[Callable[[RayTrainPlace], None]], None]]:
-    """A Ray to train on, joined in the main thread, and `run(work)`, which blocks and may be called in any thread.
+    """Connect to Ray, in the main thread, and give `run(work)`, which blocks and may be called in any thread.
 
     run calls `work` on every rank, and again, from the newest checkpoint, after a rank was lost; an earlier job with the same storage is
     gone on with. It raises what `work` raised when that was ValueError or FloatingPointError, and WorkerLost when ranks were lost more
@@ -107,13 +108,13 @@ def _run(settings: TrainSettings, work: Callable[[RayTrainPlace], None]) -> None
         raise _REFUSALS[said["kind"]](said["text"])
 
 
-def ask_to_stop(storage: Path) -> None:
-    """Let the ranks finish their step, write a checkpoint and leave."""
+def request_stop(storage: Path) -> None:
+    """Ask the ranks to finish their step, write a checkpoint and leave."""
     (storage / STOP).touch()
 
 
 def _prepare_environment(settings: TrainSettings) -> None:
-    """What Ray Train reads from the environment of the process that calls it."""
+    """Set what Ray Train reads from the environment of the process that calls it."""
     os.environ.setdefault(
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"
     )  # every report waits for the next look at the workers
@@ -143,20 +144,19 @@ def _trainer(work: Callable[[RayTrainPlace], None], settings: TrainSettings) -> 
     )
 
 
-def _on_rank(told: dict[str, Any]) -> None:
-    """A mistake of the user's is no loss of a worker: starting again would not mend it."""
-    place = RayTrainPlace(told["storage"])
+def _on_rank(config: dict[str, Any]) -> None:
+    """Run the work on this rank. A ValueError or FloatingPointError is written down: starting again would not mend it."""
+    place = RayTrainPlace(config["storage"])
     try:
-        told["work"](place)
+        config["work"](place)
     except (ValueError, FloatingPointError) as error:
-        kind = next(name for name, known in _REFUSALS.items() if isinstance(error, known))
-        (told["storage"] / REFUSED).write_text(json.dumps({"kind": kind, "text": str(error)}))
+        kind = next(name for name, refusal in _REFUSALS.items() if isinstance(error, refusal))
+        (config["storage"] / REFUSED).write_text(json.dumps({"kind": kind, "text": str(error)}))
 
 
 @dataclass
 class _Group(TorchConfig):
-    """Ray Train's torch ranks in this project's process group: on the loopback address it listens there only, and each rank sees its own
-    GPU alone."""
+    """Process group of Ray Train's torch ranks: on the loopback address it listens there only, and each rank sees its own GPU alone."""
 
     @property
     def backend_cls(self) -> type[Backend]:

@@ -1,4 +1,4 @@
-"""Cut the arguments of a call over the ranks of a group, and put the ranks' results together again. No Ray."""
+"""Split the arguments of a call over the ranks of a group, and join the ranks' results. No Ray."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from flashdmd_ray.batch import Batch, concat_values, split_value
+from flashdmd_ray.batch import concat_values, is_cut, split_value
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def split_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], ranks: int) -> tuple[list[Arguments], list[int]]:
-    """One (args, kwargs) for each rank, and the size of each rank's shard (all 1 when nothing is cut).
+    """Return (args, kwargs) for each rank, and the size of each rank's shard (all 1 when nothing is cut).
 
     Batches, tensors (dimension 0) and tuples of texts are cut, everything else is the same for all ranks.
     Raises ValueError when a shard would be empty.
@@ -28,34 +28,28 @@ def split_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], ranks: int
 
 
 def _shard_sizes(columns: Sequence[Sequence[Any]], ranks: int) -> list[int]:
-    sizes = {tuple(len(shard) for shard in column) for column in columns if _is_cut(column[0])}
+    sizes = {tuple(len(shard) for shard in column) for column in columns if is_cut(column[0])}
     if not sizes:
         return [1] * ranks
     if len(sizes) > 1:
         raise ValueError(
             f"the batches of one call have different sizes: {', '.join(str(sum(s)) for s in sorted(sizes))}"
         )
-    (found,) = sizes
-    if min(found) == 0:
+    (shard_sizes,) = sizes
+    if min(shard_sizes) == 0:
         raise ValueError(
-            f"cannot split a batch of {sum(found)} over {ranks} ranks: use a larger batch or fewer workers"
+            f"cannot split a batch of {sum(shard_sizes)} over {ranks} ranks: use a larger batch or fewer workers"
         )
-    return list(found)
-
-
-def _is_cut(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return bool(value) and all(isinstance(item, str) for item in value)
-    return isinstance(value, Batch) or (isinstance(value, Tensor) and value.ndim > 0)
+    return list(shard_sizes)
 
 
 def is_replicated(result: Any) -> bool:
-    """A mapping of tensors is a full set of weights, equal on all ranks: only rank 0 needs to send it."""
+    """Return True for a mapping of tensors: a full set of weights, equal on all ranks, that only rank 0 needs to send."""
     return isinstance(result, dict) and bool(result) and all(isinstance(value, Tensor) for value in result.values())
 
 
 def join_results(results: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """The group's result from its ranks' results.
+    """Join the ranks' results to the group's.
 
     Batches and tensors are concatenated, tuples joined element by element, floats and mappings of floats (metrics)
     averaged with the shard sizes as weights; of weights rank 0's copy is taken; anything else must be equal on all

@@ -1,5 +1,4 @@
-"""Crash-only recovery: a lost worker that holds trained state ends everything; all is built anew from the last
-checkpoint."""
+"""Crash-only recovery: a lost worker that holds trained state ends everything; all is built anew from the last checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pool was asked for and what it did, as figures of a step and of this moment. No Ray."""
+"""Counts of a pool's workers and calls, as figures of a step and of this moment. No Ray."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PoolState:
-    """A pool as a person sees it now. size: workers it has or brings up; ready: those that take calls; busy: those in a call.
+    """A pool at this moment.
 
-    low, high: what it may have; alike for a pool of fixed size. busy_share: of its ready workers' time, over the last step.
+    size: workers it has or brings up; ready: those that take calls; busy: those in a call; waiting: calls without a worker.
+    low, high: bounds of its size, equal for a pool of fixed size. busy_share: of its ready workers' time, over the last step.
     """
 
     size: int
@@ -24,39 +25,42 @@ class PoolState:
 
 
 class Usage:
-    """Integrals over time of a pool's workers and calls. Not safe for threads: its pool holds a lock around every call."""
+    """Counts of a pool's workers and calls, and their integrals over time. Not safe for threads: its owner locks around every call."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._since = clock()
         self.ready = self.busy = self.waiting = 0
         self._ready_s = self._busy_s = 0.0
-        self._most_waiting = self._replayed = 0
+        self._max_waiting = self._replayed = 0
         self.busy_share = 0.0
 
-    def change(self, ready: int = 0, busy: int = 0, waiting: int = 0) -> None:
-        """So many more, or fewer, from now on."""
+    def adjust(self, ready: int = 0, busy: int = 0, waiting: int = 0) -> None:
+        """Add these deltas to the live counts."""
         self._advance()
         self.ready, self.busy, self.waiting = self.ready + ready, self.busy + busy, self.waiting + waiting
-        self._most_waiting = max(self._most_waiting, self.waiting)
+        self._max_waiting = max(self._max_waiting, self.waiting)
 
-    def replay(self, groups: int) -> None:
-        """A call about so many prompt groups failed and is made again."""
+    def count_replay(self, groups: int) -> None:
+        """Count a failed call about so many prompt groups that is made again."""
         self._replayed += groups
 
-    def take(self) -> dict[str, float]:
-        """Figures since the last call of this method: share of the ready workers' time spent in calls, most calls that
-        waited at once, workers that take calls now, and prompt groups whose call was made again."""
+    def take_figures(self) -> dict[str, float]:
+        """Return the figures since the last call of this method.
+
+        busy: share of the ready workers' time spent in calls. queue: most calls that waited at once. workers: those that take calls now.
+        replayed: prompt groups whose call was made again.
+        """
         self._advance()
         self.busy_share = self._busy_s / self._ready_s if self._ready_s else 0.0
         figures = {
             "busy": self.busy_share,
-            "queue": float(self._most_waiting),
+            "queue": float(self._max_waiting),
             "workers": float(self.ready),
             "replayed": float(self._replayed),
         }
         self._ready_s = self._busy_s = 0.0
-        self._most_waiting, self._replayed = self.waiting, 0
+        self._max_waiting, self._replayed = self.waiting, 0
         return figures
 
     def _advance(self) -> None:

@@ -1,5 +1,4 @@
-"""How tensors cross a process border: as numpy arrays, which Ray moves through shared memory without pickling their
-bytes.
+"""Tensors between processes: as numpy arrays, which Ray moves through shared memory without pickling their bytes.
 
 What arrives is always a copy of its own. Ray's arrays are read-only views of shared memory: writing to a tensor over
 them would be undefined, and sums over memory with another alignment can differ in the last bit from those of the local
@@ -52,12 +51,12 @@ def _to_tensor(packed: tuple[np.ndarray, torch.dtype]) -> Tensor:
 
 
 def put_weights(weights: Mapping[str, Tensor]) -> ObjectRef:
-    """One copy in the object store for any number of readers."""
+    """Put one copy in the object store for any number of readers."""
     return ray.put({name: _to_array(tensor) for name, tensor in weights.items()})
 
 
 def fetch_weights(published: PublishedWeights, timeout_s: float) -> PublishedWeights:
-    """The same weights with readable tensors. They are views of shared memory: copy from them, never write to them."""
+    """Return the same weights with readable tensors: views of shared memory, to be copied from and never written to."""
     packed = ray.get(published.tensors, timeout=timeout_s)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

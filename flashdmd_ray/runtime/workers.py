@@ -1,4 +1,4 @@
-"""The worker process, and the stateful groups made of it (learner, discriminator)."""
+"""Worker processes, and the stateful groups made of them (learner, discriminator)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
-from flashdmd_ray.config import Config
 from flashdmd_ray.runtime.border import call_role
 from flashdmd_ray.runtime.environment import limit_threads, worker_environment
 from flashdmd_ray.runtime.errors import Call, WorkerError
@@ -28,18 +27,18 @@ GRACE_S = 1.0
 
 @dataclass(frozen=True)
 class RoleReference:
-    """A role handle as an argument: stands for the role of that name in the receiving process."""
+    """Argument that stands for the role of that name in the receiving process."""
 
     role: str
 
 
 class Worker:
-    """One process with one or more roles. Everything heavy is imported here, after the process has started."""
+    """Process with one or more roles. Everything heavy is imported in it, after it has started."""
 
-    def __init__(self, group: WorkerGroup, rank: int, config: Config) -> None:
+    def __init__(self, group: WorkerGroup, rank: int) -> None:
         self._group = group
         self._rank = rank
-        self._config = config
+        self._config = group.config
         self._roles: dict[str, Any] = {}
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
 
@@ -92,13 +91,13 @@ def worker_name(group: WorkerGroup, rank: int) -> str:
     return f"{group.name}-{rank}"
 
 
-def start_worker(group: WorkerGroup, rank: int, config: Config) -> Any:
-    """Ask Ray for one worker process. Returns its actor handle at once.
+def start_worker(group: WorkerGroup, rank: int) -> Any:
+    """Ask Ray for one worker process; returns its actor handle at once.
 
     Never restarted by Ray: that would run the constructor again and silently go on with initial weights. Groups are
     rebuilt by the supervisor from a checkpoint; pools put a new worker in the place of a lost one.
     """
-    environment = worker_environment(config.placement.threads, group.gpus)
+    environment = worker_environment(group.config.placement.threads, group.gpus)
     options = {
         "num_cpus": group.cpus,
         "num_gpus": group.gpus,
@@ -106,22 +105,22 @@ def start_worker(group: WorkerGroup, rank: int, config: Config) -> Any:
         "max_task_retries": 0,
         "runtime_env": {"env_vars": environment},
     }
-    return ray.remote(Worker).options(**options).remote(group, rank, config)
+    return ray.remote(Worker).options(**options).remote(group, rank)
 
 
 class StatefulGroup:
-    """The ranks of one group.
+    """Ranks of one worker group.
 
     Every call goes to all ranks at once and has a deadline; the first failure ends the group.
     """
 
-    def __init__(self, group: WorkerGroup, config: Config, current_step: Callable[[], int | None]) -> None:
+    def __init__(self, group: WorkerGroup, current_step: Callable[[], int | None]) -> None:
         self._group = group
-        self._deadlines = config.deadlines
+        self._deadlines = group.config.deadlines
         self._current_step = current_step
         self._order = threading.Lock()
         self._failure: Exception | None = None
-        self._actors = [start_worker(group, rank, config) for rank in range(group.workers)]
+        self._actors = [start_worker(group, rank) for rank in range(group.workers)]
 
     def setup(self) -> None:
         """Bring up all ranks; raises what a role raised, or a WorkerError."""
@@ -130,9 +129,6 @@ class StatefulGroup:
             [actor.prepare.remote() for actor in self._actors], Call(self._group.name, "start"), timeout
         )
         self._wait([actor.setup.remote(*offers[0]) for actor in self._actors], Call(self._group.name, "start"), timeout)
-
-    def handle(self, role: str) -> RoleHandle:
-        return RoleHandle(self, role)
 
     def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Split the arguments, call all ranks, join the results."""
@@ -148,7 +144,7 @@ class StatefulGroup:
     def _reference(self, value: Any) -> Any:
         if not isinstance(value, RoleHandle):
             return value
-        assert value.group is self, "a role can be passed only to a role in the same processes"
+        assert value.owner is self, "a role can be passed only to a role in the same processes"
         return RoleReference(value.role)
 
     def _wait(self, refs: list[ray.ObjectRef], call: Call, timeout: float) -> list[Any]:
@@ -174,11 +170,17 @@ class StatefulGroup:
             ray.kill(actor)
 
 
-class RoleHandle:
-    """A role of a stateful group, with the methods of its class."""
+class Owner(Protocol):
+    """Stateful group or pool."""
 
-    def __init__(self, group: StatefulGroup, role: str) -> None:
-        self.group = group
+    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
+
+
+class RoleHandle:
+    """Handle of a role that runs in other processes, with the methods of its class."""
+
+    def __init__(self, owner: Owner, role: str) -> None:
+        self.owner = owner
         self.role = role
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
@@ -187,25 +189,4 @@ class RoleHandle:
         return functools.partial(self._call, method)
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self.group.call(self.role, method, args, kwargs)
-
-
-class Callee(Protocol):
-    """What answers: a pool."""
-
-    def call(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
-
-
-class PoolHandle:
-    """The role of a pool, with the methods of its class."""
-
-    def __init__(self, pool: Callee) -> None:
-        self.pool = pool
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        if method.startswith("_"):
-            raise AttributeError(method)
-        return functools.partial(self._call, method)
-
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self.pool.call(method, args, kwargs)
+        return self.owner.call(self.role, method, args, kwargs)

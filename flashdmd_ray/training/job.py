@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from flashdmd_ray.batch import Metrics
 from flashdmd_ray.checkpoint import (
     Best,
-    damage_explained,
+    explain_damage,
     latest_checkpoint,
     latest_step,
     manifests,
@@ -135,7 +135,7 @@ class TrainingRun:
         self._root = checkpoint_root(config, directory.path)
         self._settings = fixed_settings(Config, config.model_dump(mode="json"), ("checkpoint",))
         self.saver = CheckpointSaver(
-            open_store(self._root, self._mark(), config.checkpoint.keep, Best.wanted(config.checkpoint)),
+            open_store(self._root, self._mark(), config.checkpoint.keep, Best.from_config(config.checkpoint)),
             (runtime.generator, runtime.score, runtime.discriminator),
             config.checkpoint.asynchronous,
             config.deadlines.checkpoint_s,
@@ -158,7 +158,7 @@ class TrainingRun:
                 f"checkpoint {checkpoint} was written with another configuration ({changes}); "
                 "choose another run.name, or restore the value to resume"
             )
-        with damage_explained(self._root):
+        with explain_damage(self._root):
             for role in self.saver.roles:
                 role.load(checkpoint)
         self.done, self.counters, self.seconds = state["step"], state["counters"], state["seconds"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flashdmd_ray.checkpoint import (
     Best,
-    damage_explained,
+    explain_damage,
     latest_checkpoint,
     latest_step,
     load_tensors,
@@ -191,7 +191,7 @@ def test_a_damaged_newest_checkpoint_is_never_passed_over(root, victim, damage):
     if victim == "manifest.json" and damage == "delete" and isinstance(root, RemotePath):
         assert latest_checkpoint(root) == good, "in a store, no manifest means unfinished"
         return
-    with pytest.raises(ValueError, match=victim) as caught, damage_explained(root):
+    with pytest.raises(ValueError, match=victim) as caught, explain_damage(root):
         load_tensors(latest_checkpoint(root) / PART)  # in a store contents are checked when they are fetched
     assert str(caught.value).endswith(f"; restore it, or delete or move {bad} to go back to {good.name}")
     assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ def after(*seen: tuple[float, int], size: int, low: int = 1, high: int = 8) -> i
     demand = Demand(SHRINK_AFTER_S)
     for now, calls in seen:
         demand.note(now, calls)
-    return demand.wanted(size, low, high)
+    return demand.target(size, low, high)
 
 
 def test_a_lasting_queue_makes_it_grow_to_what_is_asked_for():
@@ -52,11 +52,11 @@ def test_it_never_leaves_its_bounds_and_a_steady_demand_is_met(gaps, size, low, 
     for gap, calls in gaps:
         now += gap
         demand.note(now, calls)
-        size = demand.wanted(size, low, low + more)
+        size = demand.target(size, low, low + more)
         assert low <= size <= low + more
     for tick in range(100):
         demand.note(now + tick / 4, 4)
-        size = demand.wanted(size, low, low + more)
+        size = demand.target(size, low, low + more)
     assert size == min(max(4, low), low + more)
     assert GROW_AFTER_S < 25
 
@@ -64,15 +64,15 @@ def test_it_never_leaves_its_bounds_and_a_steady_demand_is_met(gaps, size, low, 
 def test_figures_are_shares_of_time():
     now = [0.0]
     usage = Usage(lambda: now[0])
-    usage.change(ready=2)
+    usage.adjust(ready=2)
     now[0] = 1.0
-    usage.change(busy=1, waiting=3)
+    usage.adjust(busy=1, waiting=3)
     now[0] = 3.0
-    usage.change(busy=-1, waiting=-3)
-    usage.replay(4)
+    usage.adjust(busy=-1, waiting=-3)
+    usage.count_replay(4)
     now[0] = 4.0
-    assert usage.take() == {"busy": 2 / 8, "queue": 3, "workers": 2, "replayed": 4}
+    assert usage.take_figures() == {"busy": 2 / 8, "queue": 3, "workers": 2, "replayed": 4}
     now[0] = 5.0
-    assert usage.take() == {"busy": 0, "queue": 0, "workers": 2, "replayed": 0}
+    assert usage.take_figures() == {"busy": 0, "queue": 0, "workers": 2, "replayed": 0}
     assert usage.busy_share == pytest.approx(0)
-    assert Usage(lambda: 0.0).take()["busy"] == 0, "nothing is divided by no time"
+    assert Usage(lambda: 0.0).take_figures()["busy"] == 0, "nothing is divided by no time"

@@ -91,4 +91,4 @@ def test_rewards_are_placed_by_pool() -> None:
         ("pickscore", 1, 2, "placement.reward"),
         ("x", 3, 2, "placement.pools.x"),
     ]
-    assert [[r.label for r in g.sees.rewards] for g in found] == [["pickscore"], ["b", "latent"]]
+    assert [[r.label for r in g.config.rewards] for g in found] == [["pickscore"], ["b", "latent"]]

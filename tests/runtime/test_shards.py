@@ -15,14 +15,14 @@ def latents(count: int) -> Latents:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_arguments_come_back(ranks: int) -> None:
     batch, timesteps, texts = latents(5), torch.arange(5), tuple("abcde")
-    shards, sizes = split_arguments((batch, 7, None), {"timesteps": timesteps, "texts": texts}, ranks)
+    shards, sizes = split_arguments((batch, 7, None, ()), {"timesteps": timesteps, "texts": texts}, ranks)
     assert len(shards) == ranks
     joined = join_results([(args[0], kwargs["timesteps"], kwargs["texts"]) for args, kwargs in shards], sizes)
     assert torch.equal(joined[0].values, batch.values)
     assert joined[0].prompts.texts == batch.prompts.texts
     assert torch.equal(joined[1], timesteps)
     assert joined[2] == texts
-    assert all(args[1:] == (7, None) for args, _ in shards)
+    assert all(args[1:] == (7, None, ()) for args, _ in shards)
     if ranks > 1:
         assert sum(sizes) == 5
         assert max(sizes) - min(sizes) <= 1
