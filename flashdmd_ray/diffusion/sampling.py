@@ -18,6 +18,7 @@ PredictX0 = Callable[[Tensor, Tensor], Tensor]
 """(noisy (B, C, h, w), timesteps int64 (B,)) -> x0 (B, C, h, w) in float32; conditioning is already bound."""
 
 NoiseSampler = Callable[[int], Tensor]
+Coefficient = Tensor | float
 
 
 def timesteps_like(timestep: int, like: Tensor) -> Tensor:
@@ -40,9 +41,12 @@ def guided(predict_cond: PredictX0, predict_uncond: PredictX0, scale: float) -> 
     return predict
 
 
-def renoise(schedule: NoiseSchedule, x0: Tensor, t_next: int, noise: Tensor) -> Tensor:
-    """Renoise to the next timestep: x_next = a_next x0 + s_next e with fresh noise e; all (B, C, h, w). No skip or output scalings."""
-    return schedule.add_noise(x0, noise, timesteps_like(t_next, x0))
+def renoise(schedule: NoiseSchedule, x0: Tensor, t_next: int | Tensor, noise: Tensor) -> Tensor:
+    """Renoise to the next timestep: x_next = a_next x0 + s_next e with fresh noise e; all (B, C, h, w). No skip or output scalings.
+
+    t_next: one timestep, or int64 (B,) where every sample has its own.
+    """
+    return schedule.add_noise(x0, noise, timesteps_like(t_next, x0) if isinstance(t_next, int) else t_next)
 
 
 def step_distribution(schedule: NoiseSchedule, x0: Tensor, next_timestep: int) -> tuple[Tensor, float]:
@@ -122,6 +126,17 @@ def trailing_timesteps(steps: int, num_timesteps: int = 1000) -> tuple[int, ...]
     return tuple(round(num_timesteps - k * num_timesteps / steps) - 1 for k in range(steps))
 
 
+def ddim_step(
+    noisy: Tensor, x0: Tensor, current: tuple[Coefficient, Coefficient], following: tuple[Coefficient, Coefficient]
+) -> Tensor:
+    """Make one deterministic step from noisy = a_t x0 + s_t e to x_next = a_next x0 + s_next e, with the noise e = (noisy - a_t x0) / s_t.
+
+    noisy, x0: (B, C, h, w). current, following: (a, s) of the two timesteps, numbers or (B, 1, 1, 1).
+    """
+    (a, s), (a_next, s_next) = current, following
+    return a_next * x0 + s_next * ((noisy - a * x0) / s)
+
+
 @torch.no_grad()
 def ddim_sample(predict_x0: PredictX0, schedule: NoiseSchedule, steps: int, start_noise: Tensor) -> Tensor:
     """Deterministic sampling on `trailing_timesteps(steps)` from start_noise (B, C, h, w); the teacher's sampler.
@@ -132,11 +147,9 @@ def ddim_sample(predict_x0: PredictX0, schedule: NoiseSchedule, steps: int, star
     x_next = x_t + (s_next - s_t) v. Ends on the schedule's `final_coefficients`.
     """
     timesteps = trailing_timesteps(steps, schedule.num_timesteps)
-    pairs = [
-        tuple(float(c) for c in column) for column in zip(*schedule.coefficients(torch.tensor(timesteps)), strict=True)
-    ]
+    a, s = schedule.coefficients(torch.tensor(timesteps))
+    pairs = list(zip(a.tolist(), s.tolist(), strict=True))
     noisy = upcast(start_noise)
-    for t, (a, s), (a_next, s_next) in zip(timesteps, pairs, [*pairs[1:], schedule.final_coefficients], strict=True):
-        x0 = upcast(predict_x0(noisy, timesteps_like(t, noisy)))
-        noisy = a_next * x0 + s_next * ((noisy - a * x0) / s)
+    for t, current, following in zip(timesteps, pairs, [*pairs[1:], schedule.final_coefficients], strict=True):
+        noisy = ddim_step(noisy, upcast(predict_x0(noisy, timesteps_like(t, noisy))), current, following)
     return noisy

@@ -15,10 +15,10 @@ from torch import Tensor
 from flashdmd_ray.diffusion.schedule import FlowSchedule, schedule_from_config
 from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
 from flashdmd_ray.models.family import Family
+from flashdmd_ray.results.export_facts import FACTS
 from flashdmd_ray.roles.networks import load_student
 from flashdmd_ray.run.files import new_folder
 
-FACTS = "flashdmd.json"
 FORMAT = 2
 
 # LCMScheduler blends its output with its input, x = c_out x0 + c_skip x_t with c_skip = 0.25 / ((scaling t)^2 +

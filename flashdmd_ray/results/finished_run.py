@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashdmd_ray.config import Config, load_config
+from flashdmd_ray.results.export_facts import FACTS
 from flashdmd_ray.run.command_line import run_command
 from flashdmd_ray.run.files import write_atomically
 from flashdmd_ray.run.storage import Location, checkpoint_root
@@ -151,7 +152,7 @@ def find_student(run: Path, config: Config) -> Location:
     """The run's export, or its newest complete checkpoint while it has none. Raises ValueError when it has neither."""
     from flashdmd_ray.checkpoint import latest_checkpoint
 
-    if (run / "export" / "flashdmd.json").is_file():
+    if (run / "export" / FACTS).is_file():
         return run / "export"
     checkpoint = latest_checkpoint(checkpoint_root(config, run))
     if checkpoint is None:
@@ -164,7 +165,7 @@ def read_student(source: Location, config: Config, family: Family) -> Mapping[st
     from flashdmd_ray.models import family_class
     from flashdmd_ray.results.report import student_weights
 
-    if (source / "flashdmd.json").exists():
+    if (source / FACTS).exists():
         return family_class(config.model.family).from_pretrained(str(source), parts=["denoiser"]).teacher.state_dict()
     return student_weights(config, family, source)
 

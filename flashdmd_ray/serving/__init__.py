@@ -1,7 +1,8 @@
-"""A Ray Serve application that draws with exported students: an OpenAI-compatible images API. See docs/serving.md.
+"""OpenAI-compatible images API on Ray Serve for exported students. See docs/serving.md.
 
-`app.py` wires the deployments, `api.py` is what clients see, `generator.py` draws. Importing this package imports neither torch nor Ray.
+`app.py` wires the deployments, `api.py` is what clients see, `replica.py` generates the images. Importing this package imports neither
+torch nor Ray.
 """
 
 LOGGER = "ray.serve.flashdmd_ray"
-"""Below Serve's own logger, so that lines go where its settings say, with the names of replica and deployment."""
+"""Name of the service's logger. It is below Serve's own, so lines go where Serve's settings say, with replica and deployment."""

@@ -1,4 +1,4 @@
-"""What clients see: routes, error shapes and the OpenAPI document. Draws nothing and imports no Ray: see `Studio`."""
+"""HTTP API: routes, answers and errors, over any `ImageBackend`. Imports no Ray."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from flashdmd_ray.serving import LOGGER
-from flashdmd_ray.serving.errors import ApiError, error_response
-from flashdmd_ray.serving.keys import Doorkeeper
-from flashdmd_ray.serving.limits import RateLimit, read_json
-from flashdmd_ray.serving.messages import Drawn, DrawOrder, ModelInfo, Refused, size_text
+from flashdmd_ray.serving.api_keys import ApiKeys
+from flashdmd_ray.serving.errors import ApiError, deadline_exceeded, error_response, queue_full
+from flashdmd_ray.serving.image_request import make_job, parse_request, random_seed
+from flashdmd_ray.serving.messages import ImageJob, ImageResult, ModelInfo, Rejection, size_text
 from flashdmd_ray.serving.metrics import Metrics
 from flashdmd_ray.serving.middleware import RequestScope, state_of
 from flashdmd_ray.serving.openapi import describe_api
-from flashdmd_ray.serving.requests import ImageRequest, make_order, parse_request, random_seed
+from flashdmd_ray.serving.rate_limit import RateLimit
+from flashdmd_ray.serving.request_body import read_json
 from flashdmd_ray.serving.settings import ServeSettings
-from flashdmd_ray.serving.site import page_routes
+from flashdmd_ray.serving.static_page import page_routes
 
 log = logging.getLogger(LOGGER)
 
@@ -35,22 +36,22 @@ PromptFilter = Callable[[str], str | None]
 """prompt -> None, or why it is refused."""
 
 
-class Studio(Protocol):
-    """Whoever draws."""
+class ImageBackend(Protocol):
+    """Backend that generates images for a job."""
 
     async def models(self) -> Sequence[ModelInfo]:
-        """What can be drawn with now; raises ApiError (503) before the first is ready."""
+        """List the models that can be asked for now. Raises ApiError (503) before the first is ready."""
 
-    async def draw(self, order: DrawOrder) -> Drawn | Refused:
-        """Raises ApiError when nobody can: 429, 503 or 504. Cancelling it stops the drawing."""
+    async def generate(self, job: ImageJob) -> ImageResult | Rejection:
+        """Generate the images of a job. Raises ApiError: 429, 503 or 504. Cancelling it stops the sampling."""
 
 
 def build_api(
-    settings: ServeSettings, studio: Studio, keys: Sequence[str], prompt_filter: PromptFilter | None = None
+    settings: ServeSettings, backend: ImageBackend, keys: Sequence[str], prompt_filter: PromptFilter | None = None
 ) -> Starlette:
-    """The application, for any ASGI server."""
-    doorkeeper = Doorkeeper(keys)
-    api = Api(settings, studio, doorkeeper.needs_key, prompt_filter)
+    """Make the application, for any ASGI server."""
+    api_keys = ApiKeys(keys)
+    api = Api(settings, backend, api_keys.needs_key, prompt_filter)
     routes = [
         Route("/v1/images/generations", api.generate, methods=["POST"]),
         Route("/v1/models", api.list_models, methods=["GET"]),
@@ -62,7 +63,7 @@ def build_api(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(RequestScope, doorkeeper=doorkeeper, metrics=api.metrics)],
+        middleware=[Middleware(RequestScope, api_keys=api_keys, metrics=api.metrics)],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error},
     )
     app.router.redirect_slashes = False  # a redirect would be one more answer to document
@@ -70,14 +71,14 @@ def build_api(
 
 
 class Api:
-    """The routes, over one studio."""
+    """Handlers of the routes, over one backend."""
 
     def __init__(
-        self, settings: ServeSettings, studio: Studio, needs_key: bool, prompt_filter: PromptFilter | None
+        self, settings: ServeSettings, backend: ImageBackend, needs_key: bool, prompt_filter: PromptFilter | None
     ) -> None:
         self._settings = settings
         self._limits = settings.limits
-        self._studio = studio
+        self._backend = backend
         self._needs_key = needs_key
         self._prompt_filter = prompt_filter
         self._inside = 0
@@ -86,129 +87,126 @@ class Api:
         self._rate = None if per_minute is None else RateLimit(per_minute, self._limits.burst)
 
     async def generate(self, request: Request) -> Response:
-        """Draw images of a prompt."""
+        """Generate images of a prompt."""
         started = time.monotonic()
         tree = await read_json(request, self._limits.body_bytes, self._limits.body_seconds)
-        asked = parse_request(tree, self._limits)
-        model = await self._find(asked.model)
-        order = make_order(asked, model, self._limits, self._settings.deadline_s, random_seed)
-        self._admit(request, asked)
+        fields = parse_request(tree, self._limits)
+        model = await self._find(fields.model)
+        job = make_job(fields, model, self._limits, self._settings.deadline_s, random_seed)
+        self._filter(request, fields.prompt)
         if self._rate is not None:
-            self._rate.take(state_of(request).client, len(order.seeds))
-        drawn = await while_here(request, self._draw(order))
-        return image_response(order, drawn, time.monotonic() - started)
+            self._rate.take(state_of(request).client, len(job.seeds))
+        result = await unless_disconnected(request, self._generate(job))
+        return image_response(job, result, time.monotonic() - started)
 
     async def list_models(self, request: Request) -> Response:
-        """The models that can be asked for."""
-        models = await self._studio.models()
+        """List the models that can be asked for."""
+        models = await self._backend.models()
         return json_response({"object": "list", "data": [model_object(model) for model in models]})
 
     async def get_model(self, request: Request) -> Response:
-        """One model, by name or alias."""
+        """Show one model, by name or alias."""
         return json_response(model_object(await self._find(request.path_params["model"])))
 
     async def health(self, request: Request) -> Response:
-        """200 when images can be drawn."""
-        await self._studio.models()
+        """Answer 200 when images can be generated."""
+        await self._backend.models()
         return json_response({"status": "ok"})
 
     async def metrics_page(self, request: Request) -> Response:
-        """Figures for Prometheus."""
-        return self.metrics.page(await self._studio.models())
+        """Show the figures for Prometheus."""
+        return self.metrics.page(await self._backend.models())
 
     async def openapi(self, request: Request) -> Response:
-        """This API as an OpenAPI document, with the models that are there now."""
-        return json_response(describe_api(await self._studio.models(), self._settings, self._needs_key))
+        """Describe this API as an OpenAPI document, with the models that are there now."""
+        return json_response(describe_api(await self._backend.models(), self._settings, self._needs_key))
 
     async def _find(self, name: str | None) -> ModelInfo:
-        wanted = self._settings.default_model if name is None else name
-        for model in await self._studio.models():
-            if wanted == model.name or wanted in model.aliases:
+        name = self._settings.default_model if name is None else name
+        for model in await self._backend.models():
+            if name == model.name or name in model.aliases:
                 return model
         raise ApiError(
-            404, f"The model '{wanted[:100]}' does not exist; GET /v1/models lists them.", "model_not_found", "model"
+            404, f"The model '{name[:100]}' does not exist; GET /v1/models lists them.", "model_not_found", "model"
         )
 
-    def _admit(self, request: Request, asked: ImageRequest) -> None:
-        """The operator's filter, and a line in the log if the operator wants prompts there."""
-        reason = None if self._prompt_filter is None else self._prompt_filter(asked.prompt)
+    def _filter(self, request: Request, prompt: str) -> None:
+        """Apply the operator's filter, and log the prompt if the operator wants prompts in the log."""
+        reason = None if self._prompt_filter is None else self._prompt_filter(prompt)
         if reason is not None:
             raise ApiError(400, f"The prompt was refused: {reason}", "content_policy_violation", "prompt")
         if self._settings.log_prompts:
-            log.info("request %s: prompt %r", state_of(request).request_id, asked.prompt)
+            log.info("request %s: prompt %r", state_of(request).request_id, prompt)
 
-    async def _draw(self, order: DrawOrder) -> Drawn:
+    async def _generate(self, job: ImageJob) -> ImageResult:
         if self._inside >= self._settings.queue:
             raise queue_full()
         try:
             self._count(+1)
-            drawn = await asyncio.wait_for(self._studio.draw(order), order.patience_s)
+            result = await asyncio.wait_for(self._backend.generate(job), job.timeout_s)
         except TimeoutError:
-            message = f"The images were not ready within {order.patience_s:g} s."
-            raise ApiError(504, message, "deadline_exceeded") from None
+            raise deadline_exceeded(job.timeout_s) from None
         finally:
             self._count(-1)
-        if isinstance(drawn, Refused):
-            raise ApiError(drawn.status, drawn.message, drawn.code, drawn.param)
-        self.metrics.drawn(order, drawn)
-        return drawn
+        if isinstance(result, Rejection):
+            raise ApiError(result.status, result.message, result.code, result.param)
+        self.metrics.record_result(job, result)
+        return result
 
     def _count(self, change: int) -> None:
         self._inside += change
-        self.metrics.inside(self._inside)
+        self.metrics.set_inside(self._inside)
 
 
-async def while_here(request: Request, drawing: Coroutine[Any, Any, Drawn]) -> Drawn:
-    """What `drawing` gives; it is cancelled when the client leaves. The request's body must have been read. Raises ApiError then."""
-    work, leaving = asyncio.create_task(drawing), asyncio.create_task(_left(request))
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, ImageResult]) -> ImageResult:
+    """Return the result of `work`, which is cancelled when the client leaves. Raises ApiError (400) then.
+
+    The request's body must have been read.
+    """
+    task, leaving = asyncio.create_task(work), asyncio.create_task(_disconnect(request))
     try:
-        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        raise ApiError(400, "The client went away before its images were drawn.", "client_disconnected")
+        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(400, "The client went away before its images were result.", "client_disconnected")
     finally:
         leaving.cancel()
-        work.cancel()
+        task.cancel()
 
 
-async def _left(request: Request) -> None:
+async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def queue_full() -> ApiError:
-    message = "The service is busy and its queue is full; try again in a second."
-    return ApiError(429, message, "queue_full", headers={"Retry-After": "1"})
-
-
-def image_response(order: DrawOrder, drawn: Drawn, total_s: float) -> Response:
-    """OpenAI's response, the seed of every image, and what made them."""
+def image_response(job: ImageJob, result: ImageResult, total_s: float) -> Response:
+    """Make OpenAI's response, with the seed of every image, and what made them."""
     images = [
         {"b64_json": base64.b64encode(image).decode(), "seed": seed}
-        for image, seed in zip(drawn.images, order.seeds, strict=True)
+        for image, seed in zip(result.images, job.seeds, strict=True)
     ]
     return json_response(
         {
             "created": int(time.time()),
             "data": images,
-            "output_format": order.image_format,
-            "size": size_text(order.size),
-            "model": order.model,
-            "version": drawn.version,
-            "num_inference_steps": order.steps,
+            "output_format": job.image_format,
+            "size": size_text(job.size),
+            "model": job.model,
+            "version": result.version,
+            "num_inference_steps": job.steps,
             "timing": {
-                "queue_seconds": round(drawn.queue_s, 4),
-                "draw_seconds": round(drawn.draw_s, 4),
+                "queue_seconds": round(result.queue_s, 4),
+                "draw_seconds": round(result.sampling_s, 4),
                 "total_seconds": round(total_s, 4),
-                "seconds_per_image": round(drawn.draw_s / len(images), 4),
-                "batch": drawn.batch,
+                "seconds_per_image": round(result.sampling_s / len(images), 4),
+                "batch": result.batch,
             },
         }
     )
 
 
 def model_object(model: ModelInfo) -> dict[str, Any]:
-    """OpenAI's model object, and what a client needs to know to ask for images."""
+    """Make OpenAI's model object, with what a client needs to know to ask for images."""
     return {
         "id": model.name,
         "object": "model",
@@ -227,6 +225,7 @@ def model_object(model: ModelInfo) -> dict[str, Any]:
 
 
 def json_response(tree: Mapping[str, Any]) -> Response:
+    """Make an answer 200 with a JSON body."""
     return Response(json.dumps(tree), 200, media_type="application/json")
 
 
@@ -236,7 +235,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the framework itself says: no such page, or not with this method."""
+    """Put the framework's own errors in OpenAI's shape: no such page, or not with this method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return error_response(404, f"There is no {request.url.path[:200]}.", "not_found")

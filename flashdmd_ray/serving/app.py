@@ -1,4 +1,4 @@
-"""The Serve application: an ingress that speaks HTTP, and generator replicas that draw."""
+"""Ray Serve application: an ingress that answers HTTP, and replicas that generate images."""
 
 from __future__ import annotations
 
@@ -12,35 +12,39 @@ from starlette.applications import Starlette
 
 from flashdmd_ray.runtime.environment import worker_environment
 from flashdmd_ray.serving.api import build_api
-from flashdmd_ray.serving.generator import Generator, load_hook
-from flashdmd_ray.serving.keys import read_keys
+from flashdmd_ray.serving.api_keys import read_keys
+from flashdmd_ray.serving.generator_client import GeneratorClient
+from flashdmd_ray.serving.replica import GeneratorReplica, load_hook
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
-from flashdmd_ray.serving.studio import RayStudio
 
 GENERATOR, INGRESS = "Generator", "Ingress"
 
 
 def build_app(args: Mapping[str, Any]) -> Application:
-    """The application of `settings.ServeSettings`, for `serve run` and `serve deploy`.
+    """Build the application of `settings.ServeSettings`, for `serve run` and `serve deploy`.
 
     Raises ValueError, one line per problem, for arguments that make no sense.
     """
     settings = parse_settings(args)
-    return _ingress(settings).bind(build_generators(settings))
+    return _ingress(settings).bind(build_replicas(settings))
 
 
-def build_generators(settings: ServeSettings) -> Application:
-    """The replicas that draw, for a process that answers HTTP itself, as jobs/serve.py does. A model that cannot be loaded ends the start
-    at once: whoever waits for it is told, and starts again."""
-    return _generator(settings).options(max_constructor_retry_count=1).bind(settings)
+def build_replicas(settings: ServeSettings) -> Application:
+    """Build the replicas alone, for a process that answers HTTP itself, as jobs/serve.py does.
+
+    A model that cannot be loaded ends the start at once, without further attempts.
+    """
+    return _replicas(settings).options(max_constructor_retry_count=1).bind(settings)
 
 
 def api_over(generator: DeploymentHandle, settings: ServeSettings) -> Starlette:
-    """What answers HTTP. generator: handle of the deployment. Raises ValueError for a hook or a file of keys that cannot be read."""
-    return build_api(settings, RayStudio(generator), read_keys(settings.keys_file), load_hook(settings.prompt_filter))
+    """Make the API over a handle of the deployment. Raises ValueError for a hook or a file of keys that cannot be read."""
+    return build_api(
+        settings, GeneratorClient(generator), read_keys(settings.keys_file), load_hook(settings.prompt_filter)
+    )
 
 
-def _generator(settings: ServeSettings) -> serve.Deployment:
+def _replicas(settings: ServeSettings) -> serve.Deployment:
     replica = settings.replica
     scaling: dict[str, Any] = {"num_replicas": replica.count}
     if replica.most is not None and replica.most > replica.count:
@@ -54,7 +58,7 @@ def _generator(settings: ServeSettings) -> serve.Deployment:
             }
         }
     return serve.deployment(
-        Generator,
+        GeneratorReplica,
         name=GENERATOR,
         max_ongoing_requests=max(2 * replica.batch, 8),
         max_queued_requests=settings.queue + 16,  # room to ask which models there are

@@ -17,22 +17,23 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.serving import LOGGER
-from flashdmd_ray.serving.student import Artist, Sample, Size
+from flashdmd_ray.serving.messages import Size
+from flashdmd_ray.serving.step_sampler import Sample, StepSampler
 
 log = logging.getLogger(LOGGER)
 
 
 @dataclass
-class Job:
-    """One request. future: pixels uint8 (N, H, W, 3), or what went wrong; cancelled from outside, it ends the work."""
+class SamplingJob:
+    """One request on the thread. future: pixels uint8 (N, H, W, 3), or the error; cancelled from outside, it ends the work."""
 
-    artist: Artist
+    sampler: StepSampler
     prompt: str
     seeds: Sequence[int]
     steps: int
     size: Size
     future: Future[Tensor] = field(default_factory=Future)
-    came: float = field(default_factory=time.monotonic)
+    added: float = field(default_factory=time.monotonic)
     began: float | None = None
     ended: float | None = None
     batch: int = 0
@@ -41,10 +42,12 @@ class Job:
 
     @property
     def queue_s(self) -> float:
-        return (self.began or time.monotonic()) - self.came
+        """Seconds before the first forward."""
+        return (self.began or time.monotonic()) - self.added
 
     @property
-    def draw_s(self) -> float:
+    def sampling_s(self) -> float:
+        """Seconds from the first forward to the pixels."""
         return 0.0 if self.began is None else (self.ended or time.monotonic()) - self.began
 
     @property
@@ -52,13 +55,13 @@ class Job:
         return self.future.cancelled()
 
 
-class DrawingThread:
-    """The thread and its jobs. Threads that add jobs never wait for a forward."""
+class SamplingThread:
+    """The thread and its jobs. Callers of `add` never wait for a forward."""
 
-    def __init__(self, most: int) -> None:
-        """most: samples in one forward."""
-        self._most = most
-        self._jobs: list[Job] = []
+    def __init__(self, max_batch: int) -> None:
+        """max_batch: samples in one forward."""
+        self._max_batch = max_batch
+        self._jobs: list[SamplingJob] = []
         self._changed = threading.Condition()
         self._closed = False
         self.forwards = 0
@@ -66,7 +69,8 @@ class DrawingThread:
         self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
         self._thread.start()
 
-    def add(self, job: Job) -> None:
+    def add(self, job: SamplingJob) -> None:
+        """Queue a job; its future has the result."""
         with self._changed:
             assert not self._closed, "the service is going down"
             self._jobs.append(job)
@@ -78,15 +82,15 @@ class DrawingThread:
 
     @property
     def load(self) -> int:
-        """Jobs that are not done."""
+        """Number of jobs that are not done."""
         return len(self._jobs)
 
-    def close(self, patience_s: float) -> None:
-        """No further jobs; waits until those that are there are done."""
+    def close(self, timeout_s: float) -> None:
+        """Take no further jobs and wait until those that are there are done."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join(patience_s)
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while True:
@@ -99,55 +103,56 @@ class DrawingThread:
             if jobs:
                 self._step(jobs)
 
-    def _step(self, jobs: Sequence[Job]) -> None:
-        """One forward for the first job and whatever goes with it; failures are of the jobs in it alone."""
+    def _step(self, jobs: Sequence[SamplingJob]) -> None:
+        """Make one forward for the first job and those it can share it with; an error ends these jobs alone."""
         first = jobs[0]
-        group = [job for job in jobs if job.artist is first.artist and job.size == first.size]
+        group = [job for job in jobs if job.sampler is first.sampler and job.size == first.size]
         try:
-            chosen = self._choose(group)
-            first.artist.advance([sample for _, sample in chosen])
+            batch = self._next_batch(group)
+            first.sampler.advance([sample for _, sample in batch])
             self.forwards += 1
-            for job in {id(job): job for job, _ in chosen}.values():
-                job.batch = max(job.batch, len(chosen))
+            for job in {id(job): job for job, _ in batch}.values():
+                job.batch = max(job.batch, len(batch))
             done = [job for job in group if job.samples and all(sample.finished for sample in job.samples)]
             if done:
-                self._finish(first.artist, done)
+                self._finish(first.sampler, done)
         except Exception as error:
             log.exception("drawing failed")
-            self._end(group, error)
+            self._fail(group, error)
 
-    def _choose(self, group: Sequence[Job]) -> list[tuple[Job, Sample]]:
-        """The samples of the next forward, in the order in which their jobs came."""
-        most = min(self._most, group[0].artist.most(group[0].size))
-        chosen: list[tuple[Job, Sample]] = []
-        group[0].artist.read([job.prompt for job in group[:most] if not job.samples])
+    def _next_batch(self, group: Sequence[SamplingJob]) -> list[tuple[SamplingJob, Sample]]:
+        """Begin jobs until a forward is full, in the order in which they were added; returns the forward's samples."""
+        sampler, size = group[0].sampler, group[0].size
+        limit = min(self._max_batch, sampler.max_batch(size))
+        batch: list[tuple[SamplingJob, Sample]] = []
+        sampler.encode([job.prompt for job in group[:limit] if not job.samples])
         for job in group:
             if not job.samples:
                 job.began = time.monotonic()
-                job.samples = [job.artist.begin(job.prompt, seed, job.steps, job.size) for seed in job.seeds]
-            chosen += [(job, sample) for sample in job.samples if not sample.finished]
-            if len(chosen) >= most:
+                job.samples = [sampler.begin(job.prompt, seed, job.steps, size) for seed in job.seeds]
+            batch += [(job, sample) for sample in job.samples if not sample.finished]
+            if len(batch) >= limit:
                 break
-        return chosen[:most]
+        return batch[:limit]
 
-    def _finish(self, artist: Artist, done: Sequence[Job]) -> None:
+    def _finish(self, sampler: StepSampler, done: Sequence[SamplingJob]) -> None:
         """Decode what ended with this forward; a job never waits for samples of another."""
         samples = [sample for job in done for sample in job.samples]
-        most = min(self._most, artist.most(done[0].size))
-        pieces = [artist.decode(samples[start : start + most]) for start in range(0, len(samples), most)]
+        limit = min(self._max_batch, sampler.max_batch(done[0].size))
+        chunks = [sampler.decode(samples[start : start + limit]) for start in range(0, len(samples), limit)]
         self._remove(done)
-        for job, images in zip(done, torch.cat(pieces).split([len(job.samples) for job in done]), strict=True):
+        for job, images in zip(done, torch.cat(chunks).split([len(job.samples) for job in done]), strict=True):
             job.ended = time.monotonic()
             if job.future.set_running_or_notify_cancel():
                 job.future.set_result(images)
 
-    def _end(self, jobs: Sequence[Job], error: Exception) -> None:
+    def _fail(self, jobs: Sequence[SamplingJob], error: Exception) -> None:
         self._remove(jobs)
         for job in jobs:
             if not job.future.done() and job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)
 
-    def _remove(self, jobs: Sequence[Job]) -> None:
-        gone = set(map(id, jobs))
+    def _remove(self, jobs: Sequence[SamplingJob]) -> None:
+        removed = set(map(id, jobs))
         with self._changed:
-            self._jobs = [job for job in self._jobs if id(job) not in gone]
+            self._jobs = [job for job in self._jobs if id(job) not in removed]

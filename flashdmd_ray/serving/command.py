@@ -1,4 +1,4 @@
-"""`serve.py EXPORT_OR_RUN ...`: Ray, Serve and the application on this machine, until SIGTERM or Ctrl-C.
+"""Command `jobs/serve.py EXPORT_OR_RUN ...`: the service on this machine, until SIGTERM or Ctrl-C.
 
 Exit codes: 0 stopped in order, 1 failed, 2 an option or a model is wrong.
 """
@@ -20,16 +20,16 @@ from flashdmd_ray.config import apply_override
 from flashdmd_ray.run.command_line import add_set, run_command
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.serving import LOGGER
-from flashdmd_ray.serving.front import answering, take_address
-from flashdmd_ray.serving.keys import VARIABLE, is_loopback, read_keys
+from flashdmd_ray.serving.api_keys import VARIABLE, is_loopback, read_keys
+from flashdmd_ray.serving.http_server import listen_on, running_server
+from flashdmd_ray.serving.model_sources import open_source
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
-from flashdmd_ray.serving.sources import open_source
 
 APPLICATION = "flashdmd_ray"
 SERVE_LOGS = {"enable_access_log": False}
-"""Requests have a line of ours in the log; Serve's own would be a second one."""
+"""Log settings of Serve. Requests have a line of ours in the log; its own would be a second one."""
 CONTROLLER_LOGS = {"log_level": "CRITICAL"}
-"""A replica that cannot start says why itself, in one line, and so does this command; the controller would add the traceback."""
+"""Log settings of Serve's controller: it would add a traceback to the one line that a replica which cannot start logs itself."""
 
 
 def serve_command(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +48,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="serve.py",
         description="Serve exported students by an OpenAI-compatible images API.",
@@ -66,13 +67,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def port_number(text: str) -> int:
+    """Parse a TCP port."""
     if not text.isdecimal() or not 0 < int(text) < 65536:
         raise argparse.ArgumentTypeError(f"'{text}' is no port: 1 to 65535")
     return int(text)
 
 
 def settings_tree(models: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
-    """The arguments of `build_app`. Raises ValueError for two models of one name."""
+    """Build the arguments of `build_app`. Raises ValueError for two models of one name."""
     tree: dict[str, Any] = {"models": {}}
     for text in models:
         name, source = name_source(text)
@@ -85,7 +87,7 @@ def settings_tree(models: Sequence[str], overrides: Sequence[str]) -> dict[str, 
 
 
 def name_source(text: str) -> tuple[str, str]:
-    """'NAME=SOURCE', or a source that gives its own name: runs/demo and runs/demo/export are 'demo'."""
+    """Split 'NAME=SOURCE', or name a source after its folder: runs/demo and runs/demo/export are 'demo'."""
     name, separator, source = text.partition("=")
     if separator and "/" not in name:
         return name, source
@@ -96,7 +98,7 @@ def name_source(text: str) -> tuple[str, str]:
 
 
 def check_address(host: str, settings: ServeSettings) -> None:
-    """Without keys the service stays on this machine. Raises ValueError otherwise."""
+    """Raise ValueError for an address that others reach where there are no keys."""
     if not read_keys(settings.keys_file) and not is_loopback(host):
         raise ValueError(
             f"--host {host}: whoever reaches this machine could draw; set {VARIABLE} or keys_file, or listen on 127.0.0.1"
@@ -104,7 +106,7 @@ def check_address(host: str, settings: ServeSettings) -> None:
 
 
 def check_ingress(settings: ServeSettings) -> None:
-    """Raises ValueError for ingress replicas, which this command would not use."""
+    """Raise ValueError for ingress replicas, which this command would not use."""
     if settings.ingress != 1:
         raise ValueError(
             "ingress: jobs/serve.py answers HTTP itself; `serve deploy` has ingress replicas. Leave it out"
@@ -113,7 +115,7 @@ def check_ingress(settings: ServeSettings) -> None:
 
 def run(settings: ServeSettings, host: str, port: int) -> int:
     """Serve until SIGTERM or Ctrl-C. Raises ValueError for an address that is taken and a model that cannot be served."""
-    listener = take_address(host, port)
+    listener = listen_on(host, port)
 
     from flashdmd_ray.runtime.environment import use_loopback, use_quick_handles
 
@@ -123,7 +125,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     from ray import serve
 
     from flashdmd_ray.runtime.cluster import Cluster
-    from flashdmd_ray.serving.app import api_over, build_generators
+    from flashdmd_ray.serving.app import api_over, build_replicas
 
     print(f"starting Ray and loading {', '.join(settings.models)}", flush=True)
     with contextlib.ExitStack() as ends:
@@ -136,12 +138,12 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
             ends.callback(_withdraw)
         try:
             generator = serve.run(
-                build_generators(settings), name=APPLICATION, route_prefix=None, logging_config=SERVE_LOGS
+                build_replicas(settings), name=APPLICATION, route_prefix=None, logging_config=SERVE_LOGS
             )
         except RuntimeError as error:
-            raise ValueError(_reason(str(error) + _status(serve.status()))) from None
+            raise ValueError(_reason(str(error) + _messages(serve.status()))) from None
         stop = _until_stopped()
-        with answering(api_over(generator, settings), listener, stop, settings.replica.drain_s):
+        with running_server(api_over(generator, settings), listener, stop, settings.replica.drain_s):
             print(f"ready: http://{host}:{port}/", flush=True)
             stop.wait()
             print("stopping: requests that are here are finished", flush=True)
@@ -149,7 +151,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
 
 
 def _withdraw() -> None:
-    """Leave a cluster that outlives this command as it was: its other applications stay, and Serve itself if there are any."""
+    """Remove the application from a cluster that outlives this command, and Serve itself where no other application is left."""
     from ray import serve
 
     serve.delete(APPLICATION)
@@ -158,20 +160,22 @@ def _withdraw() -> None:
 
 
 def _until_stopped() -> threading.Event:
-    """Set by the first SIGTERM or Ctrl-C from now on; before, they end the command where it is."""
+    """Return an event that the first SIGTERM or Ctrl-C sets from now on; before, they end the command where it is."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     return stop
 
 
-def _status(status: Any) -> str:
-    """What Serve knows about the application's deployments."""
+def _messages(status: Any) -> str:
+    """Join Serve's messages about the application's deployments."""
     application = status.applications.get(APPLICATION)
-    return "" if application is None else "\n".join(found.message for found in application.deployments.values())
+    return (
+        "" if application is None else "\n".join(deployment.message for deployment in application.deployments.values())
+    )
 
 
 def _reason(text: str) -> str:
-    """The line that a replica ended with, out of Serve's report of it."""
-    said = re.findall(r"ValueError: (.+)", text)
-    return said[0] if said else one_line(text, 600)
+    """Find the line that a replica ended with in Serve's report of it."""
+    errors = re.findall(r"ValueError: (.+)", text)
+    return errors[0] if errors else one_line(text, 600)

@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI clients read: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ERRORS: Mapping[int, str] = {
     503: "Not ready: models are loading, or the service is going down.",
     504: "The images were not ready within the deadline.",
 }
-"""Every status that is no success, and what it means."""
+"""Status of an error -> its meaning, for the OpenAPI document."""
 
 
 class ApiError(Exception):
-    """What a client is told. code: a word for programs; param: the field that is wrong; headers: beside the body."""
+    """An answer that is no success. code: a word for programs; param: the field that is wrong; headers: beside the body."""
 
     def __init__(
         self,
@@ -48,10 +48,23 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def response(self) -> Response:
+        """Make the HTTP response."""
         return error_response(self.status, self.message, self.code, self.param, self.headers)
 
 
+def queue_full() -> ApiError:
+    """Make the answer of a service that takes no more requests now."""
+    message = "The service is busy and its queue is full; try again in a second."
+    return ApiError(429, message, "queue_full", headers={"Retry-After": "1"})
+
+
+def deadline_exceeded(timeout_s: float) -> ApiError:
+    """Make the answer to a request whose images were not ready in time."""
+    return ApiError(504, f"The images were not ready within {timeout_s:g} s.", "deadline_exceeded")
+
+
 def error_type(status: int) -> str:
+    """Return OpenAI's word for a status."""
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         return LIMITED
     return FAILED if status >= HTTPStatus.INTERNAL_SERVER_ERROR else INVALID
@@ -60,5 +73,6 @@ def error_type(status: int) -> str:
 def error_response(
     status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
+    """Make an HTTP response in OpenAI's shape."""
     body: dict[str, Any] = {"message": message, "type": error_type(status), "param": param, "code": code}
     return Response(json.dumps({"error": body}), status, dict(headers or {}), "application/json")

@@ -1,4 +1,4 @@
-"""What crosses the border between ingress and generator: plain data, no tensors. Imports neither torch nor Ray."""
+"""Messages between the HTTP front and the replicas: plain data, no tensors. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -7,39 +7,47 @@ from dataclasses import dataclass
 from typing import Literal
 
 ImageFormat = Literal["png", "webp", "jpeg"]
+Size = tuple[int, int]
+"""(height, width) in pixels."""
 SEEDS = 2**63
-"""Seeds are 0 .. SEEDS-1."""
+"""Number of seeds: 0 to SEEDS - 1."""
 
 
 @dataclass(frozen=True)
-class DrawOrder:
-    """One request: images of one prompt, one for each seed. size: (height, width) in pixels. patience_s: after this nobody waits."""
+class ImageJob:
+    """One checked request: images of one prompt, one for each seed.
+
+    timeout_s: seconds after which nobody waits for the result.
+    """
 
     model: str
     prompt: str
     seeds: tuple[int, ...]
     steps: int
-    size: tuple[int, int]
+    size: Size
     image_format: ImageFormat
     quality: int
-    patience_s: float
+    timeout_s: float
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Encoded images in the order of the seeds, and what made them. Seconds: before the first forward, and from there to the end."""
+class ImageResult:
+    """Encoded images in the order of the job's seeds, and what made them.
+
+    queue_s: seconds before the first forward. sampling_s: seconds from there to the pixels.
+    """
 
     images: tuple[bytes, ...]
     version: str
     queue_s: float
-    draw_s: float
+    sampling_s: float
     batch: int
-    """Images in the largest forward that this request took part in."""
+    """Images in the largest forward that this job took part in."""
 
 
 @dataclass(frozen=True)
-class Refused:
-    """Why nothing was drawn, as an HTTP status and the fields of an OpenAI error."""
+class Rejection:
+    """Reason why there are no images, as an HTTP status and the fields of an OpenAI error."""
 
     status: int
     message: str
@@ -49,7 +57,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model as clients see it. sizes: (height, width), the trained one first. steps: allowed numbers, the default first."""
+    """A model as clients see it. sizes: the trained one first. steps: allowed numbers of denoising steps, the default first."""
 
     name: str
     version: str
@@ -58,21 +66,21 @@ class ModelInfo:
     kind: Literal["student", "teacher"]
     base: str
     steps: tuple[int, ...]
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[Size, ...]
     guidance_scale: float | None
     """None: the model takes no guidance."""
     aliases: tuple[str, ...] = ()
     refused: str | None = None
-    """Why a newer version of its source is not served; None when there is no such version."""
+    """Reason why a newer version of its source is not served; None when there is no such version."""
 
 
 def size_text(size: Sequence[int]) -> str:
-    """(height, width) as OpenAI writes it: 'WIDTHxHEIGHT'."""
+    """Write (height, width) as OpenAI does: 'WIDTHxHEIGHT'."""
     return f"{size[1]}x{size[0]}"
 
 
-def parse_size(text: str) -> tuple[int, int] | None:
-    """(height, width) of 'WIDTHxHEIGHT'; None when it is something else."""
+def parse_size(text: str) -> Size | None:
+    """Read (height, width) from 'WIDTHxHEIGHT'; None when it is something else."""
     width, separator, height = text.partition("x")
     if not separator or not all(part.isascii() and part.isdigit() and len(part) <= 5 for part in (width, height)):
         return None

@@ -1,4 +1,4 @@
-"""Figures of one ingress replica, as Prometheus reads them at GET /metrics. Names and labels hold no prompt and no key."""
+"""Prometheus figures of one process that answers HTTP, for GET /metrics. Names and labels hold no prompt and no key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from flashdmd_ray.serving.messages import Drawn, DrawOrder, ModelInfo
+from flashdmd_ray.serving.messages import ImageJob, ImageResult, ModelInfo
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -16,7 +16,7 @@ ROUTES = ("/v1/images/generations", "/v1/models", "/healthz", "/metrics", "/open
 
 
 class Metrics:
-    """Counts; never raises, never waits."""
+    """Counters of the service; never raise, never wait."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -34,7 +34,7 @@ class Metrics:
         self._queued = Histogram(
             "flashdmd_queue_seconds", "Before the first forward.", ["model"], buckets=SECONDS, registry=self._registry
         )
-        self._drawing = Histogram(
+        self._sampling = Histogram(
             "flashdmd_draw_seconds",
             "From the first forward to the pixels.",
             ["model"],
@@ -52,23 +52,25 @@ class Metrics:
             "flashdmd_model_refused", "1 while a newer version is refused.", ["model"], registry=self._registry
         )
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        """One request, whatever became of it; status 0 is a client that did not wait."""
-        route = next((known for known in ROUTES if path == known or path.startswith(known + "/")), "other")
-        self._requests.labels(route, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+    def record_answer(self, path: str, status: int, seconds: float) -> None:
+        """Count one request, whatever became of it; status 0 is a client that did not wait."""
+        label = next((route for route in ROUTES if path == route or path.startswith(route + "/")), "other")
+        self._requests.labels(label, str(status)).inc()
+        self._seconds.labels(label).observe(seconds)
 
-    def drawn(self, order: DrawOrder, drawn: Drawn) -> None:
-        self._images.labels(order.model).inc(len(drawn.images))
-        self._queued.labels(order.model).observe(drawn.queue_s)
-        self._drawing.labels(order.model).observe(drawn.draw_s)
-        self._batch.observe(drawn.batch)
+    def record_result(self, job: ImageJob, result: ImageResult) -> None:
+        """Count the images of a job, their seconds and their batch."""
+        self._images.labels(job.model).inc(len(result.images))
+        self._queued.labels(job.model).observe(result.queue_s)
+        self._sampling.labels(job.model).observe(result.sampling_s)
+        self._batch.observe(result.batch)
 
-    def inside(self, requests: int) -> None:
+    def set_inside(self, requests: int) -> None:
+        """Show how many image requests are in the service."""
         self._inside.set(requests)
 
     def page(self, models: Sequence[ModelInfo]) -> Response:
-        """The answer to GET /metrics."""
+        """Make the answer to GET /metrics."""
         self._loaded.clear()
         for model in models:
             self._loaded.labels(model.name, model.version).set(1)

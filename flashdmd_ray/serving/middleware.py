@@ -1,4 +1,4 @@
-"""Around every request: its id, who it comes from, one line in the log, and an answer in OpenAI's shape whatever happens."""
+"""Middleware around every request: its id, its client, its line in the log, and an answer in OpenAI's shape whatever happens."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashdmd_ray.serving import LOGGER
+from flashdmd_ray.serving.api_keys import ApiKeys
 from flashdmd_ray.serving.errors import ApiError
-from flashdmd_ray.serving.keys import Doorkeeper
 from flashdmd_ray.serving.metrics import Metrics
 
 log = logging.getLogger(LOGGER)
 
 OPEN_PATHS = {"/", "/healthz", "/openapi.json"}
-"""Answered without a key: they tell nothing that is secret, and load balancers and browsers have none."""
+"""Paths that need no key: they tell nothing that is secret, and load balancers and browsers have none."""
 OPEN_PREFIX = "/page/"
-"""The page's files."""
+"""Folder of the page's files."""
 STATE = "flashdmd_ray"
 ACCEPTED_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass
 class RequestState:
-    """client: who asks, as `Doorkeeper.admit` names it; '' where no key is needed."""
+    """Facts about one request. client: who asks, as `ApiKeys.identify` names it; '' where no key is needed."""
 
     request_id: str
     client: str = ""
 
 
 def state_of(request: Request) -> RequestState:
-    """What the middleware found out about a request."""
+    """Return the facts that the middleware attached to a request."""
     state: RequestState = request.scope[STATE]
     return state
 
 
 class RequestScope:
-    """ASGI middleware."""
+    """ASGI middleware that attaches a `RequestState` to each request."""
 
-    def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, api_keys: ApiKeys, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
-        self._doorkeeper = doorkeeper
+        self._api_keys = api_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,25 +55,27 @@ class RequestScope:
             return
         headers = Headers(scope=scope)
         state = scope[STATE] = RequestState(request_id(headers.get("x-request-id")))
-        answer = _Answer(send, state.request_id)
+        response = _Response(send, state.request_id)
         try:
             if not _is_open(scope["path"]):
-                state.client = self._doorkeeper.admit(headers.get("authorization"), (scope.get("client") or (None,))[0])
-            await self._app(scope, receive, answer.send)
+                state.client = self._api_keys.identify(
+                    headers.get("authorization"), (scope.get("client") or (None,))[0]
+                )
+            await self._app(scope, receive, response.send)
         except ApiError as error:
-            await error.response()(scope, receive, answer.send)
+            await error.response()(scope, receive, response.send)
         except Exception:
             log.exception("request %s failed", state.request_id)
-            if not answer.started:
+            if not response.started:
                 message = f"The service failed; its log tells more about request {state.request_id}."
-                await ApiError(500, message, "internal_error").response()(scope, receive, answer.send)
+                await ApiError(500, message, "internal_error").response()(scope, receive, response.send)
         finally:
-            self._metrics.answered(scope["path"], answer.status, answer.seconds)
-            _log(scope, state, answer)
+            self._metrics.record_answer(scope["path"], response.status, response.seconds)
+            _log(scope, state, response)
 
 
-class _Answer:
-    """The response on its way out."""
+class _Response:
+    """The response on its way to the client."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
@@ -101,7 +103,7 @@ class _Answer:
 
 
 def request_id(given: str | None) -> str:
-    """The client's own id where it is a plain word, else a new one."""
+    """Take the client's own id where it is a plain word, else make one."""
     return given if given is not None and ACCEPTED_ID.fullmatch(given) else uuid.uuid4().hex
 
 
@@ -109,14 +111,14 @@ def _is_open(path: str) -> bool:
     return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
 
 
-def _log(scope: Scope, state: RequestState, answer: _Answer) -> None:
-    """No prompt, no key, no body: what was asked for and how it went."""
+def _log(scope: Scope, state: RequestState, response: _Response) -> None:
+    """Log path, status and time of a request: no prompt, no key, no body."""
     log.info(
         "request %s: %s %s -> %s in %d ms (client %s)",
         state.request_id,
         scope["method"],
         ascii(scope["path"][:200]),  # a path is the client's text: no line breaks of its own
-        answer.status or "no answer",
-        1000 * answer.seconds,
+        response.status or "no answer",
+        1000 * response.seconds,
         state.client or "-",
     )

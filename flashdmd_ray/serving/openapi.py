@@ -1,4 +1,4 @@
-"""The OpenAPI document: what is accepted and answered now, with the models that are loaded."""
+"""OpenAPI document of the requests and answers that are possible now, with the models that are loaded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from flashdmd_ray.serving.errors import ERRORS
 from flashdmd_ray.serving.messages import ModelInfo
-from flashdmd_ray.serving.requests import request_schema
+from flashdmd_ray.serving.request_schema import request_schema
 from flashdmd_ray.serving.settings import ServeSettings
 
-_REQUEST_ID = {"description": "Of this request, for the operator's log.", "schema": {"type": "string"}}
+_REQUEST_ID = {"description": "Id of this request, for the operator's log.", "schema": {"type": "string"}}
 _RETRY_AFTER = {
     "description": "Seconds to wait.",
     "required": True,
@@ -20,7 +20,7 @@ _RETRY_AFTER = {
 
 
 def describe_api(models: Sequence[ModelInfo], settings: ServeSettings, needs_key: bool) -> dict[str, Any]:
-    """The document as a JSON tree. needs_key: whether the service has keys."""
+    """Return the document as a JSON tree. needs_key: whether the service has keys."""
     paths = {
         "/v1/images/generations": {"post": _generate(models, settings)},
         "/v1/models": {"get": _get("listModels", "The models that can be asked for", "ModelList")},
@@ -29,9 +29,7 @@ def describe_api(models: Sequence[ModelInfo], settings: ServeSettings, needs_key
         "/healthz": {"get": _open(_get("health", "200 when images can be drawn", "Health"))},
         "/openapi.json": {"get": _open(_get("openapi", "This document", "Document"))},
     }
-    absent = (
-        "403" if needs_key else "401"
-    )  # who has no key is told so, or, where there are none, that the service is private
+    absent = "403" if needs_key else "401"  # one of both: the service has keys, or is private
     for path in paths.values():
         for operation in path.values():
             operation["responses"].pop(absent, None)
@@ -77,18 +75,18 @@ def _metrics() -> dict[str, Any]:
 
 
 def _open(operation: Mapping[str, Any]) -> dict[str, Any]:
-    """Needs no key."""
+    """Mark an operation that needs no key."""
     responses = {status: text for status, text in operation["responses"].items() if status not in ("401", "403")}
     return {**operation, "responses": responses, "security": []}
 
 
 def _responses(schema: str, errors: Sequence[int]) -> dict[str, Any]:
-    found: dict[str, Any] = {"200": _response("Success.", schema)}
+    responses: dict[str, Any] = {"200": _response("Success.", schema)}
     for status in errors:
-        found[str(status)] = _response(ERRORS[status], "Error")
-    if "429" in found:
-        found["429"]["headers"]["Retry-After"] = _RETRY_AFTER
-    return found
+        responses[str(status)] = _response(ERRORS[status], "Error")
+    if "429" in responses:
+        responses["429"]["headers"]["Retry-After"] = _RETRY_AFTER
+    return responses
 
 
 def _response(description: str, schema: str) -> dict[str, Any]:

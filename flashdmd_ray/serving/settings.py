@@ -1,4 +1,4 @@
-"""Every setting of the service, typed: the `args` of `build_app` and the keys of `jobs/serve.py --set`. Imports no torch."""
+"""Settings of the service: the `args` of `build_app` and the keys of `jobs/serve.py --set`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ from flashdmd_ray.config import PositiveFloat, PositiveInt, Section, suggestion,
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TEACHER = ":teacher"
-"""What follows a student's name in the name of the teacher it was distilled from."""
+"""Suffix of a student's name that makes the name of its teacher."""
 HOOK = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class LimitSettings(Section):
-    """What one request, and one key, may ask for. What is larger is refused before anything is drawn."""
+    """Limits of one request, and of one key. What is larger is refused before anything is generated."""
 
     body_bytes: PositiveInt = 65_536
-    """Of a request's body; more is answered with 413."""
+    """Bytes of a request's body; more is answered with 413."""
     body_seconds: PositiveFloat = 10.0
-    """For a request's body to arrive; later is answered with 408."""
+    """Seconds for a request's body to arrive; later is answered with 408."""
     prompt_characters: PositiveInt = 1000
-    """Of a prompt. Text encoders read about 75 tokens, whatever is longer."""
+    """Characters of a prompt. Text encoders read about 75 tokens, however long it is."""
     images: Annotated[int, Field(strict=True, ge=1, le=10)] = 10
-    """Of one request (`n`)."""
+    """Images of one request (`n`)."""
     pixels: PositiveInt = 16 * 1024 * 1024
-    """Of all images of one request together: bounds `n` for large models."""
+    """Pixels of all images of one request together: bounds `n` for large models."""
     images_per_minute: PositiveFloat | None = None
-    """For each key (without keys: each client address), in the long run; null is no limit. Counted by each ingress replica alone."""
+    """Images per minute for each key (without keys: each client address), in the long run; null is no limit.
+
+    Counted by each ingress replica alone."""
     burst: PositiveInt = 60
     """Images that a key may ask for at once after a pause, with `images_per_minute`."""
 
 
 class ReplicaSettings(Section):
-    """The processes that draw."""
+    """Processes that generate images."""
 
     count: PositiveInt = 1
-    """How many there always are. With two, the other one draws on when one is lost."""
+    """Number that there always is. With two, one goes on when the other is lost."""
     most: PositiveInt | None = None
-    """How many there may be under load; null is `count`: no autoscaling."""
+    """Largest number under load; null is `count`: no autoscaling."""
     target_requests: PositiveFloat = 8.0
     """Unanswered requests per replica that autoscaling aims at."""
     cpus: Annotated[float, Field(ge=0)] = 1.0
@@ -50,19 +52,21 @@ class ReplicaSettings(Section):
     gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of each: 1, or a fraction to share one. With 0 it computes on the CPU."""
     threads: PositiveInt = 1
-    """torch threads of each. Small models are faster with two replicas of one thread than with one of two."""
+    """Threads of torch in each. Small models are faster with two replicas of one thread than with one of two."""
     batch: Annotated[int, Field(strict=True, ge=1, le=256)] = 16
-    """Most images in one forward."""
+    """Largest number of images in one forward."""
     drain_s: PositiveFloat = 30.0
-    """A replica that is to go first finishes what it has, for this long at most."""
+    """Seconds at most for a replica that is to go to finish what it has."""
 
 
 class ServeSettings(Section):
+    """All settings of the service."""
+
     models: Annotated[dict[str, str], Field(min_length=1)]
-    """Name -> where it comes from: a directory that `jobs/export.py` wrote (a pipeline or a LoRA), a run folder (its export, or the
+    """Name -> source: a directory that `jobs/export.py` wrote (a pipeline or a LoRA), a run folder (its export, or the
     newest checkpoint while it has none), or `models:/name@alias` or `models:/name/version` of an MLflow registry."""
     default: str | None = None
-    """The model of a request that names none; null is the first."""
+    """Model of a request that names none; null is the first."""
     aliases: dict[str, str] = Field(default_factory=dict)
     """Other name -> name in `models`, for example gpt-image-1 for clients that cannot be told a name."""
     teachers: bool = True
@@ -74,32 +78,33 @@ class ServeSettings(Section):
     bases: dict[str, str] = Field(default_factory=dict)
     """Name of a base in an export's flashdmd.json -> directory or hub id of that pipeline, where the name alone is not enough."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and activations."""
+    """Type of weights and activations."""
     registry: str | None = None
     """Tracking URI of the MLflow registry; null is MLflow's own default (MLFLOW_TRACKING_URI)."""
     watch_s: PositiveFloat | None = 5.0
-    """Every so often each source is looked at, and a new version takes the old one's place; null: only at the start."""
+    """Seconds between looks at each source; a new version takes the old one's place. null: only at the start."""
     fetch_s: PositiveFloat = 600.0
-    """For a version to be copied, downloaded, or exported from a checkpoint; what takes longer is refused."""
+    """Seconds for a version to be copied, downloaded, or exported from a checkpoint; what takes longer is refused."""
     cache: Path | None = None
     """Folder for copies of what is served, so that a version outlives its source; null is ~/.cache/flashdmd_ray/serving."""
     replica: ReplicaSettings = ReplicaSettings()
     limits: LimitSettings = LimitSettings()
     queue: PositiveInt = 64
-    """Requests in the service, drawn or waiting, per process that answers HTTP; more are answered with 429."""
+    """Requests in the service, in sampling or waiting, per process that answers HTTP; more are answered with 429."""
     ingress: PositiveInt = 1
-    """Of `serve deploy`: ingress replicas, processes that answer HTTP and draw nothing. jobs/serve.py answers itself."""
+    """Ingress replicas of `serve deploy`: processes that answer HTTP. jobs/serve.py answers HTTP itself."""
     deadline_s: PositiveFloat = 60.0
-    """For one request, waiting and retries included; later is answered with 504."""
+    """Seconds for one request, waiting and retries included; later is answered with 504."""
     keys_file: Path | None = None
-    """File with one API key per line ('#' begins a comment), beside those of FLASHDMD_API_KEYS. Without any key only loopback clients
-    are served."""
+    """File with one API key per line ('#' begins a comment), beside those of FLASHDMD_API_KEYS.
+
+    Without any key only loopback clients are served."""
     prompt_filter: str | None = None
-    """`module:function` that is called with each prompt and returns None, or why it is refused. None is shipped."""
+    """Filter `module:function` that is called with each prompt and returns None, or why it is refused. None is shipped."""
     image_checker: str | None = None
-    """`module:function` that is called with each image (PIL) and returns None, or why it is withheld. None is shipped."""
+    """Checker `module:function` that is called with each image (PIL) and returns None, or why it is withheld. None is shipped."""
     log_prompts: bool = False
-    """Write prompts to the log of the ingress."""
+    """Write prompts to the log of the process that answers HTTP."""
 
     @field_validator("models")
     @classmethod
@@ -139,10 +144,10 @@ class ServeSettings(Section):
 
     @property
     def default_model(self) -> str:
-        """The model of a request that names none."""
+        """Name of the model of a request that names none."""
         return self.default or next(iter(self.models))
 
 
 def parse_settings(tree: Mapping[str, Any]) -> ServeSettings:
-    """The arguments of `build_app`. Raises ValueError, one line per problem, naming the key and the remedy."""
+    """Check the arguments of `build_app`. Raises ValueError, one line per problem, naming the key and the remedy."""
     return validated(ServeSettings, tree)

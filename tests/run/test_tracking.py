@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from flashdmd_ray.config import Config, TrackingConfig
+from flashdmd_ray.results.export_facts import FACTS
 from flashdmd_ray.run import tracking
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.run.tracking import Tracker, default_uri
-from flashdmd_ray.serving.sources import FACTS, open_source
+from flashdmd_ray.serving.model_sources import open_source
 
 
 def new_run(root, name="first", **changes):
@@ -114,7 +115,7 @@ def test_a_service_fetches_the_registered_version(tracked, client, tmp_path):
     run, _ = tracked
     source = open_source("models:/flashdmd_ray@newest", default_uri(run))
     assert source.signature() == "version 1"
-    source.fetch(tmp_path, patience_s=60)
+    source.fetch(tmp_path, timeout_s=60)
     assert sorted(os.listdir(tmp_path)) == ["README.md", FACTS, "unet"]
     with pytest.raises(ValueError, match="is not in the registry"):
         open_source("models:/flashdmd_ray@champion", default_uri(run)).signature()

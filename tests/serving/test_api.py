@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from flashdmd_ray.serving.api import build_api
-from flashdmd_ray.serving.generator import Generator
+from flashdmd_ray.serving.replica import GeneratorReplica
 from flashdmd_ray.serving.settings import parse_settings
 from tests.serving.exports import export_demo
 
@@ -36,7 +36,7 @@ def settings(export):
 
 @pytest.fixture(scope="module")
 def generator(settings):
-    return Generator(settings)
+    return GeneratorReplica(settings)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_prompts_and_keys_are_logged_only_on_request(settings, generator, caplog
 
 
 def test_a_defect_is_a_500_with_its_request_id(settings, generator, monkeypatch):
-    monkeypatch.setattr(generator, "_find", lambda order: 1 / 0)
+    monkeypatch.setattr(generator, "_prepare", lambda job: 1 / 0)
     response = post(another(settings, generator))
     assert response.status_code == 500
     assert response.headers["x-request-id"] in error(response)["message"]

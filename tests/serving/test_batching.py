@@ -10,24 +10,24 @@ from torch.nn import functional as F
 
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.models.sdxl import SDXL
-from flashdmd_ray.serving.batching import DrawingThread, Job
-from flashdmd_ray.serving.catalogue import Version
+from flashdmd_ray.serving.batch_invariance import filled_size, invariant_sizes, make_batch_invariant
+from flashdmd_ray.serving.batching import SamplingJob, SamplingThread
 from flashdmd_ray.serving.messages import ModelInfo
-from flashdmd_ray.serving.numerics import agreeing_sizes, filled_size, steady
-from flashdmd_ray.serving.rehearsal import Rehearsal
-from flashdmd_ray.serving.student import Student, Teacher
+from flashdmd_ray.serving.model_loading import ModelVersion
+from flashdmd_ray.serving.step_sampler import StudentSampler, TeacherSampler
+from flashdmd_ray.serving.warm_up import WarmUp
 from tests.serving.exports import TIMESTEPS
 
 SIZE = (24, 24)
 WAIT_S = 30
 
 
-class Watched(Student):
+class Watched(StudentSampler):
     """Remembers its forwards, and holds the next one back until it may go."""
 
     def __init__(self, family) -> None:
         super().__init__(family, family.teacher, TIMESTEPS)
-        self.batches = {SIZE: (1, 2, 3), (20, 28): (1,)}
+        self.batch_sizes = {SIZE: (1, 2, 3), (20, 28): (1,)}
         self.forwards = []
         self.may_go = threading.Semaphore(0)
         self.reached = threading.Semaphore(0)
@@ -53,78 +53,78 @@ def family():
 
 
 @pytest.fixture
-def artist(family):
+def sampler(family):
     return Watched(family)
 
 
 @pytest.fixture
 def thread():
-    thread = DrawingThread(most=3)
+    thread = SamplingThread(max_batch=3)
     yield thread
-    thread.close(patience_s=WAIT_S)
+    thread.close(timeout_s=WAIT_S)
     assert not thread.alive
 
 
-def job(artist, steps=2, seeds=(0,), size=SIZE):
-    return Job(artist, "a red 4", seeds, steps, size)
+def job(sampler, steps=2, seeds=(0,), size=SIZE):
+    return SamplingJob(sampler, "a red 4", seeds, steps, size)
 
 
-def test_a_late_job_joins_at_the_next_step(thread, artist):
+def test_a_late_job_joins_at_the_next_step(thread, sampler):
     """Samples at different timesteps share a forward."""
-    early, late = job(artist), job(artist)
+    early, late = job(sampler), job(sampler)
     thread.add(early)
-    assert artist.reached.acquire(timeout=WAIT_S)
+    assert sampler.reached.acquire(timeout=WAIT_S)
     thread.add(late)
-    artist.may_go.release()
-    artist.go()
-    artist.go()
+    sampler.may_go.release()
+    sampler.go()
+    sampler.go()
     assert early.future.result(WAIT_S).shape == late.future.result(WAIT_S).shape == (1, 24, 24, 3)
-    assert artist.forwards == [[999], [499, 999], [499]]
+    assert sampler.forwards == [[999], [499, 999], [499]]
     assert (early.batch, late.batch) == (2, 2)
     assert torch.equal(early.future.result(), late.future.result())
 
 
-def test_those_who_came_first_go_first(thread, artist):
-    jobs = [job(artist, steps=1, seeds=(0, 1)), job(artist, steps=1, seeds=(2, 3)), job(artist, steps=1)]
-    artist.may_go.release()
-    thread.add(job(artist, steps=1))
-    assert artist.reached.acquire(timeout=WAIT_S)
+def test_those_who_came_first_go_first(thread, sampler):
+    jobs = [job(sampler, steps=1, seeds=(0, 1)), job(sampler, steps=1, seeds=(2, 3)), job(sampler, steps=1)]
+    sampler.may_go.release()
+    thread.add(job(sampler, steps=1))
+    assert sampler.reached.acquire(timeout=WAIT_S)
     for one in jobs:
         thread.add(one)
     for _ in range(2):
-        artist.go()
+        sampler.go()
     results = [one.future.result(WAIT_S) for one in jobs]
     assert [len(result) for result in results] == [2, 2, 1]
-    assert [len(forward) for forward in artist.forwards] in ([1, 3, 2], [1, 2, 3])
+    assert [len(forward) for forward in sampler.forwards] in ([1, 3, 2], [1, 2, 3])
 
 
-def test_an_abandoned_job_ends_before_the_next_step(thread, artist):
-    left, other = job(artist, steps=4), job(artist, steps=4)
+def test_an_abandoned_job_ends_before_the_next_step(thread, sampler):
+    left, other = job(sampler, steps=4), job(sampler, steps=4)
     thread.add(left)
-    assert artist.reached.acquire(timeout=WAIT_S)
+    assert sampler.reached.acquire(timeout=WAIT_S)
     thread.add(other)
     left.future.cancel()
-    artist.may_go.release()
+    sampler.may_go.release()
     for _ in range(4):
-        artist.go()
+        sampler.go()
     other.future.result(WAIT_S)
-    assert [len(forward) for forward in artist.forwards] == [1, 1, 1, 1, 1]
+    assert [len(forward) for forward in sampler.forwards] == [1, 1, 1, 1, 1]
     assert thread.load == 0
 
 
-def test_other_sizes_do_not_share_forwards(thread, artist):
-    artist.may_go.release(4)
-    jobs = [job(artist, steps=1), job(artist, steps=1, size=(20, 28))]
+def test_other_sizes_do_not_share_forwards(thread, sampler):
+    sampler.may_go.release(4)
+    jobs = [job(sampler, steps=1), job(sampler, steps=1, size=(20, 28))]
     for one in jobs:
         thread.add(one)
     assert [tuple(one.future.result(WAIT_S).shape[1:3]) for one in jobs] == [(24, 24), (20, 28)]
-    assert [len(forward) for forward in artist.forwards] == [1, 1]
+    assert [len(forward) for forward in sampler.forwards] == [1, 1]
 
 
-def test_a_failure_is_of_its_own_jobs(thread, artist, family):
-    broken = Student(family, lambda *_: 1 / 0, TIMESTEPS)  # type: ignore[arg-type]
-    failing, fine = job(broken), job(artist, steps=1)
-    artist.may_go.release()
+def test_a_failure_is_of_its_own_jobs(thread, sampler, family):
+    broken = StudentSampler(family, lambda *_: 1 / 0, TIMESTEPS)  # type: ignore[arg-type]
+    failing, fine = job(broken), job(sampler, steps=1)
+    sampler.may_go.release()
     thread.add(failing)
     thread.add(fine)
     with pytest.raises(ZeroDivisionError):
@@ -140,37 +140,37 @@ def test_the_teacher_is_the_teachers_sampler(family):
             return torch.randn((1, *family.latent_shape), generator=torch.Generator().manual_seed(3))
 
     expected = teacher_sampler(family, 5, 2.0).sample(family.encode(["a red 4"]), Start())
-    artist = Teacher(family, family.teacher, 2.0)
-    sample = artist.begin("a red 4", 3, 5, SIZE)
+    sampler = TeacherSampler(family, family.teacher, 2.0)
+    sample = sampler.begin("a red 4", 3, 5, SIZE)
     while not sample.finished:
-        artist.advance([sample])
+        sampler.advance([sample])
     torch.testing.assert_close(sample.noisy, expected[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_sample_has_the_same_bits_in_every_batch(family):
     """Measured sizes, on the demo's own network: alone, among others, at other steps."""
-    artist = Student(family, family.teacher, TIMESTEPS)
-    steady(family.teacher.network)
-    steady(family.vae)
-    version = Version("demo", "0", {"demo": artist}, {"demo": info(SIZE)})
-    Rehearsal(most=4)(version)
-    assert artist.most(SIZE) > 1, "nothing shares a forward on this machine"
-    assert artist.reads_groups
+    sampler = StudentSampler(family, family.teacher, TIMESTEPS)
+    make_batch_invariant(family.teacher.network)
+    make_batch_invariant(family.vae)
+    version = ModelVersion("demo", "0", {"demo": sampler}, {"demo": info(SIZE)})
+    WarmUp(max_batch=4)(version)
+    assert sampler.max_batch(SIZE) > 1, "nothing shares a forward on this machine"
+    assert sampler.encodes_groups
 
     def draw(*seeds):
-        samples = [artist.begin(f"a red {seed}", seed, 2, SIZE) for seed in seeds]
-        early = artist.begin("another one", 99, 2, SIZE)
-        artist.advance([early])
-        for start in range(0, len(samples), artist.most(SIZE)):
-            chunk = samples[start : start + artist.most(SIZE)]
+        samples = [sampler.begin(f"a red {seed}", seed, 2, SIZE) for seed in seeds]
+        early = sampler.begin("another one", 99, 2, SIZE)
+        sampler.advance([early])
+        for start in range(0, len(samples), sampler.max_batch(SIZE)):
+            chunk = samples[start : start + sampler.max_batch(SIZE)]
             while not chunk[0].finished:
-                artist.advance(chunk if len(chunk) == artist.most(SIZE) or early.finished else [*chunk, early])
-        return [(sample.noisy, artist.decode([sample])) for sample in samples]
+                sampler.advance(chunk if len(chunk) == sampler.max_batch(SIZE) or early.finished else [*chunk, early])
+        return [(sample.noisy, sampler.decode([sample])) for sample in samples]
 
     family.text.forget()
     alone = {seed: draw(seed)[0] for seed in range(3)}
     family.text.forget()
-    artist.read(["another one", "a red 2", "a red 0", "a red 1", "a red 2"])
+    sampler.encode(["another one", "a red 2", "a red 0", "a red 1", "a red 2"])
     for seeds in ((0, 1), (2, 1, 0), (0, 1, 2) * 3):
         for seed, (latents, pixels) in zip(seeds, draw(*seeds), strict=True):
             assert torch.equal(latents, alone[seed][0])
@@ -188,7 +188,7 @@ def test_one_image_is_convolved_like_two(by_onednn, kernel, stride, dtype, monke
     layers = nn.Sequential(nn.Conv2d(48, 96, kernel, stride, kernel // 2)).to(
         dtype=dtype, memory_format=torch.channels_last
     )
-    steady(layers)
+    make_batch_invariant(layers)
     images = torch.randn(2, 48, 12, 12).to(dtype=dtype, memory_format=torch.channels_last)
     for _ in range(2):  # the second time the weights are others
         together, alone = layers(images), layers(images[:1])
@@ -201,7 +201,7 @@ def test_one_image_is_convolved_like_two(by_onednn, kernel, stride, dtype, monke
 @torch.no_grad()
 def test_a_copy_with_other_weights_convolves_with_its_own():
     layer = nn.Sequential(nn.Conv2d(8, 8, 3))
-    steady(layer)
+    make_batch_invariant(layer)
     image = torch.randn(1, 8, 6, 6)
     before = layer(image)
     copied = copy.deepcopy(layer)
@@ -216,8 +216,8 @@ def info(*sizes):
 
 
 def test_the_largest_agreeing_set_of_sizes_is_used():
-    assert agreeing_sizes(lambda size: b"alone" if size == 1 else b"others", most=8) == (2, 3, 4, 6, 8)
-    assert agreeing_sizes(lambda size: None if size > 1 else b"", most=8) == (1,)
-    assert agreeing_sizes(lambda size: bytes([size]), most=8) == (1,)
-    assert agreeing_sizes(lambda size: bytes([size % 2]), most=16) == (2, 4, 6, 8, 12, 16)
+    assert invariant_sizes(lambda size: b"alone" if size == 1 else b"others", max_size=8) == (2, 3, 4, 6, 8)
+    assert invariant_sizes(lambda size: None if size > 1 else b"", max_size=8) == (1,)
+    assert invariant_sizes(lambda size: bytes([size]), max_size=8) == (1,)
+    assert invariant_sizes(lambda size: bytes([size % 2]), max_size=16) == (2, 4, 6, 8, 12, 16)
     assert [filled_size(count, (2, 4, 8)) for count in (1, 2, 3, 8)] == [2, 2, 4, 8]

@@ -11,8 +11,8 @@ import pytest
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.results.export import export_pipeline
 from flashdmd_ray.serving.api import build_api
-from flashdmd_ray.serving.front import answering, take_address
-from flashdmd_ray.serving.generator import Generator
+from flashdmd_ray.serving.http_server import listen_on, running_server
+from flashdmd_ray.serving.replica import GeneratorReplica
 from flashdmd_ray.serving.settings import parse_settings
 from tests.serving.exports import FACTS
 from tests.tiny import save_sdxl
@@ -35,8 +35,8 @@ def url(tmp_path_factory):
         "cache": str(root / "cache"),
     }
     settings = parse_settings(tree)
-    api = build_api(settings, Generator(settings), (KEY,))
-    with take_address("127.0.0.1", 0) as listener, answering(api, listener, threading.Event(), drain_s=20):
+    api = build_api(settings, GeneratorReplica(settings), (KEY,))
+    with listen_on("127.0.0.1", 0) as listener, running_server(api, listener, threading.Event(), drain_s=20):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 

@@ -18,9 +18,9 @@ import ray
 import requests
 from ray import serve
 
-from flashdmd_ray.serving import studio
+from flashdmd_ray.serving import generator_client
 from flashdmd_ray.serving.app import api_over, build_app
-from flashdmd_ray.serving.front import answering, take_address
+from flashdmd_ray.serving.http_server import listen_on, running_server
 from flashdmd_ray.serving.settings import parse_settings
 from tests.serving.exports import export_demo, export_demo_lora
 
@@ -45,7 +45,7 @@ class Service:
         body = {"prompt": PROMPT, **body}
         return requests.post(f"{self.url}/v1/images/generations", json=body, timeout=timeout)
 
-    def draw(self, **body) -> tuple[str, list[bytes]]:
+    def generate(self, **body) -> tuple[str, list[bytes]]:
         """(version, images)."""
         response = self.post(**body)
         assert response.status_code == 200, response.text
@@ -110,7 +110,7 @@ def service(running, request):
 def fronted(handle, args):
     """The URL of a front over the replicas behind a handle."""
     api = api_over(handle, parse_settings(args))
-    with take_address("127.0.0.1", 0) as listener, answering(api, listener, threading.Event(), drain_s=5):
+    with listen_on("127.0.0.1", 0) as listener, running_server(api, listener, threading.Event(), drain_s=5):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
@@ -130,7 +130,7 @@ def test_the_openai_client_works_unchanged(service):
 
 def test_same_seed_same_bytes_whatever_is_drawn_beside(service):
     """One prompt and seed alone, then many times among others of other steps, formats and models."""
-    alone = service.draw(seed=5)
+    alone = service.generate(seed=5)
     others = [{"seed": 5}, {"seed": 1, "n": 3}, {"seed": 5}, {"seed": 2, "num_inference_steps": 2}, {"model": "style"}]
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda body: (body, service.post(**body)), others * 4))
@@ -142,9 +142,9 @@ def test_same_seed_same_bytes_whatever_is_drawn_beside(service):
 
 
 def test_a_lora_shares_the_base_and_draws_otherwise(service):
-    _, plain = service.draw(seed=4)
-    _, styled = service.draw(seed=4, model="style")
-    _, teacher = service.draw(seed=4, model="style:teacher", timeout=120)
+    _, plain = service.generate(seed=4)
+    _, styled = service.generate(seed=4, model="style")
+    _, teacher = service.generate(seed=4, model="style:teacher", timeout=120)
     assert len({plain[0], styled[0], teacher[0]}) == 3
 
 
@@ -154,7 +154,7 @@ def test_versions_swap_under_load_without_a_failed_request(service):
 
     def ask() -> None:
         while not stop:
-            seen.append(service.draw(seed=8, num_inference_steps=1))
+            seen.append(service.generate(seed=8, num_inference_steps=1))
 
     before = service.model()["version"]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -179,7 +179,7 @@ def test_a_broken_version_is_refused_and_the_old_one_stays(service):
     service.swap(service.broken)
     service.wait_for(lambda: service.model()["refused"] is not None)
     assert "unet" in service.model()["refused"]
-    assert service.draw(seed=1)[0] == before["version"]
+    assert service.generate(seed=1)[0] == before["version"]
     service.swap(service.a)
     service.wait_for(lambda: service.model()["refused"] is None)
 
@@ -209,8 +209,8 @@ def test_a_client_that_leaves_ends_its_drawing(service):
         with pytest.raises(requests.exceptions.ReadTimeout):
             service.post(timeout=0.5, **leaving)
     began = time.monotonic()
-    service.draw(num_inference_steps=1)
-    service.draw(num_inference_steps=1)
+    service.generate(num_inference_steps=1)
+    service.generate(num_inference_steps=1)
     assert time.monotonic() - began < 10
     inside = requests.get(f"{service.url}/metrics", timeout=30).text
     assert "flashdmd_requests_inside 0.0" in inside
@@ -226,7 +226,7 @@ def test_a_killed_replica_loses_no_request(running):
 
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         doors = (running["front"], running["by tasks"])
-        answers = [pool.submit(doors[seed % 2].draw, seed=seed, n=4) for seed in range(12)]
+        answers = [pool.submit(doors[seed % 2].generate, seed=seed, n=4) for seed in range(12)]
         time.sleep(0.5)
         kill_one()
         assert all(answer.result() for answer in answers)
@@ -234,10 +234,10 @@ def test_a_killed_replica_loses_no_request(running):
 
 def test_a_service_that_was_idle_is_ready(service, monkeypatch):
     """Its list of models is older than what would mean that no replica answers."""
-    monkeypatch.setattr(studio, "STALE_S", 0.2)
+    monkeypatch.setattr(generator_client, "STALE_S", 0.2)
 
     async def ask_twice() -> list[str]:
-        asked = studio.RayStudio(serve.get_deployment_handle("Generator", app_name="tested"))
+        asked = generator_client.GeneratorClient(serve.get_deployment_handle("Generator", app_name="tested"))
         await asked.models()
         await asyncio.sleep(1.5)
         return [model.name for model in await asked.models()]

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashdmd_ray.serving.api_keys import HIDES_CLIENTS, VARIABLE, ApiKeys, is_loopback, read_keys
 from flashdmd_ray.serving.command import check_address, name_source, settings_tree
 from flashdmd_ray.serving.errors import ApiError
-from flashdmd_ray.serving.keys import HIDES_CLIENTS, VARIABLE, Doorkeeper, is_loopback, read_keys
-from flashdmd_ray.serving.limits import RateLimit
+from flashdmd_ray.serving.rate_limit import RateLimit
 from flashdmd_ray.serving.settings import parse_settings
 
 KEY = "a-key-that-is-long-enough"
@@ -87,8 +87,8 @@ def test_addresses_of_this_machine():
 
 
 def test_a_key_has_a_name_that_does_not_give_it_away():
-    doorkeeper = Doorkeeper([KEY, KEY + "2"])
-    names = {doorkeeper.admit(f"Bearer {key}", None) for key in (KEY, KEY + "2")}
+    api_keys = ApiKeys([KEY, KEY + "2"])
+    names = {api_keys.identify(f"Bearer {key}", None) for key in (KEY, KEY + "2")}
     assert len(names) == 2
     assert not any(KEY[:8] in name for name in names)
 

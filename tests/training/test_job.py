@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from flashdmd_ray.checkpoint import latest_checkpoint, load_tensors, read_state
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.run.metrics_log import read_metrics
-from flashdmd_ray.serving.sources import open_source
+from flashdmd_ray.serving.model_sources import open_source
 from flashdmd_ray.training import job
 
 STEPS = 3
@@ -101,7 +101,7 @@ def test_a_run_is_served_from_its_newest_checkpoint_while_it_has_no_export(finis
     run = shutil.copytree(finished, tmp_path / "training", ignore=shutil.ignore_patterns("export"))
     source = open_source(str(run))
     assert source.signature() == f"checkpoint step-{STEPS:08d}"
-    source.fetch(tmp_path / "fetched", patience_s=300)
+    source.fetch(tmp_path / "fetched", timeout_s=300)
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "fetched" / weights).read_bytes() == (finished / "export" / weights).read_bytes()
     assert "unet" in open_source(str(finished)).signature()

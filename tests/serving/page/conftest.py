@@ -8,21 +8,21 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 from visiting import FLAGS, serving
 
-from flashdmd_ray.serving.generator import Generator
+from flashdmd_ray.serving.replica import GeneratorReplica
 from flashdmd_ray.serving.settings import parse_settings
 from tests.conftest import chromium
 from tests.serving.exports import export_demo
 
 
 @pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
+def generator(tmp_path_factory: pytest.TempPathFactory) -> GeneratorReplica:
     export = export_demo(tmp_path_factory.mktemp("served") / "demo")
     cache = str(export.parent / "cache")
-    return Generator(parse_settings({"models": {"demo": str(export)}, "cache": cache, "replica": {"batch": 4}}))
+    return GeneratorReplica(parse_settings({"models": {"demo": str(export)}, "cache": cache, "replica": {"batch": 4}}))
 
 
 @pytest.fixture(scope="module")
-def site(generator: Generator) -> Iterator[str]:
+def site(generator: GeneratorReplica) -> Iterator[str]:
     with serving(generator) as address:
         yield address
 

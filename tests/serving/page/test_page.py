@@ -18,7 +18,7 @@ from PIL import Image
 from playwright.sync_api import Browser, expect
 from visiting import KEY, PROMPT, SECONDS, api, draw, serving, settings_of, shown_image, visit
 
-from flashdmd_ray.serving.generator import Generator
+from flashdmd_ray.serving.replica import GeneratorReplica
 
 pytestmark = pytest.mark.browser
 
@@ -108,7 +108,7 @@ def test_the_history_restores_settings_and_images(browser: Browser, site: str) -
 
 @pytest.mark.parametrize("keys", [(), (KEY,)], ids=["open", "with a key"])
 def test_the_code_it_shows_draws_the_same_image(
-    browser: Browser, generator: Generator, tmp_path: Path, keys: tuple[str, ...]
+    browser: Browser, generator: GeneratorReplica, tmp_path: Path, keys: tuple[str, ...]
 ) -> None:
     prompt = "a red 4 on a 'gray' background \"quoted\" $HOME \\ `x` \U0001f600"
     with serving(generator, keys) as site, visit(browser, site, ready=not keys) as page:

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 from visiting import KEY, PROMPT, SECONDS, draw, serving, visit
 
-from flashdmd_ray.serving.generator import Generator
+from flashdmd_ray.serving.replica import GeneratorReplica
 
 pytestmark = pytest.mark.browser
 
@@ -47,7 +47,7 @@ def test_the_keyboard_reaches_everything_in_reading_order(browser: Browser, site
             assert name.strip(), field.evaluate("e => e.outerHTML")
 
 
-def test_refusals_name_the_field_and_take_the_keyboard_there(browser: Browser, generator: Generator) -> None:
+def test_refusals_name_the_field_and_take_the_keyboard_there(browser: Browser, generator: GeneratorReplica) -> None:
     with serving(generator, images=3, prompt_characters=60) as site, visit(browser, site) as page:
         page.fill("#prompt", " ")
         page.click("#generate")
@@ -69,7 +69,7 @@ def test_refusals_name_the_field_and_take_the_keyboard_there(browser: Browser, g
         expect(page.locator("[aria-invalid]")).to_have_count(0)
 
 
-def test_a_rate_limit_is_counted_down(browser: Browser, generator: Generator) -> None:
+def test_a_rate_limit_is_counted_down(browser: Browser, generator: GeneratorReplica) -> None:
     with serving(generator, images_per_minute=30, burst=1) as site, visit(browser, site) as page:
         page.fill("#n", "1")
         draw(page)
@@ -83,7 +83,7 @@ def test_a_rate_limit_is_counted_down(browser: Browser, generator: Generator) ->
         draw(page)
 
 
-def test_a_key_is_asked_for_and_kept_in_this_tab_only(browser: Browser, generator: Generator) -> None:
+def test_a_key_is_asked_for_and_kept_in_this_tab_only(browser: Browser, generator: GeneratorReplica) -> None:
     with serving(generator, keys=(KEY,)) as site, visit(browser, site, ready=False) as page:
         expect(page.locator("#key")).to_be_focused()
         expect(page.locator("#generate")).to_be_disabled()
@@ -102,7 +102,7 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_only(browser: Browser, generato
         expect(other.locator("#key-field")).to_be_visible()
 
 
-def test_a_server_that_is_gone_is_said_and_found_again(browser: Browser, generator: Generator) -> None:
+def test_a_server_that_is_gone_is_said_and_found_again(browser: Browser, generator: GeneratorReplica) -> None:
     with serving(generator) as site, visit(browser, site) as page:
         page.route("**/v1/images/generations", lambda route: route.abort())
         page.click("#generate")

@@ -14,8 +14,8 @@ from typing import Any
 from playwright.sync_api import Browser, Page, expect
 
 from flashdmd_ray.serving.api import build_api
-from flashdmd_ray.serving.front import answering, take_address
-from flashdmd_ray.serving.generator import Generator
+from flashdmd_ray.serving.http_server import listen_on, running_server
+from flashdmd_ray.serving.replica import GeneratorReplica
 from flashdmd_ray.serving.settings import parse_settings
 
 PROMPT = "a red 4 left of a green 7 on a gray background"
@@ -29,11 +29,11 @@ FLAGS += ["--disable-background-networking", "--disable-component-update", "--di
 
 
 @contextmanager
-def serving(generator: Generator, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[str]:
+def serving(generator: GeneratorReplica, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[str]:
     """The API and the page on a free port of the loopback address; yields the page's address."""
     settings = parse_settings({"models": {"demo": "not read again"}, "limits": limits})
     api = build_api(settings, generator, keys)
-    with take_address("127.0.0.1", 0) as listener, answering(api, listener, threading.Event(), drain_s=30):
+    with listen_on("127.0.0.1", 0) as listener, running_server(api, listener, threading.Event(), drain_s=30):
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
 
 

@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from flashdmd_ray.serving.command import serve_command
-from flashdmd_ray.serving.front import answering, take_address
+from flashdmd_ray.serving.http_server import listen_on, running_server
 
 
 def application(seconds: float = 0.0) -> tuple[Starlette, threading.Event]:
@@ -32,14 +32,14 @@ def address_of(listener: socket.socket) -> str:
 
 
 def test_a_client_that_came_too_early_waits():
-    with take_address("127.0.0.1", 0) as listener:
+    with listen_on("127.0.0.1", 0) as listener:
         answers = []
         url = address_of(listener)
         early = threading.Thread(target=lambda: answers.append(requests.get(url, timeout=30).text))
         early.start()
         time.sleep(0.2)
         app, _ = application()
-        with answering(app, listener, threading.Event(), drain_s=5):
+        with running_server(app, listener, threading.Event(), drain_s=5):
             early.join(30)
     assert answers == ["drawn"]
 
@@ -48,10 +48,10 @@ def test_at_the_end_who_is_inside_is_answered_and_nobody_else():
     app, inside = application(seconds=1.0)
     stop = threading.Event()
     answers = []
-    with take_address("127.0.0.1", 0) as listener:
+    with listen_on("127.0.0.1", 0) as listener:
         url = address_of(listener)
         asking = threading.Thread(target=lambda: answers.append(requests.get(url, timeout=30).text))
-        with answering(app, listener, stop, drain_s=10):
+        with running_server(app, listener, stop, drain_s=10):
             asking.start()
             assert inside.wait(30)
         asking.join(30)
@@ -63,11 +63,11 @@ def test_at_the_end_who_is_inside_is_answered_and_nobody_else():
 
 def test_the_end_does_not_wait_longer_than_it_may():
     app, inside = application(seconds=60.0)
-    with take_address("127.0.0.1", 0) as listener:
+    with listen_on("127.0.0.1", 0) as listener:
         url = address_of(listener)
         asking = threading.Thread(target=lambda: requests.get(url, timeout=30))
         began = time.monotonic()
-        with answering(app, listener, threading.Event(), drain_s=1):
+        with running_server(app, listener, threading.Event(), drain_s=1):
             asking.start()
             assert inside.wait(30)
         asking.join(30)
@@ -77,9 +77,12 @@ def test_the_end_does_not_wait_longer_than_it_may():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_server_that_does_not_start_is_no_silence():
     app, _ = application()
-    listener = take_address("127.0.0.1", 0)
+    listener = listen_on("127.0.0.1", 0)
     listener.close()
-    with pytest.raises(RuntimeError, match="did not start"), answering(app, listener, threading.Event(), drain_s=1):
+    with (
+        pytest.raises(RuntimeError, match="did not start"),
+        running_server(app, listener, threading.Event(), drain_s=1),
+    ):
         pass
 
 
@@ -87,7 +90,7 @@ def test_a_taken_port_is_said_before_anything_is_loaded(tmp_path, capsys):
     export = tmp_path / "demo"
     export.mkdir()
     (export / "flashdmd.json").write_text("{}")
-    with take_address("127.0.0.1", 0) as listener:
+    with listen_on("127.0.0.1", 0) as listener:
         port = str(listener.getsockname()[1])
         assert serve_command([str(export), "--port", port]) == 2
     assert (

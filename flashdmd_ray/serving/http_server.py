@@ -1,4 +1,4 @@
-"""HTTP in the process of the command itself: one hop less than Serve's proxy and an ingress replica, which a cluster has instead."""
+"""HTTP server in the process of the command: one hop less than Serve's proxy and an ingress replica, which a cluster has instead."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ import uvicorn
 from starlette.types import ASGIApp
 
 KEEP_ALIVE_S = 90
-"""How long a connection that asks nothing stays open."""
+"""Seconds that an idle connection stays open."""
 START_S = 30.0
+"""Seconds for the server to start."""
 END_S = 10.0
-"""For the thread to end, beyond the time that requests have to be finished."""
+"""Seconds for the thread to end, beyond those that requests have to be finished."""
 
 
-def take_address(host: str, port: int) -> socket.socket:
-    """A socket that listens there; whoever connects is answered once it was given to `answering`. Raises ValueError when the address
-    cannot be had."""
+def listen_on(host: str, port: int) -> socket.socket:
+    """Open a socket that listens there; who connects is answered once it is given to `running_server`.
+
+    Raises ValueError when the address cannot be had.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family)
@@ -32,9 +35,10 @@ def take_address(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def answering(app: ASGIApp, listener: socket.socket, stop: threading.Event, drain_s: float) -> Iterator[None]:
-    """Answers requests at the address of `listener` by a thread of this process. At the end takes no new ones and finishes those that
-    are here, for `drain_s` at most.
+def running_server(app: ASGIApp, listener: socket.socket, stop: threading.Event, drain_s: float) -> Iterator[None]:
+    """Answer requests at the address of `listener` by a thread of this process.
+
+    At the end it takes no new ones and finishes those that are here, for `drain_s` seconds at most.
 
     stop: set when the server has ended. Raises RuntimeError when it does not start, or has ended before the caller was done.
     """
@@ -50,13 +54,13 @@ def answering(app: ASGIApp, listener: socket.socket, stop: threading.Event, drai
         )
     )
 
-    def answer() -> None:
+    def run() -> None:
         try:
             server.run(sockets=[listener])
         finally:
             stop.set()
 
-    thread = threading.Thread(target=answer, name="http", daemon=True)
+    thread = threading.Thread(target=run, name="http", daemon=True)
     thread.start()
     try:
         _wait_for_start(server, thread)
@@ -69,8 +73,8 @@ def answering(app: ASGIApp, listener: socket.socket, stop: threading.Event, drai
 
 
 def _wait_for_start(server: uvicorn.Server, thread: threading.Thread) -> None:
-    give_up = time.monotonic() + START_S
+    deadline = time.monotonic() + START_S
     while not server.started:
-        if not thread.is_alive() or time.monotonic() > give_up:
+        if not thread.is_alive() or time.monotonic() > deadline:
             raise RuntimeError("the HTTP server did not start")
         time.sleep(0.01)

@@ -1,8 +1,7 @@
-"""POST /v1/images/generations: its fields, what of them a model can do, and the JSON schema that says exactly that."""
+"""Fields of POST /v1/images/generations, and the job that a model makes of them."""
 
 from __future__ import annotations
 
-import copy
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -11,22 +10,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from flashdmd_ray.config import suggestion
 from flashdmd_ray.serving.errors import ApiError
-from flashdmd_ray.serving.messages import SEEDS, DrawOrder, ModelInfo, parse_size, size_text
+from flashdmd_ray.serving.messages import SEEDS, ImageJob, ModelInfo, parse_size, size_text
 from flashdmd_ray.serving.settings import LimitSettings
 
 QUALITY = 90
-"""Of webp and jpeg, where `output_compression` is not given."""
+"""Quality of WebP and JPEG where `output_compression` is not given."""
 RANDOM_SEEDS = 2**32
-"""Seeds that are drawn here stay below: exact in JavaScript's numbers too."""
+"""Bound of random seeds: exact in JavaScript's numbers too."""
 
 
 def _whole(value: Any) -> Any:
-    """JSON does not tell 4 from 4.0."""
+    """Take 4.0 for 4, since JSON does not tell them apart."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _boolean(value: Any) -> Any:
-    """Python does not tell False from 0; JSON does."""
+    """Refuse 0 and 1, which Python does not tell from False and True; JSON does."""
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
@@ -45,7 +44,7 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
     prompt: Annotated[str, Field(strict=True, min_length=1)]
-    """What to draw."""
+    """Text of the images."""
     model: str | None = None
     """A name of GET /v1/models; null is the default model."""
     n: Annotated[int, Field(strict=True, ge=1), Whole] | None = 1
@@ -53,7 +52,7 @@ class ImageRequest(BaseModel):
     size: str | None = "auto"
     """WIDTHxHEIGHT in pixels; auto is the size the model was trained at."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=SEEDS), Whole] | None = None
-    """Same model version, prompt, size, steps and seed: same bytes. null draws one; the response says which."""
+    """Same model version, prompt, size, steps and seed: same bytes. null takes a random one; the response says which."""
     num_inference_steps: Annotated[int, Field(strict=True, ge=1), Whole] | None = None
     """Denoising steps; null is what the model was trained for."""
     response_format: Literal["b64_json"] | None = "b64_json"
@@ -62,7 +61,7 @@ class ImageRequest(BaseModel):
     output_compression: Annotated[int, Field(strict=True, ge=0, le=100), Whole] | None = None
     """Quality of webp and jpeg, 100 is best; png has no loss and takes none but 100."""
     user: Annotated[str, Field(max_length=256)] | None = None
-    """Of the client's users; not used."""
+    """Name of the client's user; not used."""
     safety_identifier: Annotated[str, Field(max_length=256)] | None = None
     """Successor of `user`; not used."""
     negative_prompt: Literal[""] | None = None
@@ -91,7 +90,7 @@ HINTS = {
 
 
 def parse_request(tree: Mapping[str, Any], limits: LimitSettings) -> ImageRequest:
-    """The checked fields. Raises ApiError (400) with the first field that is wrong as its `param`."""
+    """Check the fields of a body. Raises ApiError (400) with the first field that is wrong as its `param`."""
     try:
         request = ImageRequest.model_validate(tree)
     except ValidationError as error:
@@ -119,22 +118,23 @@ def _explain(error: ValidationError) -> ApiError:
 
 
 def invalid(field: str, reason: str) -> ApiError:
+    """Make the answer to a field with a wrong value."""
     return ApiError(400, f"Invalid '{field}': {reason}.", "invalid_value", field)
 
 
-def make_order(
-    request: ImageRequest, model: ModelInfo, limits: LimitSettings, patience_s: float, random: Callable[[], int]
-) -> DrawOrder:
-    """What `model` is to draw. random() -> a seed, where the request has none. Raises ApiError (400) for what it cannot do."""
+def make_job(
+    request: ImageRequest, model: ModelInfo, limits: LimitSettings, timeout_s: float, random: Callable[[], int]
+) -> ImageJob:
+    """Make the job of a request. random() -> a seed, where it has none. Raises ApiError (400) for what `model` cannot do."""
     size = model.sizes[0] if request.size in (None, "auto") else parse_size(str(request.size))
     if size not in model.sizes:
         raise invalid("size", f"{model.name} draws {', '.join(map(size_text, model.sizes))}")
     steps = request.num_inference_steps or model.steps[0]
     if steps not in model.steps:
         raise invalid("num_inference_steps", f"{model.name} takes {_listed(model.steps)}")
-    count, most = request.n or 1, most_images(model, limits)
-    if count > most:
-        raise invalid("n", f"at most {most} images of {model.name} per request")
+    count, limit = request.n or 1, max_images(model, limits)
+    if count > limit:
+        raise invalid("n", f"at most {limit} images of {model.name} per request")
     if request.guidance_scale is not None and request.guidance_scale not in guidances(model):
         use = "a few-step student has no guidance; use 0 or 1, or leave it out"
         raise invalid(
@@ -146,20 +146,21 @@ def make_order(
     first = random() if request.seed is None else request.seed
     seeds = tuple((first + i) % SEEDS for i in range(count))
     quality = QUALITY if request.output_compression is None else request.output_compression
-    return DrawOrder(model.name, request.prompt, seeds, steps, size, image_format, quality, patience_s)
+    return ImageJob(model.name, request.prompt, seeds, steps, size, image_format, quality, timeout_s)
 
 
 def random_seed() -> int:
+    """Return a random seed."""
     return secrets.randbelow(RANDOM_SEEDS)
 
 
 def guidances(model: ModelInfo) -> tuple[float, ...]:
-    """Values of guidance_scale that mean what the model does anyway."""
+    """List the values of guidance_scale that mean what the model does anyway."""
     return (0.0, 1.0) if model.guidance_scale is None else (model.guidance_scale,)
 
 
-def most_images(model: ModelInfo, limits: LimitSettings) -> int:
-    """Per request, at any of the model's sizes."""
+def max_images(model: ModelInfo, limits: LimitSettings) -> int:
+    """Return how many images a request may ask for, at any of the model's sizes."""
     largest = max(height * width for height, width in model.sizes)
     return min(limits.images, limits.pixels // largest)
 
@@ -167,47 +168,3 @@ def most_images(model: ModelInfo, limits: LimitSettings) -> int:
 def _listed(numbers: Sequence[int]) -> str:
     *first, last = map(str, sorted(numbers))
     return f"{', '.join(first)} or {last}" if first else last
-
-
-def request_schema(models: Sequence[ModelInfo], default: str, limits: LimitSettings) -> dict[str, Any]:
-    """JSON schema of exactly the bodies that are accepted now: one alternative for each model and kind of format."""
-    plain = ImageRequest.model_json_schema()
-    plain["properties"]["prompt"]["maxLength"] = limits.prompt_characters
-    alternatives = []
-    for model in models:
-        names: list[str | None] = [model.name, *model.aliases]
-        for lossless in (True, False):
-            alternatives.append(_alternative(plain, model, names, lossless, model.name == default, limits))
-    return {"anyOf": alternatives}
-
-
-def _alternative(
-    plain: Mapping[str, Any],
-    model: ModelInfo,
-    names: list[str | None],
-    lossless: bool,
-    is_default: bool,
-    limits: LimitSettings,
-) -> dict[str, Any]:
-    schema = copy.deepcopy(dict(plain))
-    schema["title"] = f"{model.name}, {'png' if lossless else 'webp or jpeg'}"
-    fields, required = schema["properties"], ["prompt"]
-    formats = ["png", None] if lossless else ["webp", "jpeg"]
-    allowed: dict[str, list[Any]] = {
-        "model": [*names, None] if is_default else names,
-        "size": [*map(size_text, model.sizes), "auto", None],
-        "num_inference_steps": [*sorted(model.steps), None],
-        "guidance_scale": [*guidances(model), None],
-        "output_format": formats,
-    }
-    if lossless:
-        allowed["output_compression"] = [100, None]
-    else:
-        required.append("output_format")
-    if not is_default:
-        required.append("model")
-    for name, values in allowed.items():
-        kept = {key: fields[name][key] for key in ("title", "description") if key in fields[name]}
-        fields[name] = {"enum": values} | kept
-    fields["n"]["anyOf"][0]["maximum"] = most_images(model, limits)
-    return schema | {"required": required}

@@ -1,4 +1,4 @@
-"""From an export's directory to networks that draw: whole students, LoRA students on a shared base, teachers."""
+"""Loading of exports: whole students, LoRA students on a shared base, and the teachers they were distilled from."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import PARTS, Family
 from flashdmd_ray.models.loading import load_part
+from flashdmd_ray.results.export_facts import FACTS, read_facts
 from flashdmd_ray.run.messages import one_line
-from flashdmd_ray.serving.messages import ModelInfo
-from flashdmd_ray.serving.numerics import steady
+from flashdmd_ray.serving.batch_invariance import make_batch_invariant
+from flashdmd_ray.serving.messages import ModelInfo, Size
 from flashdmd_ray.serving.settings import TEACHER, ServeSettings
-from flashdmd_ray.serving.sources import FACTS
-from flashdmd_ray.serving.student import Artist, Size, Student, Teacher
+from flashdmd_ray.serving.step_sampler import StepSampler, StudentSampler, TeacherSampler
 
 DEMO_BASE = "digit-scenes teacher of flashdmd_ray"
-"""What an export of the demo calls its base."""
+"""Name of its base in an export of the demo."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "flashdmd_lora.safetensors"
 
 
 @dataclass(frozen=True)
-class Version:
-    """One loaded version of a name: artists by the name that clients use, and what clients are told of each."""
+class ModelVersion:
+    """One loaded version of a name. samplers, infos: by the name that clients use, such as demo and demo:teacher."""
 
     name: str
     version: str
-    artists: Mapping[str, Artist]
+    samplers: Mapping[str, StepSampler]
     infos: Mapping[str, ModelInfo]
 
 
-class Loader:
-    """Reads exports. Bases are read once and shared: by LoRA students and as teachers, over versions too."""
+class ModelLoader:
+    """Reader of exports. Bases are read once and shared: by LoRA students and as teachers, over versions too."""
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
@@ -54,23 +54,23 @@ class Loader:
         self._bases: dict[tuple[str, str], Family] = {}
         self._lock = threading.Lock()
 
-    def load(self, name: str, folder: Path) -> Version:
-        """The export in `folder`, whose name is its version. Raises ValueError, one line, when it cannot be served."""
+    def load(self, name: str, folder: Path) -> ModelVersion:
+        """Load the export in `folder`, whose name is its version. Raises ValueError, one line, when it cannot be served."""
         facts = read_facts(folder)
         with self._lock:
             base = self._find_base(facts)
             family, network = self._read_student(folder, facts, base)
-            artists: dict[str, Artist] = {name: Student(family, network, facts["timesteps"])}
+            samplers: dict[str, StepSampler] = {name: StudentSampler(family, network, facts["timesteps"])}
             if base is not None and self._settings.teachers:
                 teacher = self._base(facts, base, ["denoiser"]).teacher
-                artists[name + TEACHER] = Teacher(family, teacher, self._settings.teacher_guidance)
-        for artist in artists.values():
-            for module in (artist.network.network, artist.family.vae):
-                module.to(memory_format=torch.channels_last)  # drawing takes 7 % less time on a CPU
+                samplers[name + TEACHER] = TeacherSampler(family, teacher, self._settings.teacher_guidance)
+        for sampler in samplers.values():
+            for module in (sampler.network.network, sampler.family.vae):
+                module.to(memory_format=torch.channels_last)  # takes 7 % less time on a CPU
                 if self._device.type == "cpu":
-                    steady(module)
-        infos = {called: self._info(called, folder.name, facts, artist) for called, artist in artists.items()}
-        return Version(name, folder.name, artists, infos)
+                    make_batch_invariant(module)
+        infos = {model: self._info(model, folder.name, facts, sampler) for model, sampler in samplers.items()}
+        return ModelVersion(name, folder.name, samplers, infos)
 
     def _read_student(self, folder: Path, facts: Mapping[str, Any], base: str | None) -> tuple[Family, Denoiser]:
         if not (folder / LORA_FILE).is_file():
@@ -88,18 +88,18 @@ class Loader:
         return family, read_adapter(folder / LORA_FILE, family)
 
     def _base(self, facts: Mapping[str, Any], base: str, parts: Sequence[str]) -> Family:
-        key = (base, json.dumps(_shape(facts)))
+        key = (base, json.dumps(_shape_settings(facts)))
         if key not in self._bases:
             self._bases[key] = self._read_family(facts, base, ())
         return self._bases[key].load(parts)
 
     def _read_family(self, facts: Mapping[str, Any], path: str, parts: Sequence[str]) -> Family:
         name = family_name(facts)
-        model = {"family": name, "teacher": path, "dtype": self._settings.dtype, **_shape(facts)}
+        model = {"family": name, "teacher": path, "dtype": self._settings.dtype, **_shape_settings(facts)}
         return family_class(name).from_config(ModelConfig.model_validate(model), ()).to(self._device).load(parts)
 
     def _find_base(self, facts: Mapping[str, Any]) -> str | None:
-        """Directory or hub id of the pipeline that a student was distilled from; None when it is not known here."""
+        """Return directory or hub id of the pipeline that a student was distilled from; None when it is not known here."""
         base = str(facts["base"])
         if base in self._settings.bases:
             return self._settings.bases[base]
@@ -108,54 +108,41 @@ class Loader:
             return None if part is None else str(weights_path(part))
         return base if Path(base).is_dir() else None
 
-    def _info(self, called: str, version: str, facts: Mapping[str, Any], artist: Artist) -> ModelInfo:
+    def _info(self, model: str, version: str, facts: Mapping[str, Any], sampler: StepSampler) -> ModelInfo:
         settings = self._settings
         return ModelInfo(
-            name=called,
+            name=model,
             version=version,
             created=int(time.time()),
-            kind="student" if isinstance(artist, Student) else "teacher",
+            kind="student" if isinstance(sampler, StudentSampler) else "teacher",
             base=str(facts["base"]),
-            steps=artist.step_counts if isinstance(artist, Student) else (settings.teacher_steps,),
-            sizes=offered_sizes(artist.family, settings.limits.pixels),
-            guidance_scale=artist.guidance_scale if isinstance(artist, Teacher) else None,
-            aliases=tuple(alias for alias, target in settings.aliases.items() if target == called),
+            steps=sampler.step_counts if isinstance(sampler, StudentSampler) else (settings.teacher_steps,),
+            sizes=offered_sizes(sampler.family, settings.limits.pixels),
+            guidance_scale=sampler.guidance_scale if isinstance(sampler, TeacherSampler) else None,
+            aliases=tuple(alias for alias, target in settings.aliases.items() if target == model),
         )
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What flashdmd.json says. Raises ValueError when it is damaged or of another kind."""
-    try:
-        facts = dict(json.loads((folder / FACTS).read_text(encoding="utf-8")))
-        timesteps = facts["timesteps"]
-        falling = all(isinstance(t, int) and 0 <= t < 1000 for t in timesteps) and timesteps == sorted(timesteps)[::-1]
-        if not timesteps or not falling or not isinstance(facts["base"], str) or not isinstance(facts["call"], dict):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / FACTS} is damaged or of another version; export the model again") from None
-    return facts
-
-
 def family_name(facts: Mapping[str, Any]) -> str:
-    """Of the family whose pipelines the export is of. Raises ValueError for a pipeline that is of none."""
+    """Return the family whose pipeline class an export names. Raises ValueError for a pipeline of no family."""
     for name, entry in FAMILIES.items():
         if entry.pipeline == facts.get("pipeline"):
             return name
     raise ValueError(f"{FACTS}: no model family has a {str(facts.get('pipeline'))[:100]!r}; export the model again")
 
 
-def _shape(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the model that the call's arguments imply."""
+def _shape_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Derive the settings of `ModelConfig` that the pipeline call's arguments imply."""
     call = facts["call"]
-    shape: dict[str, Any] = {"resolution": [call["height"], call["width"]]} if "height" in call else {}
+    settings: dict[str, Any] = {"resolution": [call["height"], call["width"]]} if "height" in call else {}
     for name, key in (("original_size", "original_size"), ("crops_coords_top_left", "crop")):
         if name in call:
-            shape[key] = call[name]
-    return shape | ({} if facts.get("load", {"text_encoder_3": None}) else {"t5": family_name(facts) == "sd3"})
+            settings[key] = call[name]
+    return settings | ({} if facts.get("load", {"text_encoder_3": None}) else {"t5": family_name(facts) == "sd3"})
 
 
 def read_adapter(file: Path, family: Family) -> AdaptedDenoiser:
-    """The student in a diffusers LoRA file on the family's own network. Raises ValueError when it does not fit."""
+    """Put a diffusers LoRA file on the family's own network. Raises ValueError when it does not fit."""
     tensors: dict[str, Tensor] = load_part(str(file), "the LoRA", lambda: load_file(file))
     layers = sorted({name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name})
     ranks = {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
@@ -170,26 +157,26 @@ def read_adapter(file: Path, family: Family) -> AdaptedDenoiser:
     return adapted.requires_grad_(False).eval()
 
 
-def offered_sizes(family: Family, most_pixels: int) -> tuple[Size, ...]:
-    """The trained size, then a wide and a tall one of about as many pixels, where the network can draw them.
+def offered_sizes(family: Family, max_pixels: int) -> tuple[Size, ...]:
+    """List the trained size, then a wide and a tall one of about as many pixels, where the network can generate them.
 
-    Raises ValueError when even one image of the trained size is more than the limit.
+    Raises ValueError when even one image of the trained size is more than `max_pixels`.
     """
     height, width = family.image_size
-    if height * width > most_pixels:
-        raise ValueError(f"limits.pixels: one image of {width}x{height} is more than {most_pixels}; raise the limit")
+    if height * width > max_pixels:
+        raise ValueError(f"limits.pixels: one image of {width}x{height} is more than {max_pixels}; raise the limit")
     network, vae = family.teacher.network.config, family.vae.config
     unit = _size_unit(network, vae)
     sizes = [family.image_size]
     for ratio in (4 / 3, 3 / 4):
         size = (unit * round(height / ratio**0.5 / unit), unit * round(width * ratio**0.5 / unit))
-        if all(size) and size not in sizes and size[0] * size[1] <= most_pixels and _fits(size, network, vae):
+        if all(size) and size not in sizes and size[0] * size[1] <= max_pixels and _fits(size, network, vae):
             sizes.append(size)
     return tuple(sizes)
 
 
 def _size_unit(network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-    """Sides are multiples of so many pixels: whole latents at the network's lowest resolution, whole patches."""
+    """Pixels that sides are multiples of: whole latents at the network's lowest resolution, whole patches."""
     levels = len(network.get("block_out_channels") or [0])
     pixels = 2 ** (len(vae["block_out_channels"]) - 1) * int(network.get("patch_size") or 2 ** (levels - 1))
     return pixels if pixels < 16 else max(pixels, 64)

@@ -1,4 +1,7 @@
-"""The page at `/`: files of the folder page/, served from memory under a policy that lets the browser load nothing from elsewhere."""
+"""The page at `/`: files of the folder page/, served from memory.
+
+Their content security policy lets the browser load nothing from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ INDEX = "index.html"
 
 
 def page_routes() -> list[Route]:
-    """`/` and `/page/NAME` for each file beside index.html. They need no key: the page asks for it where the API does."""
+    """Routes `/` and `/page/NAME`, one for each file. They need no key: the page asks for one where the API does."""
     files = {
         entry.name: entry.read_bytes()
         for entry in (resources.files("flashdmd_ray.serving") / "page").iterdir()
@@ -44,7 +47,7 @@ def page_routes() -> list[Route]:
 def _route(path: str, name: str, content: bytes) -> Route:
     media_type = MEDIA_TYPES[name[name.rindex(".") :]]
 
-    async def answer(request: Request) -> Response:
+    async def respond(request: Request) -> Response:
         return Response(content, headers=HEADERS, media_type=media_type)
 
-    return Route(path, answer, methods=["GET"], name=f"page {name}")
+    return Route(path, respond, methods=["GET"], name=f"page {name}")

@@ -1,4 +1,4 @@
-"""Where a model comes from, how a new version there is noticed, and how it is copied. Imports no torch."""
+"""Sources of models: exports, run folders and MLflow registries. A source tells its version and copies it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from flashdmd_ray.results.export_facts import FACTS
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.messages import typed_line
 
-FACTS = "flashdmd.json"
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
 
-class Source(ABC):
+class ModelSource(ABC):
     """One place. Every method raises ValueError, one line, when there is no model or it cannot be reached."""
 
     @abstractmethod
     def signature(self) -> str:
-        """Changes when there is another version. Cheap: it is asked every few seconds."""
+        """Return a text that changes when there is another version. Cheap: it is asked every few seconds."""
 
     @abstractmethod
-    def fetch(self, into: Path, patience_s: float) -> None:
+    def fetch(self, into: Path, timeout_s: float) -> None:
         """Copy the export that `signature` was of to the empty folder `into`."""
 
 
-class ExportFolder(Source):
+class ExportFolder(ModelSource):
     """A directory that jobs/export.py wrote, which replaces it in one rename."""
 
     def __init__(self, folder: Path) -> None:
@@ -40,7 +40,7 @@ class ExportFolder(Source):
             raise ValueError(f"{self._folder} is no export (it has no {FACTS})")
         return signature_of(self._folder)
 
-    def fetch(self, into: Path, patience_s: float) -> None:
+    def fetch(self, into: Path, timeout_s: float) -> None:
         try:
             shutil.copytree(self._folder, into, dirs_exist_ok=True)
         except (OSError, shutil.Error) as error:
@@ -49,7 +49,7 @@ class ExportFolder(Source):
             ) from None
 
 
-class RunFolder(Source):
+class RunFolder(ModelSource):
     """A training run: its export, or its newest checkpoint while it has none."""
 
     def __init__(self, run: RunDirectory) -> None:
@@ -60,37 +60,38 @@ class RunFolder(Source):
             return ExportFolder(self._run.export).signature()
         return f"checkpoint {self._newest()}"
 
-    def fetch(self, into: Path, patience_s: float) -> None:
+    def fetch(self, into: Path, timeout_s: float) -> None:
         if (self._run.export / FACTS).is_file():
-            ExportFolder(self._run.export).fetch(into, patience_s)
+            ExportFolder(self._run.export).fetch(into, timeout_s)
             return
         # In a process of its own, whose memory ends with it.
         program = "import sys; from flashdmd_ray.results.finished_run import export_command; sys.exit(export_command())"
         step = str(int(self._newest().rpartition("-")[2]))
         command = [sys.executable, "-c", program, str(self._run.path), "--checkpoint", step, "--out", str(into)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=patience_s, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired:
-            raise ValueError(f"{self._run.path}: checkpoint {step} was not exported within {patience_s:g} s") from None
+            raise ValueError(f"{self._run.path}: checkpoint {step} was not exported within {timeout_s:g} s") from None
         if done.returncode:
-            said = done.stderr.strip().splitlines() or ["no message"]
-            raise ValueError(f"{self._run.path}: checkpoint {step} cannot be exported ({said[-1][:300]})")
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise ValueError(f"{self._run.path}: checkpoint {step} cannot be exported ({lines[-1][:300]})")
 
     def _newest(self) -> str:
         from flashdmd_ray.checkpoint.manifest import newest_first
         from flashdmd_ray.results.finished_run import read_run_config
         from flashdmd_ray.run.storage import checkpoint_root
 
-        found = newest_first(checkpoint_root(read_run_config(self._run.path), self._run.path))
-        if not found:
+        checkpoints = newest_first(checkpoint_root(read_run_config(self._run.path), self._run.path))
+        if not checkpoints:
             raise ValueError(f"{self._run.path} has neither an export nor a checkpoint yet")
-        return found[0].name
+        return checkpoints[0].name
 
 
-class RegisteredModel(Source):
-    """A version, or whatever an alias names, in an MLflow registry."""
+class RegisteredModel(ModelSource):
+    """A version in an MLflow registry, or the one that an alias names."""
 
     def __init__(self, name: str, alias: str | None, version: str | None, registry: str | None) -> None:
+        """registry: tracking URI; None is MLflow's own default."""
         self._name = name
         self._alias = alias
         self._version = version
@@ -99,20 +100,20 @@ class RegisteredModel(Source):
     def signature(self) -> str:
         return f"version {self._resolve()}"
 
-    def fetch(self, into: Path, patience_s: float) -> None:
+    def fetch(self, into: Path, timeout_s: float) -> None:
         version = self._resolve()
         import mlflow
 
         mlflow.set_tracking_uri(self._registry)
         try:
-            found = Path(mlflow.artifacts.download_artifacts(f"models:/{self._name}/{version}", dst_path=str(into)))
+            folder = Path(mlflow.artifacts.download_artifacts(f"models:/{self._name}/{version}", dst_path=str(into)))
         except Exception as error:  # MLflow's own, and those of its stores
             raise ValueError(f"models:/{self._name}/{version} cannot be downloaded ({typed_line(error)})") from None
-        inside = sorted(file.parent for file in found.rglob(FACTS))
-        if not inside:
+        exports = sorted(file.parent for file in folder.rglob(FACTS))
+        if not exports:
             raise ValueError(f"models:/{self._name}/{version} holds no export (no {FACTS})")
-        if inside[0] != into:
-            for file in list(inside[0].iterdir()):
+        if exports[0] != into:
+            for file in list(exports[0].iterdir()):
                 file.rename(into / file.name)
 
     def _resolve(self) -> str:
@@ -123,16 +124,16 @@ class RegisteredModel(Source):
         import mlflow
 
         try:
-            found = mlflow.MlflowClient(self._registry).get_model_version_by_alias(self._name, self._alias)
+            registered = mlflow.MlflowClient(self._registry).get_model_version_by_alias(self._name, self._alias)
         except Exception as error:
             raise ValueError(
                 f"models:/{self._name}@{self._alias} is not in the registry ({typed_line(error)})"
             ) from None
-        return str(found.version)
+        return str(registered.version)
 
 
-def open_source(text: str, registry: str | None = None) -> Source:
-    """The place that a setting names. Raises ValueError when it is none of the three kinds."""
+def open_source(text: str, registry: str | None = None) -> ModelSource:
+    """Open the source that a setting names. Raises ValueError when it is none of the three kinds."""
     if text.startswith("models:"):
         match = REGISTERED.fullmatch(text)
         if match is None:
@@ -150,12 +151,12 @@ def open_source(text: str, registry: str | None = None) -> Source:
 
 
 def signature_of(folder: Path) -> str:
-    """Names, sizes, times and numbers of all files below a folder."""
+    """List names, sizes, times and inodes of all files below a folder."""
     lines = []
     try:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            facts = file.stat()
-            lines.append(f"{file.relative_to(folder)} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}")
+            status = file.stat()
+            lines.append(f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns} {status.st_ino}")
     except OSError:
         raise ValueError(f"{folder} changed while it was looked at") from None
     return "\n".join(lines)

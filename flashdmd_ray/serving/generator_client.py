@@ -1,4 +1,4 @@
-"""The generator replicas as the ingress sees them: lost ones are replaced by others, within the request's deadline."""
+"""Calls to the generator replicas: a lost call is made again by another replica, within the request's deadline."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from flashdmd_ray.serving import LOGGER
-from flashdmd_ray.serving.api import queue_full
-from flashdmd_ray.serving.errors import ApiError
-from flashdmd_ray.serving.messages import Drawn, DrawOrder, ModelInfo, Refused
+from flashdmd_ray.serving.errors import ApiError, deadline_exceeded, queue_full
+from flashdmd_ray.serving.messages import ImageJob, ImageResult, ModelInfo, Rejection
 
 log = logging.getLogger(LOGGER)
 
 FRESH_S = 1.0
-"""How old the list of models may be."""
+"""Age in seconds at which the list of models is asked for again."""
 ASK_S = 5.0
-"""For a replica to tell its models."""
+"""Seconds for a replica to tell its models."""
 STALE_S = 30.0
-"""No replica has answered anything for so long, and now none does: there is none that could draw."""
+"""Seconds without any answer of a replica after which the service is not ready, if none answers now."""
 PAUSE_S = 0.1
-"""Before a lost request is sent again."""
+"""Seconds before a lost request is sent again."""
 
 
-class RayStudio:
-    """Requests are pure functions of their order, so one that was lost is simply made again."""
+class GeneratorClient:
+    """Backend of the API behind a Serve handle. A job always has the same result, so a lost one is simply sent again."""
 
     def __init__(self, generator: Any) -> None:
         """generator: handle of the deployment."""
@@ -41,7 +40,7 @@ class RayStudio:
         self._asking: asyncio.Task[None] | None = None
 
     async def models(self) -> Sequence[ModelInfo]:
-        """At most FRESH_S old while a replica answers; the last known list for STALE_S more."""
+        """List the models: at most FRESH_S old while a replica answers; the last known list for STALE_S more."""
         if time.monotonic() - self._asked > FRESH_S and (self._asking is None or self._asking.done()):
             self._asking = asyncio.create_task(self._ask())
         if self._asking is not None and (not self._models or self._silent_s > STALE_S):
@@ -57,23 +56,24 @@ class RayStudio:
 
     async def _ask(self) -> None:
         try:
-            self._models = await asyncio.wait_for(_answer(self._generator.models.remote()), ASK_S)
+            self._models = await asyncio.wait_for(_response(self._generator.models.remote()), ASK_S)
             self._asked = self._answered = time.monotonic()
         except (RayError, BackPressureError, TimeoutError) as error:
             log.warning("no replica told its models (%s)", type(error).__name__)
 
-    async def draw(self, order: DrawOrder) -> Drawn | Refused:
-        give_up = time.monotonic() + order.patience_s
+    async def generate(self, job: ImageJob) -> ImageResult | Rejection:
+        """Generate images by any replica. Raises ApiError: 429 when all queues are full, 504 after the job's timeout."""
+        deadline = time.monotonic() + job.timeout_s
         while True:
-            left = give_up - time.monotonic()
+            left = deadline - time.monotonic()
             if left <= 0:
-                raise ApiError(504, f"The images were not ready within {order.patience_s:g} s.", "deadline_exceeded")
+                raise deadline_exceeded(job.timeout_s)
             try:
-                drawn: Drawn | Refused = await _answer(
-                    self._generator.draw.remote(dataclasses.replace(order, patience_s=left))
+                result: ImageResult | Rejection = await _response(
+                    self._generator.generate.remote(dataclasses.replace(job, timeout_s=left))
                 )
                 self._answered = time.monotonic()
-                return drawn
+                return result
             except BackPressureError:
                 raise queue_full() from None
             except RayTaskError:
@@ -83,10 +83,10 @@ class RayStudio:
                 await asyncio.sleep(PAUSE_S)
 
 
-async def _answer(response: Any) -> Any:
-    """What a replica answers. Cancelling this cancels the call there."""
+async def _response(call: Any) -> Any:
+    """Wait for a replica's answer. Cancelling this cancels the call there."""
     try:
-        return await response
+        return await call
     except asyncio.CancelledError:
-        response.cancel()
+        call.cancel()
         raise

@@ -1,4 +1,4 @@
-"""Bearer keys: where they come from, and who a request comes from. Keys are compared in constant time and never logged."""
+"""API keys: reading them, and identifying who asks. Keys are compared in constant time and never logged."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from pathlib import Path
 from flashdmd_ray.serving.errors import ApiError
 
 VARIABLE = "FLASHDMD_API_KEYS"
-SHORTEST = 16
+MIN_LENGTH = 16
+"""Characters of a key."""
 HIDES_CLIENTS = "RAY_SERVE_ENABLE_HA_PROXY"
-"""With 1, Serve puts HAProxy in front, which does not pass on who a client is: all look local."""
+"""Variable of Ray Serve. With 1 it puts HAProxy in front, which does not pass on who a client is: all look local."""
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The keys of FLASHDMD_API_KEYS (separated by commas or white space) and of `file`. Raises ValueError for one that is too short to
-    be secret, for a file that cannot be read or has none, and where there are none although the address of a client tells nothing."""
+    """Read the keys of FLASHDMD_API_KEYS (separated by commas or white space) and of `file`.
+
+    Raises ValueError for a key that is too short to be secret, for a file that cannot be read or has none, and for no keys at all
+    behind HAProxy, where a client's address tells nothing.
+    """
     keys = environment.get(VARIABLE, "").replace(",", " ").split()
     for key in keys:
         _check(VARIABLE, key)
@@ -48,15 +52,15 @@ def _read(file: Path) -> list[str]:
 
 
 def _check(where: str, key: str) -> None:
-    if len(key) < SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
+    if len(key) < MIN_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
         raise ValueError(
-            f"{where}: a key must be at least {SHORTEST} printable ASCII characters without spaces; "
+            f"{where}: a key must be at least {MIN_LENGTH} printable ASCII characters without spaces; "
             "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
 
 
-class Doorkeeper:
-    """Who may come in. With keys: who has one. Without: who connects from this machine."""
+class ApiKeys:
+    """Access check. With keys: whoever has one. Without: whoever connects from this machine."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [key.encode() for key in keys]
@@ -66,8 +70,11 @@ class Doorkeeper:
     def needs_key(self) -> bool:
         return bool(self._keys)
 
-    def admit(self, authorization: str | None, client: str | None) -> str:
-        """A name for whoever it is, for rate limits and logs: of a key a part of its hash, else the address. Raises ApiError."""
+    def identify(self, authorization: str | None, client: str | None) -> str:
+        """Return a name for who asks, for rate limits and logs: a part of the key's hash, else the address.
+
+        authorization: the header; client: address of the peer. Raises ApiError: 401 without a valid key, 403 without any keys.
+        """
         if not self._keys:
             if not is_loopback(client):
                 raise ApiError(
@@ -78,21 +85,22 @@ class Doorkeeper:
             return client or "local"
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
-            raise self._refuse("Send an API key in the header: Authorization: Bearer YOUR_KEY")
-        found = None
+            raise _unauthorized("Send an API key in the header: Authorization: Bearer YOUR_KEY")
+        owner = None
         for key, name in zip(self._keys, self._names, strict=True):  # all of them, whatever matched
             if hmac.compare_digest(given.strip().encode("utf-8", "surrogatepass"), key):
-                found = name
-        if found is None:
-            raise self._refuse("This API key is not known.")
-        return found
+                owner = name
+        if owner is None:
+            raise _unauthorized("This API key is not known.")
+        return owner
 
-    def _refuse(self, message: str) -> ApiError:
-        return ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def is_loopback(address: str | None) -> bool:
-    """Whether a peer's or a server's address is of this machine alone; names other than localhost are not looked up."""
+    """Tell whether an address is of this machine alone; names other than localhost are not looked up."""
     if address is None:
         return False
     try:

@@ -1,0 +1,103 @@
+"""The process that generates images: all models of the service, one sampling thread, and asynchronous calls to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from flashdmd_ray.runtime.environment import limit_threads
+from flashdmd_ray.serving.batching import SamplingJob, SamplingThread
+from flashdmd_ray.serving.image_files import encode_image, to_pil
+from flashdmd_ray.serving.loaded_models import LoadedModels
+from flashdmd_ray.serving.messages import ImageJob, ImageResult, ModelInfo, Rejection
+from flashdmd_ray.serving.model_loading import ModelVersion
+from flashdmd_ray.serving.settings import ServeSettings
+from flashdmd_ray.serving.warm_up import WarmUp
+
+ImageChecker = Callable[[Image.Image], str | None]
+"""image -> None, or why it is withheld."""
+
+
+class GeneratorReplica:
+    """Backend of the API. Plain Python: Serve makes a deployment of it, tests use it as it is."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        """Load and warm up every model. Raises ValueError for the first that cannot be served."""
+        limit_threads(settings.replica.threads)
+        self._check: ImageChecker | None = load_hook(settings.image_checker)
+        self._thread = SamplingThread(settings.replica.batch)
+        self._models = LoadedModels(settings, WarmUp(settings.replica.batch))
+        self._models.load_all()
+
+    async def models(self) -> Sequence[ModelInfo]:
+        """List the models that can be asked for now."""
+        return self._models.infos()
+
+    async def generate(self, job: ImageJob) -> ImageResult | Rejection:
+        """Generate the images of a job. When the caller is cancelled, sampling stops before the next denoising step."""
+        prepared = self._prepare(job)
+        if isinstance(prepared, Rejection):
+            return prepared
+        version, sampling = prepared
+        self._thread.add(sampling)
+        try:
+            pixels = await asyncio.wait_for(asyncio.wrap_future(sampling.future), job.timeout_s)
+        except TimeoutError:
+            return Rejection(504, f"The images were not ready within {job.timeout_s:g} s.", "deadline_exceeded")
+        encoded = await asyncio.to_thread(self._encode, job, pixels)
+        if isinstance(encoded, Rejection):
+            return encoded
+        return ImageResult(tuple(encoded), version.version, sampling.queue_s, sampling.sampling_s, sampling.batch)
+
+    @property
+    def load(self) -> int:
+        """Number of requests in sampling or waiting."""
+        return self._thread.load
+
+    def check_health(self) -> None:
+        """Raise RuntimeError when the replica is of no use any more; Serve then replaces it."""
+        if not self._thread.alive:
+            raise RuntimeError("the drawing thread has ended")
+
+    def _prepare(self, job: ImageJob) -> tuple[ModelVersion, SamplingJob] | Rejection:
+        loaded = self._models.find(job.model)
+        if loaded is None:
+            return Rejection(404, f"The model '{job.model}' does not exist.", "model_not_found", "model")
+        version, info = loaded
+        # The front has checked this against the version that was there a moment ago.
+        for param, value, offered in (
+            ("size", job.size, info.sizes),
+            ("num_inference_steps", job.steps, info.steps),
+        ):
+            if value not in offered:
+                return Rejection(
+                    400, f"Invalid '{param}': {info.name} has another version now.", "invalid_value", param
+                )
+        return version, SamplingJob(version.samplers[job.model], job.prompt, job.seeds, job.steps, job.size)
+
+    def _encode(self, job: ImageJob, pixels: Tensor) -> list[bytes] | Rejection:
+        images = [to_pil(image) for image in pixels]
+        for image in images if self._check is not None else ():
+            assert self._check is not None
+            if (reason := self._check(image)) is not None:
+                return Rejection(400, f"An image was withheld: {reason}", "content_policy_violation", "prompt")
+        return [encode_image(image, job.image_format, job.quality) for image in images]
+
+
+def load_hook(path: str | None) -> Any:
+    """Import the operator's function at `module:function`; None for None. Raises ValueError when it cannot be imported."""
+    if path is None:
+        return None
+    module, _, attribute = path.partition(":")
+    try:
+        hook = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import {path} ({error}); correct prompt_filter or image_checker") from None
+    if not callable(hook):
+        raise ValueError(f"{path} is no function")
+    return hook
