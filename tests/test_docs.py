@@ -1,0 +1,113 @@
+"""The documents stay navigable and true: links and anchors resolve, prose fits a screen, figures of the plan are the plan's."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from flashdmd_ray.config import load_config
+from flashdmd_ray.plan.fit import processes
+from flashdmd_ray.plan.models import models_of
+from flashdmd_ray.plan.parts import parts_of_models
+from flashdmd_ray.plan.roles import work_of
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / name
+    for name in subprocess.run(
+        ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    if (ROOT / name).is_file()
+]
+CONFIGS = ROOT / "jobs" / "configs"
+LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
+WIDTH = 140
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers and lines outside fenced code."""
+    fenced = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced:
+            yield number, line
+
+
+def links(page: Path) -> list[str]:
+    text = "\n".join(line for _, line in prose(page))
+    return LINK.findall(re.sub(r"`[^`]*`", "code", text))
+
+
+@cache
+def anchors(page: Path) -> frozenset[str]:
+    """The names that GitHub gives the headings of a page."""
+    headings = [line.lstrip("#").strip() for _, line in prose(page) if re.match(r"#{1,6} ", line)]
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)|`", r"\1", heading).lower() for heading in headings]
+    return frozenset(re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_and_anchors_resolve(page):
+    broken = []
+    for link in links(page):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_line_of_prose_is_too_long(page):
+    """Rows of tables may be. CARD.md is written by the recipes."""
+    if page.name == "CARD.md":
+        return
+    assert [n for n, line in prose(page) if len(line) > WIDTH and not line.lstrip().startswith("|")] == []
+
+
+@pytest.mark.parametrize("index", [ROOT / "README.md", ROOT / "docs" / "README.md"], ids=["README", "index"])
+def test_every_page_is_linked_from(index):
+    linked = {(index.parent / link.partition("#")[0]).resolve() for link in links(index)} | {index}
+    pages = {page for page in PAGES if page.parent == ROOT / "docs"} - {ROOT / "docs" / "README.md"}
+    assert pages - linked == set()
+
+
+def rows(page: Path) -> dict[str, list[str]]:
+    """Preset -> the cells of the table row that begins with it; a row may begin with several."""
+    found = {}
+    for _, line in prose(page):
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        for name in re.findall(r"`(\w+)\.yaml`", cells[0]) if line.startswith("|") else ():
+            found[name] = cells
+    return found
+
+
+def test_every_preset_is_described():
+    described = rows(ROOT / "docs/planning.md") | rows(ROOT / "docs/latent_rewards.md")
+    assert described.keys() == {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert rows(ROOT / "README.md").keys() == rows(ROOT / "docs/planning.md").keys()
+
+
+@pytest.mark.parametrize("preset", sorted(rows(ROOT / "docs/planning.md")))
+def test_the_memory_of_the_presets_is_what_the_plan_says(preset):
+    cell = rows(ROOT / "docs/planning.md")[preset][-1].strip("| ")
+    config = load_config(CONFIGS / f"{preset}.yaml")
+    models = models_of(config)
+    planned = processes(config, parts_of_models(config, models), work_of(config, models))
+    sizes = {group: f"{process.gpu_gib:.0f}" for group, process in planned.items() if process is not None}
+    local = [sizes["local"]] if "local" in sizes else [f"{group} {size}" for group, size in sizes.items()]
+    assert cell == ("" if preset.startswith("demo") else ", ".join(local))
+
+
+def test_the_results_of_the_readme_are_those_of_the_results_page():
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Results in short")[1].split("\n## ")[0]
+    triples = re.findall(r"[.\d]+ / [.\d]+ / [.\d]+", table)
+    assert len(triples) >= 10
+    assert [triple for triple in triples if triple not in results] == []
