@@ -40,7 +40,7 @@ class MatchingConfig(Section):
     shared: both on one forward at any timestep (DMD2)."""
     timestep_per: Literal["sample", "batch"] = "sample"
     """[open] Draw the high-noise step for each sample, or once for the whole batch. With 'batch' each update of the score estimator sees
-    one step's samples only, and it lags behind on the others' (docs/results.md)."""
+    one step's samples only, and it lags behind on the others' (docs/trials.md)."""
     timestep_range: tuple[Timestep, Timestep] = (20, 980)
     """[open] Where x is noised for the DM gradient; the range is DMD2's."""
     guidance_scale: Annotated[float, Field(ge=1)] = 8.0

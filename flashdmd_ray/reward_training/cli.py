@@ -22,7 +22,7 @@ def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
     options = training_parser(
         "train_latent_reward.py",
         "Train a latent reward model on labelled pairs of images, or on the verdicts of pixel rewards, and measure it.",
-        "Every key is explained in flashdmd_ray/reward_training/config.py; see docs/rewards.md.",
+        "Every key is explained in flashdmd_ray/reward_training/config.py; see docs/latent_rewards.md.",
         "say what would be done",
         DEMO,
     ).parse_args(arguments)
