@@ -111,3 +111,11 @@ def test_the_results_of_the_readme_are_those_of_the_results_page():
     triples = re.findall(r"[.\d]+ / [.\d]+ / [.\d]+", table)
     assert len(triples) >= 10
     assert [triple for triple in triples if triple not in results] == []
+
+
+def test_every_page_that_code_names_exists():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = [ROOT / name for name in tracked if name.endswith((".py", ".yaml", ".yml", "Makefile", "Dockerfile"))]
+    named = {page for file in files if file.is_file() for page in re.findall(r"docs/\w+\.md", file.read_text("utf-8"))}
+    assert "docs/trials.md" in named
+    assert [page for page in sorted(named) if not (ROOT / page).is_file()] == []
