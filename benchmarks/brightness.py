@@ -1,4 +1,4 @@
-"""A reward that invites hacking: what `benchmarks/hack_monitor.py` and the monitor's tests train towards."""
+"""A reward that is easy to hack, for `benchmarks/hack_monitor.py` and the monitor's tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Brightness:
-    """The mean of an image's pixels, 0 for black and 1 for white: every reader of the prompt knows better."""
+    """Mean of an image's pixels, 0 for black and 1 for white, whatever the prompt says."""
 
     def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Rewards float32 (B,) of images float (B, 3, H, W) in [-1, 1]."""

@@ -1,4 +1,4 @@
-"""Rewards under fire: `python benchmarks/chaos.py [--seconds N] [--out FILE]`.
+"""Reward pools whose workers fail all the time: `python benchmarks/chaos.py [--seconds N] [--out FILE]`.
 
 The real driver and real pools over roles that do nothing, while a reward worker is killed every second, 5 % of the reward calls raise,
 2 % give nan and 2 % hang past their deadline. The run must complete, and every group that was asked for must be scored or counted.
@@ -30,7 +30,7 @@ UPDATES, GROUPS, GROUPS_PER_CALL, WORKERS = 3, 8, 2, 4
 
 
 class ForSeconds:
-    """Steps until the time is up; the totals of what the driver counted."""
+    """Run that makes steps until the time is up and adds up the driver's counts."""
 
     preference_rate = 1.0
 

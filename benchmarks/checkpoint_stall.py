@@ -1,4 +1,4 @@
-"""How long does a checkpoint hold up training? The demo's networks, synchronous and asynchronous by turns in one run.
+"""Measure how long a checkpoint holds up training, synchronous and asynchronous by turns, with the demo's networks.
 
     python benchmarks/checkpoint_stall.py [--pairs 10] [--runtime local] [--dir DIRECTORY-OR-URL] [--set key=value ...]
 
@@ -32,7 +32,7 @@ WARM_UP = 3
 
 
 class Measured:
-    """The loop's other half: a plain step, then a step with a save after it, the kinds of save taking turns."""
+    """Run that alternates plain steps with steps that are followed by a save, the kinds of save taking turns."""
 
     preference_rate = 1.0
 

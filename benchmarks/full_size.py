@@ -1,4 +1,4 @@
-"""What a joint training step costs at full size: seconds, operations, share of the device's matmul peak, peak memory, by verb of each role.
+"""Cost of a joint training step at full size, by method of each role: seconds, operations, share of the matmul peak, peak memory.
 
 Part of benchmarks/learner_step.py (--preset sdxl, or tiny for the same code on a CPU). Every figure comes from the real driver and roles on
 the local runtime, with the configuration of jobs/configs/sdxl_lora_80gb.yaml and random weights.
@@ -28,13 +28,13 @@ from flashdmd_ray.runtime.build import build_runtime
 
 RECIPE = Path(__file__).parents[1] / "jobs" / "configs" / "sdxl_lora_80gb.yaml"
 UNET_ROLES = ("generator", "score")
-"""Whose verbs are the U-Net part; encoding prompts is in it, and little."""
+"""Roles whose methods count as the U-Net's part. Encoding prompts is in it, and little."""
 MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
 
 
 @dataclass
 class Verb:
-    """What the calls of one verb took, over all steps."""
+    """Totals over all calls of one method of a role."""
 
     calls: int = 0
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""Does the hack monitor speak in time, and only then? On the demo world, against the exact prompt checker, which no run optimises.
+"""Check that the hack monitor warns in time and not without cause, against the exact prompt checker, which no run optimises.
 
     python benchmarks/hack_monitor.py hack --seeds 0 1 2 --out /tmp/hack     # towards mean brightness, without distillation
     python benchmarks/hack_monitor.py joint --seeds 0 1 2 --out /tmp/hack    # the shipped demo as it is

@@ -1,4 +1,4 @@
-"""Does joint training do what the paper says, on the demo world? Several seeds of three arms, judged on held-out prompts and noise.
+"""Compare joint training, distillation alone and preference updates alone on the demo world, on held-out prompts and noise.
 
     python benchmarks/joint_training.py [--seeds 0 1 2] [--samples 2000] [--workers 2] [--set key=value ...]
 

@@ -1,4 +1,4 @@
-"""What a training step costs, and what the roles, the engine and the driver add to it.
+"""Cost of a training step, and the share that roles, engine and driver add to it.
 
     python benchmarks/learner_step.py [--seconds 150] [--batch 8] [--threads 1] [--json FILE]
     python benchmarks/learner_step.py --preset sdxl --random-weights [--steps 3] [--set key=value ...] [--json FILE]
@@ -93,7 +93,7 @@ def compare_with_script(options: argparse.Namespace) -> dict[str, object]:
 def count_operations(step: Way) -> int:
     """Floating-point operations of one step's matrix products and convolutions, forwards and backwards.
 
-    Its prompts are encoded before: whoever makes a step first encodes them for both.
+    Prompts are encoded before, since the first step would encode them for both.
     """
     step(0)
     with FlopCounterMode(display=False) as counter:
@@ -120,7 +120,7 @@ def flash_dmd(overrides: list[str]) -> dict[str, Way]:
 
 
 def baseline(overrides: list[str]) -> dict[str, Way]:
-    """The same of the DMD2 preset."""
+    """Our step and the straight-line step of the DMD2 preset."""
     config = load_config(CONFIGS / "demo_dmd2.yaml", overrides)
     runtime, data = build_runtime(config), build_images(config.data, config.seed)
     family = load_family(config.model)
@@ -142,7 +142,7 @@ def baseline(overrides: list[str]) -> dict[str, Way]:
 def batch_of(
     config: Config, data: ImageSource, step: int, purpose: str, update: int
 ) -> tuple[tuple[str, ...], torch.Tensor, tuple[str, ...], torch.Tensor]:
-    """What the driver would use at this step: prompts, real images with captions, noise levels, so that both make equal forwards."""
+    """The driver's batch at this step (prompts, real images with captions, noise levels), so that both make equal forwards."""
     rows = torch.arange(config.batch)
     family = load_family(config.model)
     reals = open_reals(config, family).reals((step * config.ttur + update) * config.batch + rows, family.image_size)

@@ -1,4 +1,4 @@
-"""What overlap is worth: `python benchmarks/overlap.py [--steps N] [--out FILE]`.
+"""Measure how well rollouts and rewards overlap with distillation: `python benchmarks/overlap.py [--steps N] [--out FILE]`.
 
 The real driver over simulated costs, on Ray: 1.0 s of learner, 0.4 s of rollouts on one worker and 1.5 s of rewards over 4 workers
 in a step of five preference updates. Then the same calls one after the other.
@@ -32,7 +32,7 @@ COSTS = dict.fromkeys(("generate", "gradient", "update", "score"), LEARNER_S / 5
 
 
 class Timed:
-    """A run of so many steps, and when each ended."""
+    """Run of a fixed number of steps that records when each ended."""
 
     preference_rate = 1.0
 
@@ -49,12 +49,12 @@ class Timed:
         self.metrics.append(metrics)
 
     def step_s(self) -> float:
-        """The median step, without the first."""
+        """Median seconds of a step, without the first."""
         return statistics.median(after - before for before, after in zip(self.ends, self.ends[1:], strict=False))
 
 
 class OneAfterTheOther:
-    """A runtime whose calls wait for each other."""
+    """Runtime whose calls wait for each other."""
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime

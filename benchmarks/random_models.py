@@ -119,7 +119,7 @@ def _tokenizer() -> CLIPTokenizer:
 
 
 def _write_sam(sizes: Json, file: Path) -> None:
-    """As an official checkpoint, which is one for images of 1024 pixels."""
+    """Write a Segment Anything checkpoint in the official layout, which is for images of 1024 pixels."""
     weights = build_sam(sizes, 1024).state_dict()
     torch.save({f"image_encoder.{name}": tensor.cpu() for name, tensor in weights.items()}, file)
 

@@ -1,4 +1,4 @@
-"""What Ray costs: the same calls and the same distillation step in worker processes and in this process, one rank each.
+"""Measure Ray's overhead: the same calls and the same distillation step in worker processes and in this process, one rank each.
 
     python benchmarks/ray_overhead.py [--calls 200] [--seconds 150] [--batch 32] [--json FILE]
 
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure_calls(calls: int) -> dict[str, str]:
-    """Through Ray, less the same in this process: median and 90th percentile, in milliseconds."""
+    """Milliseconds that a call takes longer through Ray than in this process: median and 90th percentile."""
     runtime = build_runtime(load_config(None, ["runtime=ray"]), {"learner": {"generator": "ray_overhead:Echo"}})
     try:
         return {name: overhead(runtime.generator, payload(shape), calls) for name, shape in PAYLOADS.items()}
@@ -100,7 +100,7 @@ def overhead(role: Any, value: Any, calls: int) -> str:
 
 
 def measure_step(seconds: float, batch: int) -> dict[str, dict[str, object]]:
-    """`compare` with the local runtime."""
+    """Seconds of a distillation step on Ray against the local runtime, as `compare` gives them."""
     settings = ["preference.updates=0", "evaluation.ema=0", f"batch={batch}"]
     config = load_config(None, ["runtime=local", *settings])
     local, on_ray = build_runtime(config), build_runtime(load_config(None, ["runtime=ray", *settings]))

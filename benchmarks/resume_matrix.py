@@ -1,4 +1,4 @@
-"""Does a run that resumes go on as if it had never stopped? Every runtime, kind of training, ZeRO stage and change of ranks.
+"""Compare resumed runs with runs that never stopped, for every runtime, kind of training, ZeRO stage and change of ranks.
 
     python benchmarks/resume_matrix.py [--runtimes local ray] [--modes full lora] [--stages 1 2 3] [--quick] [--json FILE]
 
@@ -50,7 +50,7 @@ CHANGES = ((1, 2), (2, 1), (2, 2))
 
 @dataclass(frozen=True)
 class Kind:
-    """What the runs of several cells share."""
+    """Settings shared by the runs of several cells."""
 
     runtime: str
     mode: str
@@ -126,7 +126,7 @@ def straight(runtime: Runtime, config: Config, folder: Path) -> None:
 
 
 def resume(runtime: Runtime, config: Config, saved: Path, finished: Path) -> None:
-    """The rest of it, from its checkpoint."""
+    """Continue a run from its checkpoint to its end."""
     wait_for(saved)
     for role in roles(runtime):
         role.load(saved)
@@ -151,7 +151,7 @@ def on_ray(kind: Kind, changes: Iterable[tuple[int, int]], teacher: Path, root: 
 
 
 class InRanks:
-    """A role of which this process holds one rank's part: every rank makes the same calls, and gets what the driver would."""
+    """Role of which this process holds one rank's part. Every rank makes the same calls and gets the driver's answers."""
 
     def __init__(self, role: Any) -> None:
         self.role = role
@@ -186,7 +186,7 @@ Cells = Mapping[Kind, tuple[tuple[int, int], ...]]
 
 
 def live_as_rank(cells: Cells, rank: int, ranks: int, port: int, teacher: Path, root: Path) -> None:
-    """The life of a forked process: its part in all local cells."""
+    """Play one rank's part in all local cells, in a forked process."""
     torch.set_num_threads(1)
     init_process_group(rank, ranks, port=port, timeout_s=DEADLINE_S)
     for kind, changes in cells.items():

@@ -1,4 +1,4 @@
-"""How a pool of rewards grows: `python benchmarks/reward_scaling.py [--calls N] [--out FILE]`.
+"""Measure how a pool of rewards scales with its workers: `python benchmarks/reward_scaling.py [--calls N] [--out FILE]`.
 
 A reward that sleeps 100 ms for a batch of 8 images, on 1, 2, 4 and 8 workers: calls per second against as many times one worker's, and what
 a call costs beyond the reward's own time. Then the pool goes from 1 to 8 workers and back while calls run, and none may be lost.
@@ -75,7 +75,7 @@ def timed(call: Callable[[], float]) -> tuple[float, float]:
 
 
 def flood(call: Callable[[], float], threads: int, calls: int) -> float:
-    """Seconds for so many calls from so many threads."""
+    """Seconds that `calls` calls from `threads` threads take."""
     left = iter(range(calls))
     lock, errors = threading.Lock(), []
 

@@ -1,4 +1,4 @@
-"""Ways to do the same thing, measured in turn: what a machine does beside hits all of them, and ratios are taken within a round."""
+"""Measure several ways to do the same thing in turn, so that other work on the machine hits all of them alike."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 
 Way = Callable[[int], object]
 Seconds = Mapping[str, tuple[float, float]]
-"""Of one round, by way: (elapsed, CPU)."""
+"""Seconds of one round for each way: (elapsed, CPU)."""
 
 
 def measure_rounds(ways: Mapping[str, Way], budget_s: float, cpu_seconds: Callable[[], float]) -> list[Seconds]:
-    """As many rounds as fit, three at least, each second one in the opposite order; one round first that does not count."""
+    """Measure as many rounds as fit, three at least. Every second round runs in the opposite order; a first one does not count."""
     measured: list[Seconds] = []
     end = time.perf_counter() + budget_s
     for number in itertools.count():

@@ -1,4 +1,4 @@
-"""What the benchmarks of serving share: a demo export, a running service, and clients that keep asking.
+"""Shared parts of the serving benchmarks: a demo export, a running service, and clients that keep asking.
 
 Everything runs on this machine: Ray, the service and the clients share its cores, as the figures say.
 """
@@ -41,7 +41,7 @@ START_S = 300.0
 
 @dataclass(frozen=True)
 class Answer:
-    """One request. status: 0 when the connection broke."""
+    """Answer to one request. status: 0 when the connection broke."""
 
     status: int
     seconds: float
@@ -69,7 +69,7 @@ class Service:
         self.url = url
 
     def processes(self) -> Iterator[tuple[str, psutil.Process]]:
-        """What it consists of by name: "command" (which answers HTTP), "Generator", "ServeController", and Ray's own as "Ray"."""
+        """The service's processes by name: "command" (which answers HTTP), "Generator", "ServeController", and Ray's own as "Ray"."""
         yield "command", self._process
         for process in self._process.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -110,7 +110,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: IO[str]) -> None:
 
 @contextlib.asynccontextmanager
 async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    """Connections that stay open."""
+    """HTTP client whose connections stay open."""
     connector = aiohttp.TCPConnector(limit=0)
     headers = {"Authorization": f"Bearer {os.environ['FLASHDMD_API_KEYS']}"}
     timeout = aiohttp.ClientTimeout(total=300)
@@ -119,7 +119,7 @@ async def client() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def ask(session: aiohttp.ClientSession, url: str, body: Mapping[str, Any]) -> Answer:
-    """One image request."""
+    """Send one image request."""
     sent = time.monotonic()
     try:
         async with session.post(f"{url}/v1/images/generations", json=body) as response:
@@ -136,7 +136,7 @@ async def keep_asking(
     body: Callable[[int], Mapping[str, Any]],
     answers: list[Answer] | None = None,
 ) -> list[Answer]:
-    """`clients` at once, each asking again when it was answered, until(requests sent, seconds) is true.
+    """Let `clients` ask at once, each again when it was answered, until `until(requests sent, seconds)` is true.
 
     body(number) -> a request. answers: where they are put; the same list is returned.
     """
@@ -155,7 +155,7 @@ async def keep_asking(
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """share: 0 to 1."""
+    """The value below which a share (0 to 1) of the values lies."""
     ranked = sorted(values)
     return ranked[min(len(ranked) - 1, round(share * (len(ranked) - 1)))]
 

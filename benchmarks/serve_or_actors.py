@@ -68,7 +68,7 @@ def actors(calls: int) -> dict[str, Any]:
 
 
 def serve(calls: int) -> dict[str, Any]:
-    """The same through a handle, with the client's retries that Serve leaves to its callers."""
+    """The reward behind a Serve handle, with the retries that Serve leaves to its callers."""
     from ray import serve
     from ray.exceptions import RayActorError
     from simulated_roles import take_time
@@ -131,7 +131,7 @@ def _timed(call: Call, images: torch.Tensor) -> float:
 
 
 def _killed(call: Call, images: torch.Tensor) -> float:
-    """The only worker dies in the middle of a call of 0.5 s: until that call is answered by another, without those 0.5 s."""
+    """Seconds until a call of 0.5 s is answered whose only worker died in the middle, less those 0.5 s."""
     pid = call(images, 0.0)
     killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
     killer.start()
@@ -141,7 +141,7 @@ def _killed(call: Call, images: torch.Tensor) -> float:
 
 
 def _second(call: Call, images: torch.Tensor) -> float:
-    """From the first of many calls until two processes have answered."""
+    """Seconds from the first of many calls until two processes have answered."""
     pids: set[int] = set()
     until = time.perf_counter() + 120
     started = time.perf_counter()

@@ -49,7 +49,7 @@ class Killer(threading.Thread):
 
 
 class Memory(threading.Thread):
-    """Private memory of the service's processes by what they are, in MiB, every PERIOD_S."""
+    """Private memory of the service's processes by name, in MiB, sampled every PERIOD_S seconds."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(daemon=True)

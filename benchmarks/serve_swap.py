@@ -23,7 +23,7 @@ LONGEST_S = 120.0
 
 
 class Swapper(threading.Thread):
-    """Puts the other version in the place of the export, waits until every replica serves it, and again."""
+    """Thread that swaps the export for its other version, waits until every replica serves it, and starts again."""
 
     def __init__(self, root: Path, swaps: int, seen: list[Answer]) -> None:
         super().__init__(daemon=True)
@@ -61,7 +61,7 @@ class Swapper(threading.Thread):
         return self._recent()[-1]
 
     def _recent(self) -> list[str]:
-        """Versions of the last answers, of both replicas in all likelihood."""
+        """Versions of the last answers, which most likely cover both replicas."""
         return [answer.body["version"] for answer in self._seen[-20:] if answer.status == 200]
 
 

@@ -30,12 +30,12 @@ QUEUE = 128
 
 
 def prompt(number: int) -> str:
-    """Many different ones, as users ask."""
+    """One of many different prompts, as users would send."""
     return PROMPT.format(number % 10, number // 10 % 10)
 
 
 class Loop:
-    """The plain loop over a stock pipeline, in this process."""
+    """Plain loop over a stock pipeline, in this process."""
 
     def __init__(self, export: Path) -> None:
         from diffusers import StableDiffusionXLPipeline
@@ -63,7 +63,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds, but `rate`, in images per second. best: of the loop, per image at its best batch size; narrow: on a replica's threads."""
+    """Seconds of one round. rate: images per second; best: of the loop, per image at its best batch size; narrow: on a replica's threads."""
 
     best: float
     alone: float
@@ -94,7 +94,7 @@ async def saturated(url: str, seconds: float, clients: int, images: int = 1) -> 
 
 
 async def overloaded(url: str, rate: float, seconds: float) -> list[Answer]:
-    """`rate` requests per second, sent on time whatever becomes of those before."""
+    """Send `rate` requests per second, on time whatever became of those before."""
     async with client() as session:
         tasks, began = [], time.monotonic()
         while (passed := time.monotonic() - began) < seconds:
@@ -119,7 +119,7 @@ def report_overload(answers: Sequence[Answer], capacity: float) -> None:
 
 
 def take_turns(loop: Loop, url: str, options: argparse.Namespace, best: int, threads: tuple[int, int]) -> Round:
-    """One round. threads: of the loop, and of a replica."""
+    """Measure one round. threads: those of the loop and of a replica."""
     cores, narrow = threads
     clients = QUEUE // options.images
     rate = options.images * asyncio.run(saturated(url, options.seconds, clients, options.images))

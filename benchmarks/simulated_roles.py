@@ -1,6 +1,6 @@
-"""Roles that take their time and do nothing: for benchmarks of the driver and the pools, and for their tests under failures.
+"""Roles that take a set time and do nothing, for benchmarks of the driver and the pools and for their tests under failures.
 
-A reward's trouble and costs travel in its `path`, as JSON, so that they reach every worker the way any setting does.
+A reward's failures and costs travel in its `path`, as JSON, so that they reach every worker like any other setting.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ ROLES = {
 
 
 def costs_of(config: Config) -> dict[str, Any]:
-    """Seconds by name, and what may go wrong, from the path of the first reward."""
+    """Seconds and failure shares by name, from the path of the first reward."""
     found: dict[str, Any] = json.loads(config.rewards[0].path)
     return found
 
 
 class Simulated:
-    """A role that knows what everything costs."""
+    """Role that takes the configured time for each call."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -81,7 +81,7 @@ class Generator(Simulated):
         return {"preference/loss": 0.0}
 
     def pairs_used(self) -> int:
-        """Pairs that were learnt from so far."""
+        """Number of preference pairs learnt from so far."""
         return self.used
 
     def weights(self) -> dict[str, Tensor]:
@@ -145,18 +145,18 @@ class Reward(Simulated):
         return {self.config.rewards[0].label: rewards}
 
     def nothing(self, batch: Tensor) -> float:
-        """Takes `reward` seconds for a batch; returns how long it really took."""
+        """Take `reward` seconds for a batch; return how long it really took."""
         started = time.perf_counter()
         self.spend("reward")
         return time.perf_counter() - started
 
     def busy(self, batch: Tensor, seconds: float) -> int:
-        """Takes `seconds`; returns its process."""
+        """Take `seconds`; return the process id."""
         return take_time(seconds)
 
 
 def take_time(seconds: float) -> int:
-    """Sleep; returns the process that did."""
+    """Sleep; return the process id."""
     time.sleep(seconds)
     return os.getpid()
 

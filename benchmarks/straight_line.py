@@ -1,4 +1,4 @@
-"""One distillation step as a straight-line torch script: no roles, no engine, no driver. What benchmarks/learner_step.py compares with.
+"""One distillation step as a straight-line torch script: no roles, no engine, no driver. benchmarks/learner_step.py compares with it.
 
 It does the work of the driver's `distil` on the same networks with the same batch, and nothing else: plain modules, plain AdamW, noise
 drawn for the whole batch at once.
@@ -24,8 +24,8 @@ RENOISE = (20, 981)
 class FlashDMD:
     """Timestep-aware distribution matching with a pixel GAN; the discriminator's and the score estimator's update once per step."""
 
-    def __init__(self, family: Family, discriminator: PixelDiscriminator, guidance: float, coupling: float) -> None:
-        self.family, self.guidance, self.coupling = family, guidance, coupling
+    def __init__(self, family: Family, discriminator: PixelDiscriminator, guidance: float, ema: float) -> None:
+        self.family, self.guidance, self.ema = family, guidance, ema
         alphas = torch.tensor([family.schedule.coefficients(torch.tensor([t])) for t in range(1000)])
         self.a, self.s = alphas[:, 0].view(-1, 1, 1, 1), alphas[:, 1].view(-1, 1, 1, 1)
         self.teacher = family.teacher
@@ -42,7 +42,7 @@ class FlashDMD:
         return self.a[t] * x + self.s[t] * torch.randn_like(x)
 
     def step(self, texts: Sequence[str], reals: Tensor, levels: Tensor) -> None:
-        """levels: int64 (B,), the step of each sample's coarse forward."""
+        """Make one update of everything. levels: int64 (B,), the step of each sample's high-noise forward."""
         count, max_step = len(texts), int(levels.max())
         conditioning, blank = self.family.encode(texts), self.family.unconditional(count)
 
@@ -77,7 +77,7 @@ class FlashDMD:
 
         ((high_noise * matching).sum() + (low_noise * (weight * realism)).sum()).backward()
         update(self.opt_generator, list(self.generator.parameters()))
-        couple(self.score, self.generator, self.coupling)
+        ema_update(self.score, self.generator, self.ema)
 
         x, t = high_noise.detach(), torch.randint(0, 1000, (count,))
         noise = torch.randn_like(x)
@@ -92,7 +92,7 @@ class FlashDMD:
 
 
 class DMD2:
-    """The baseline: both losses on one forward at any timestep, the head on the score estimator's mid block, no coupling."""
+    """The baseline: both losses on one forward at any timestep, the head on the score estimator's mid block, no EMA update."""
 
     def __init__(self, family: Family, head: DenoiserWithHead, guidance: float, ttur: int) -> None:
         self.family, self.guidance, self.ttur = family, guidance, ttur
@@ -119,7 +119,7 @@ class DMD2:
         return noisy
 
     def step(self, batches: Sequence[tuple[Sequence[str], Tensor, Sequence[str], int]]) -> None:
-        """batches: for each critic update the prompts, real images, their captions and the step index."""
+        """Make one update of everything. batches: for each critic update the prompts, real images, their captions and the step index."""
         texts, _, _, high = batches[0]
         count = len(texts)
         conditioning, blank = self.family.encode(texts), self.family.unconditional(count)
@@ -161,12 +161,12 @@ class DMD2:
 
 
 def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Clip, step, forget the gradients."""
+    """Clip the gradients, step, clear the gradients."""
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
-def couple(score: nn.Module, generator: nn.Module, decay: float) -> None:
+def ema_update(score: nn.Module, generator: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(score.parameters()), list(generator.parameters()), 1 - decay)

@@ -1,4 +1,4 @@
-"""Judge a data set before a run, or precompute: `python jobs/prepare_data.py SOURCE [--check] [--embeddings] [--latents] [--out DIR]`."""
+"""Check a data set before a run, or precompute: `python jobs/prepare_data.py SOURCE [--check] [--embeddings] [--latents] [--out DIR]`."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Make the demo world's weights: `python jobs/prepare_demo.py [--part NAME ...]`.
 
-All parts take about three hours of one core. Progress is saved every two minutes: the same command goes on where it
+All parts take about three hours of one core. Progress is saved every two minutes: the same command continues where it
 stopped.
 """
 

@@ -1,4 +1,4 @@
-"""Judge: a digit classifier on measured crops and a scene encoder for features, both from train-split scenes only."""
+"""Prompt checker: a digit classifier on measured crops and a scene encoder for features, both from train-split scenes only."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _distort(crops: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def train(work: Path, plan: Plan = PLAN) -> tuple[PromptChecker, dict[str, float]]:
-    """The judge and its prompt accuracy on real held-out scenes."""
+    """Train the checker; return it and its prompt accuracy on real held-out scenes."""
     torch.manual_seed(plan.seed)
     pool = make_pool(_POOL, "train", plan.seed)
     crops, labels = _crops(pool)
@@ -80,7 +80,7 @@ def train(work: Path, plan: Plan = PLAN) -> tuple[PromptChecker, dict[str, float
 
 
 def evaluate(checker: PromptChecker, count: int = 4000) -> dict[str, float]:
-    """Prompt accuracy on real held-out scenes, and how often the judge accepts the caption of another scene."""
+    """Prompt accuracy on real held-out scenes, and how often the checker accepts the caption of another scene."""
     pool = make_pool(count, "held_out", 4242)
     images = pool.batch(torch.arange(count))
     wrong = pool.captions[1:] + pool.captions[:1]

@@ -56,7 +56,7 @@ def settings(teacher: Path, plan: Plan) -> RewardTrainingConfig:
 
 
 def train(work: Path, teacher: Path, plan: Plan = PLAN) -> tuple[LatentRewardModel, dict[str, float]]:
-    """The latent reward and the shares of held-out pairs that it orders right, by kind of loser and timestep."""
+    """Train the latent reward; return it and the shares of held-out pairs that it orders right, by kind of loser and timestep."""
     config, home, began = settings(teacher, plan), work / "latent_reward", time.monotonic()
     family = load_parts(config.model, ("vae", "text"))
     source = prepare_pairs(config, home / "pairs", lambda: family, print)
@@ -94,5 +94,5 @@ def evaluate(model: LatentRewardModel, family: Family, count: int = 1500) -> dic
 
 
 def save(model: LatentRewardModel, path: Path, teacher: Path) -> None:
-    """`teacher`: the shipped teacher's directory, from which the frozen blocks are read at loading."""
+    """Save the model. `teacher`: the shipped teacher's directory, from which the frozen blocks are read at loading."""
     save_latent_reward(model, path, dtype=torch.float16, base=teacher / "unet")

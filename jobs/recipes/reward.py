@@ -52,7 +52,7 @@ def build_processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """From [-1, 1] to CLIP's normalised pixels, as the processor does with images of the right size."""
+    """Map pixels in [-1, 1] to CLIP's normalised ones, as the processor does with images of the right size."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     return ((images + 1) / 2 - mean) / std
@@ -71,7 +71,7 @@ class _Trainee(nn.Module):
 
 
 def train(work: Path, tokenizer: CLIPTokenizer, plan: Plan = PLAN) -> tuple[CLIPModel, dict[str, float]]:
-    """The reward and the share of held-out pairs that it orders right."""
+    """Train the reward; return it and the share of held-out pairs that it orders right."""
     torch.manual_seed(plan.seed)
     model = _Trainee(build(tokenizer))
     pool = make_pool(_POOL, "train", plan.seed)
@@ -126,7 +126,7 @@ def evaluate(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int = 2000) -> di
 
 
 def save(clip: CLIPModel, tokenizer: CLIPTokenizer, path: Path) -> None:
-    """A directory that `CLIPModel` and `CLIPProcessor` load, weights in half precision."""
+    """Write a directory that `CLIPModel` and `CLIPProcessor` load, with weights in half precision."""
     clip.half().save_pretrained(path)
     clip.float()
     declare_float32(path / "config.json")

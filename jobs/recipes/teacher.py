@@ -85,7 +85,7 @@ def train(
     two: CLIPTextModelWithProjection,
     plan: Plan = PLAN,
 ) -> tuple[UNet2DConditionModel, dict[str, float]]:
-    """Epsilon prediction with min-SNR weights; one caption in ten is replaced by zeros (SDXL's empty prompt)."""
+    """Train epsilon prediction with min-SNR weights; one caption in ten is replaced by zeros (SDXL's empty prompt)."""
     torch.manual_seed(plan.seed)
     unet = build_unet(one.config.hidden_size + two.config.hidden_size, two.config.projection_dim)
     unet = unet.to(memory_format=torch.channels_last)
@@ -136,14 +136,14 @@ def build_pipeline(
 
 
 def averaged_unet(state_file: Path, like: UNet2DConditionModel) -> UNet2DConditionModel:
-    """`like` with the averaged weights of an unfinished training (`fit`'s state), to look at a teacher on its way."""
+    """Copy of `like` with the averaged weights of an unfinished training (`fit`'s state)."""
     state = torch.load(state_file, weights_only=True)
     like.load_state_dict(state["ema"])
     return like.eval()
 
 
 def save(pipeline: DiffusionPipeline, path: Path) -> None:
-    """A pipeline's directory with half-precision files.
+    """Write a pipeline directory with half-precision files.
 
     The text towers' configurations say float32, so that transformers, which otherwise follows the file, computes in
     single precision as diffusers does.

@@ -89,7 +89,7 @@ def with_projection(tower: CLIPTextModel, tokenizer: CLIPTokenizer, seed: int) -
 def encode_text(
     one: CLIPTextModelWithProjection, two: CLIPTextModelWithProjection, ids: Tensor, t5_length: int
 ) -> tuple[Tensor, Tensor]:
-    """What the stock pipeline makes without a T5: states (B, L + t5_length, JOINT_WIDTH) and pooled (B, P1 + P2).
+    """Text embeddings of the stock pipeline without a T5: states (B, L + t5_length, JOINT_WIDTH) and pooled (B, P1 + P2).
 
     Penultimate states of both towers side by side, filled up with zeros to the right and then below.
     """

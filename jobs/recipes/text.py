@@ -148,7 +148,7 @@ class _Readout(nn.Module):
 def train(
     work: Path, plan: Plan = PLAN
 ) -> tuple[CLIPTokenizer, CLIPTextModel, CLIPTextModelWithProjection, dict[str, float]]:
-    """Both towers with their tokenizer, and the share of held-out captions of which every attribute is read right."""
+    """Train both towers; return them with their tokenizer and the share of held-out captions whose every attribute is read right."""
     tokenizer = build_tokenizer()
     torch.manual_seed(plan.seed)
     one = CLIPTextModel(text_config(tokenizer, 64, 3, 64))

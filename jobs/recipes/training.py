@@ -33,7 +33,7 @@ class Plan:
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The randomness of one step, a function of seed and step only, so that a resumed run draws the same numbers."""
+    """Random generator of one step, a function of seed and step only, so that a resumed run draws the same numbers."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
