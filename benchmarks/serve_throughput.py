@@ -63,7 +63,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of one round. rate: images per second; best: of the loop, per image at its best batch size; narrow: on a replica's threads."""
+    """Seconds of one round. rate: images per second; best: the loop, per image at its best batch size; narrow: on a replica's threads."""
 
     best: float
     alone: float
