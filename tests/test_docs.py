@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from flashdmd_ray.config import load_config
+from flashdmd_ray.config import Config, Section, load_config
 from flashdmd_ray.plan.fit import processes
 from flashdmd_ray.plan.models import models_of
 from flashdmd_ray.plan.parts import parts_of_models
 from flashdmd_ray.plan.roles import work_of
+from flashdmd_ray.reward_training.config import RewardTrainingConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -119,3 +120,23 @@ def test_every_page_that_code_names_exists():
     named = {page for file in files if file.is_file() for page in re.findall(r"docs/\w+\.md", file.read_text("utf-8"))}
     assert "docs/trials.md" in named
     assert [page for page in sorted(named) if not (ROOT / page).is_file()] == []
+
+
+def settings(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from settings(field.annotation, f"{prefix}{name}.")
+
+
+def test_every_setting_that_a_page_names_exists():
+    known = {*settings(Config), *settings(RewardTrainingConfig)}
+    sections = {name.split(".")[0] for name in known if "." in name}
+    named = {
+        (page.name, name)
+        for page in PAGES
+        for name in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)(?:[:=][^`]*)?`", page.read_text(encoding="utf-8"))
+        if name.split(".")[0] in sections and not name.endswith((".py", ".md", ".json", ".yaml"))
+    }
+    assert len(named) > 100
+    assert sorted((page, name) for page, name in named if name not in known and page != "CHANGELOG.md") == []
