@@ -15,7 +15,7 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Model:
-    """config: as in its config.json. parameters: of all its weights."""
+    """Size of one model. config: as in its config.json. parameters: of all its weights."""
 
     config: Json
     parameters: int
@@ -23,7 +23,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A teacher. parts: its denoiser, "vae" and text encoders by their folders."""
+    """Sizes of a teacher. parts: its denoiser, "vae" and text encoders by their folders."""
 
     family: str
     parts: Mapping[str, Model]
@@ -193,20 +193,6 @@ CLIP_MODELS: Mapping[str, Model] = {
 """Of the form of CLIPModel, by their hub id."""
 
 
-@dataclass(frozen=True)
-class RewardKind:
-    """A published reward. path: where its weights are, as `rewards.N.path`. base: what they are used with; None when they need nothing.
-
-    files: what the weights file may be called in a directory or repository, the published name first; empty for those of a CLIPModel,
-    which usually hold tokenizer and image processor as well. model: of all that is loaded; None when `path` decides.
-    """
-
-    path: str
-    base: str | None = None
-    files: tuple[str, ...] = ()
-    model: Model | None = None
-
-
 IMAGEREWARD = Model(
     {
         "vision_config": {
@@ -230,36 +216,11 @@ IMAGEREWARD = Model(
 )
 AESTHETIC = Model({"vision_config": CLIP_LARGE.config["vision_config"]}, 304_894_177)
 MPS = Model({**PICKSCORE.config, "cross_layers": 4}, 1_104_606_721)
-_CLIP_H, _CLIP_LARGE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
 LATENT_REWARDS: Mapping[str, Model] = {
     "casiatao/LRM/lrm_sdxl": Model({"unet": SDXL_UNET.config, "text_width": 1280, "lpo": True}, 2_065_592_961),
     "casiatao/LRM/lrm_sd15": Model({"unet": SD15_UNET.config, "text_width": 768, "lpo": True}, 476_049_665),
 }
 """LPO's, by owner/name/folder on the hub: the U-Net without its up path, the projections, and text encoders of their own."""
-
-OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_config.json")
-"""Weights and architecture in open_clip's own directory format."""
-REWARD_KINDS: Mapping[str, RewardKind] = {
-    "pickscore": RewardKind("yuvalkirstain/PickScore_v1", _CLIP_H),
-    "hpsv2": RewardKind("xswu/HPSv2", None, ("HPS_v2_compressed.pt", OPEN_CLIP_FILES[0]), PICKSCORE),
-    "hpsv2.1": RewardKind("xswu/HPSv2", None, ("HPS_v2.1_compressed.pt", OPEN_CLIP_FILES[0]), PICKSCORE),
-    "imagereward": RewardKind(
-        "THUDM/ImageReward",
-        "google-bert/bert-base-uncased",
-        ("ImageReward.pt", "ImageReward.safetensors", "model.safetensors"),
-        IMAGEREWARD,
-    ),
-    "clipscore": RewardKind(_CLIP_LARGE, _CLIP_LARGE),
-    "aesthetic": RewardKind(
-        "models/sac+logos+ava1-l14-linearMSE.pth", _CLIP_LARGE, ("sac+logos+ava1-l14-linearMSE.pth",), AESTHETIC
-    ),
-    "mps": RewardKind("RE-N-Y/mpsv1", _CLIP_H, ("model.safetensors", "MPS_overall_checkpoint.safetensors"), MPS),
-}
-"""By `rewards.N.kind`."""
-REWARD_FILES: Mapping[str, str] = {
-    kind.files[0]: name for name, kind in REWARD_KINDS.items() if kind.files and kind.files[0] != "model.safetensors"
-}
-"""Published file -> the kind that it is of: HPSv2 and HPSv2.1 differ in nothing else."""
 
 
 def _sam(width: int, depth: int, heads: int, every: int) -> Json:
@@ -275,5 +236,5 @@ SAM: Mapping[str, Model] = {
 }
 """Segment Anything by the name in its file, sam_<name>_*.pth; parameters with prompt encoder and mask decoder."""
 
-IDS = frozenset([*PIPELINES, *VAES, *CLIP_MODELS, *(kind.path for kind in REWARD_KINDS.values())])
-"""Every hub id above."""
+IDS = frozenset([*PIPELINES, *VAES, *CLIP_MODELS])
+"""Hub ids above."""

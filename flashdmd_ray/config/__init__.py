@@ -41,7 +41,7 @@ from flashdmd_ray.config.loading import (
 from flashdmd_ray.config.monitor import MonitorConfig, MonitorLimits
 from flashdmd_ray.config.networks import LoraConfig, ModelConfig
 from flashdmd_ray.config.optimizers import EngineConfig, OptimizerConfig, RateConfig
-from flashdmd_ray.config.rewards import DEMO_REWARDS, REWARD_KINDS, RemoteConfig, RewardConfig
+from flashdmd_ray.config.rewards import RemoteConfig, RewardConfig
 from flashdmd_ray.config.run import CheckpointConfig, RunConfig, TrackingConfig
 from flashdmd_ray.config.runtime import (
     ControlConfig,
@@ -65,8 +65,6 @@ from flashdmd_ray.config.section import (
 
 __all__ = [
     "DEFAULT_CONFIG",
-    "DEMO_REWARDS",
-    "REWARD_KINDS",
     "AdversarialConfig",
     "CheckpointConfig",
     "Config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.config.runtime import GroupConfig, PoolConfig
 from flashdmd_ray.config.section import suggestion
 
@@ -75,15 +76,17 @@ def check_networks(config: Config) -> None:
 
 def check_family(config: Config) -> None:
     """Parts that the model family has."""
-    family = config.model.family
-    if family == "sd15" and config.adversarial.space == "pixel" and config.adversarial.prompt_projection:
+    family, entry = config.model.family, config.model.entry
+    projected = config.adversarial.space == "pixel" and config.adversarial.prompt_projection
+    if projected and not entry.pooled_encoders:
         raise ValueError(
-            "adversarial.prompt_projection: model.family 'sd15' has no pooled prompt embedding; set it to false"
+            f"adversarial.prompt_projection: model.family '{family}' has no pooled prompt embedding; set it to false"
         )
     for index, reward in enumerate(config.rewards if config.preference.updates else ()):
-        if reward.kind == "latent" and reward.path == "demo" and family != "sdxl":
+        if reward.entry.reads_latents and reward.path == "demo" and entry.demo_latent_reward is None:
+            packaged = ", ".join(f"'{name}'" for name, other in FAMILIES.items() if other.demo_latent_reward)
             raise ValueError(
-                f"rewards.{index}.path: the packaged latent reward reads latents of the packaged model.family 'sdxl', not '{family}'; "
+                f"rewards.{index}.path: the packaged latent reward reads latents of the packaged model.family {packaged}, not '{family}'; "
                 "name one that jobs/train_latent_reward.py made for it, or use kind 'pickscore'"
             )
 

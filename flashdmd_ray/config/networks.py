@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from flashdmd_ray.config.section import Count, PositiveFloat, PositiveInt, Section
+from flashdmd_ray.catalog.families import FAMILIES, FamilyEntry
+from flashdmd_ray.config.section import Count, PositiveFloat, PositiveInt, Section, suggestion
+
+
+def _known_family(name: str) -> str:
+    if name not in FAMILIES:
+        known = ", ".join(f"'{family}'" for family in FAMILIES)
+        raise ValueError(f"unknown family '{name}'{suggestion(name, list(FAMILIES))}; known: {known}")
+    return name
 
 
 class ModelConfig(Section):
-    family: Literal["sdxl", "sd15", "sd3"] = "sdxl"
+    family: Annotated[str, AfterValidator(_known_family), Field(json_schema_extra={"enum": list(FAMILIES)})] = "sdxl"
     """Which adapter of flashdmd_ray/models drives the networks. sd15: Stable Diffusion 1.5 and 2.1; sd3: 3 and 3.5. See docs/models.md."""
     teacher: str = "demo"
     """'demo' for the weights in the package, a directory or hub id of a diffusers pipeline, or one .safetensors file in the original
@@ -33,15 +41,21 @@ class ModelConfig(Section):
     sam: str = "demo"
     """'demo', a directory with config.json and model.safetensors, or an official sam_vit_*.pth file."""
 
+    @property
+    def entry(self) -> FamilyEntry:
+        """The registry's row of this family."""
+        return FAMILIES[self.family]
+
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if self.family == "sd15" and self.teacher == "demo":
+        if self.teacher == "demo" and self.entry.demo is None:
+            others = " or ".join(name for name, entry in FAMILIES.items() if entry.demo is not None)
             raise ValueError(
-                "teacher: the package has no demo weights of family 'sd15'; name a teacher, or use family sdxl or sd3"
+                f"teacher: the package has no demo weights of family '{self.family}'; name a teacher, or use family {others}"
             )
-        if self.t5 and self.family != "sd3":
+        if self.t5 and not self.entry.optional_encoders:
             raise ValueError(f"t5: family '{self.family}' has no T5; set it to false")
-        if self.family != "sdxl" and (self.original_size or self.crop):
+        if not self.entry.micro_conditioning and (self.original_size or self.crop):
             raise ValueError(
                 f"original_size and crop: family '{self.family}' has no micro-conditioning; leave them null"
             )

@@ -6,16 +6,12 @@ import re
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from flashdmd_ray.catalog import published
+from flashdmd_ray.catalog.rewards import REWARDS, RewardEntry, kind_of_file
 from flashdmd_ray.config.section import PositiveFloat, PositiveInt, Section, suggestion
-
-REWARD_KINDS = (*published.REWARD_KINDS, "latent", "remote", "custom")
-DEMO_REWARDS = ("pickscore", "latent")
-"""Kinds with weights in the package."""
 
 
 class RemoteConfig(Section):
@@ -29,8 +25,19 @@ class RemoteConfig(Section):
     """Environment variable of the workers whose value is sent as bearer token; null sends none."""
 
 
+def _known_kind(kind: str) -> str:
+    if kind.startswith("hpsv3"):
+        raise ValueError(
+            f"the reward '{kind}' is not built in: it is a 7B model that pins other packages; serve it and use kind remote, "
+            "see docs/rewards.md"
+        )
+    if kind not in REWARDS:
+        raise ValueError(f"unknown reward '{kind}'{suggestion(kind, list(REWARDS))}; known: {', '.join(REWARDS)}")
+    return kind
+
+
 class RewardConfig(Section):
-    kind: str
+    kind: Annotated[str, AfterValidator(_known_kind), Field(json_schema_extra={"enum": list(REWARDS)})]
     """pickscore, hpsv2, hpsv2.1, imagereward, clipscore, aesthetic or mps: published models of images and prompts. latent: a latent reward
     model. remote: a server's. custom: a class of your own. See docs/rewards.md."""
     name: str = ""
@@ -60,6 +67,11 @@ class RewardConfig(Section):
     """Keyword arguments that the class is built with. Only for kind custom."""
 
     @property
+    def entry(self) -> RewardEntry:
+        """The registry's row of this kind."""
+        return REWARDS[self.kind]
+
+    @property
     def label(self) -> str:
         return self.name or self.kind
 
@@ -71,13 +83,13 @@ class RewardConfig(Section):
     @property
     def reads_images(self) -> bool:
         """Whether it judges decoded images; a latent reward reads the latent itself."""
-        return self.kind != "latent"
+        return not self.entry.reads_latents
 
     @property
     def base_path(self) -> str:
         """Where `base` is, resolved; empty for kinds that read none."""
-        known = published.REWARD_KINDS.get(self.kind)
-        if known is None or known.base is None:
+        known = self.entry
+        if known.base is None:
             return ""
         if self.base is not None or self.path == known.path:
             return self.base or known.base
@@ -85,51 +97,38 @@ class RewardConfig(Section):
         whole = (not known.files and not is_file) or (Path(self.path) / "tokenizer_config.json").is_file()
         return self.path if whole else known.base
 
-    @field_validator("kind")
-    @classmethod
-    def _known(cls, kind: str) -> str:
-        if kind.startswith("hpsv3"):
-            raise ValueError(
-                f"the reward '{kind}' is not built in: it is a 7B model that pins other packages; serve it and use kind remote, "
-                "see docs/rewards.md"
-            )
-        if kind not in REWARD_KINDS:
-            raise ValueError(
-                f"unknown reward '{kind}'{suggestion(kind, REWARD_KINDS)}; known: {', '.join(REWARD_KINDS)}"
-            )
-        return kind
-
     @model_validator(mode="before")
     @classmethod
     def _remote_defaults(cls, tree: Any) -> Any:
-        if isinstance(tree, Mapping) and tree.get("kind") == "remote" and tree.get("remote") is None:
+        entry = REWARDS.get(str(tree.get("kind"))) if isinstance(tree, Mapping) else None
+        if entry is not None and entry.path_is == "url" and tree.get("remote") is None:
             return {**tree, "remote": {}}
         return tree
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         self._check_path()
-        if self.base is not None and not self.base_path and self.kind != "latent":
+        if self.base is not None and not self.base_path and not self.entry.optional_base:
             raise ValueError(f"base: a reward of kind '{self.kind}' reads none; leave it null")
-        if self.remote is not None and self.kind != "remote":
+        if self.remote is not None and self.entry.path_is != "url":
             raise ValueError("remote: goes with kind remote; leave it null")
-        if self.options and self.kind != "custom":
+        if self.options and self.entry.path_is != "class":
             raise ValueError("options: go with kind custom; leave them out")
         return self
 
     def _check_path(self) -> None:
-        if self.kind == "remote":
+        if self.entry.path_is == "url":
             _check_url(self.path)
-        elif self.kind == "custom":
+        elif self.entry.path_is == "class":
             if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", self.path):
                 raise ValueError(f"path: kind custom needs package.module:Class, got '{self.path}'")
-        elif (named := published.REWARD_FILES.get(Path(self.path).name, self.kind)) != self.kind:
+        elif (named := kind_of_file(Path(self.path).name) or self.kind) != self.kind:
             raise ValueError(
                 f"path: that file holds a reward of kind '{named}', not '{self.kind}'; correct one of them"
             )
-        elif self.path == "demo" and self.kind not in DEMO_REWARDS:
+        elif self.path == "demo" and self.entry.demo is None:
             raise ValueError(
-                f"path: the package has no demo weights of kind '{self.kind}'; name them, such as {published.REWARD_KINDS[self.kind].path}"
+                f"path: the package has no demo weights of kind '{self.kind}'; name them, such as {self.entry.path}"
             )
 
 

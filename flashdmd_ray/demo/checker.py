@@ -1,4 +1,4 @@
-"""The exact judge of digit scenes: are background, layout, colours and digits what the prompt says?
+"""Exact judge of digit scenes: compares background, layout, colours and digits with the prompt.
 
 Background, layout and colours are measured on the pixels. Only the digits' identity needs a network, a small classifier
 of single-digit crops. A second small network gives the features in which Frechet distances are computed. The judge is
@@ -89,7 +89,7 @@ class SceneEncoder(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What the pixels say, for B images; digit parts are ordered left to right or top to bottom.
+    """Measured facts of B images; digit parts are ordered left to right or top to bottom.
 
     background (B,) int64 index into BACKGROUNDS or -1; layout (B,) int64; colours (B, 2) int64 index into COLOURS or
     -1; crops (B, 2, 14, 14) float32 ink coverage around each part's middle, zero for an absent part.
@@ -210,7 +210,7 @@ class PromptChecker:
 
     @classmethod
     def load(cls, path: Path | None = None) -> PromptChecker:
-        """From `config.json` and `model.safetensors` in `path` (default: the shipped judge)."""
+        """Load `config.json` and `model.safetensors` of `path` (default: the shipped judge)."""
         path = weights_path("checker") if path is None else path
         for file in ("config.json", "model.safetensors"):
             if not (path / file).is_file():
@@ -230,8 +230,8 @@ class PromptChecker:
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        found = measure(images.detach().cpu())
-        probability = self.digits(found.crops.view(-1, 1, CROP, CROP)).softmax(1).view(-1, 2, 10)
+        measured = measure(images.detach().cpu())
+        probability = self.digits(measured.crops.view(-1, 1, CROP, CROP)).softmax(1).view(-1, 2, 10)
         confidence, digit = probability.max(2)
         digit = torch.where(confidence >= _DIGIT_CONFIDENCE, digit, -1)
         backgrounds = list(BACKGROUNDS)
@@ -239,11 +239,11 @@ class PromptChecker:
         for row, prompt in enumerate(prompts):
             attributes = parse_caption(prompt)
             layout, parts = expected_parts(attributes)
-            seen = list(zip(digit[row].tolist(), found.colours[row].tolist(), strict=True))[: len(parts)]
+            digits = list(zip(digit[row].tolist(), measured.colours[row].tolist(), strict=True))[: len(parts)]
             verdict.append(
-                found.background[row].item() == backgrounds.index(attributes.background)
-                and found.layout[row].item() == layout
-                and seen == parts
+                measured.background[row].item() == backgrounds.index(attributes.background)
+                and measured.layout[row].item() == layout
+                and digits == parts
             )
         return torch.tensor(verdict, dtype=torch.bool)
 

@@ -57,7 +57,7 @@ class Digit:
 
 @dataclass(frozen=True, slots=True)
 class SceneAttributes:
-    """What a caption says. `relation` is None for a single digit, else a key of RELATIONS."""
+    """Content of a caption. `relation` is None for a single digit, else a key of RELATIONS."""
 
     digits: tuple[Digit, ...]
     relation: str | None
@@ -74,7 +74,7 @@ class SceneAttributes:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which handwriting (index into load_digits) stands where: centre and side of its square box, in pixels."""
+    """One handwritten digit (index into load_digits) in the scene: centre and side of its square box, in pixels."""
 
     image_index: int
     centre_x: float
@@ -108,18 +108,18 @@ def digit_indices(split: Split) -> tuple[np.ndarray, ...]:
     from sklearn.datasets import load_digits
 
     target = load_digits().target
-    chosen = []
+    classes = []
     for digit in range(10):
         indices = np.flatnonzero(target == digit)
         order = np.random.default_rng((_SPLIT_SEED, digit)).permutation(len(indices))
         held_out = round(len(indices) * HELD_OUT_SHARE)
         part = order[:held_out] if split == "held_out" else order[held_out:]
-        chosen.append(np.sort(indices[part]))
-    return tuple(chosen)
+        classes.append(np.sort(indices[part]))
+    return tuple(classes)
 
 
 def caption_is_held_out(attributes: SceneAttributes) -> bool:
-    """Two-digit captions are split by a hash; the few single-digit captions appear on both sides."""
+    """True for the two-digit captions whose hash holds them out; the few single-digit captions appear on both sides."""
     return attributes.relation is not None and zlib.crc32(attributes.caption.encode()) % _CAPTION_BUCKETS == 0
 
 

@@ -40,8 +40,10 @@ class AdaptedDenoiser(Denoiser):
     """
 
     def __init__(self, base: Denoiser, lora: LoraConfig, seed: int, gradient_checkpointing: bool = False) -> None:
-        """base: frozen, on its device; it is neither changed nor copied. Raises ValueError for a target that names no
-        layer of it, or none that can be adapted."""
+        """Put adapters on `base`, which is frozen, on its device, and neither changed nor copied.
+
+        Raises ValueError for a target that names no layer of it, or none that can be adapted.
+        """
         super().__init__()
         adapted = share_weights(base)
         with torch.random.fork_rng(devices=[]):
@@ -83,7 +85,7 @@ class AdaptedDenoiser(Denoiser):
         return plain
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Another network on the same base: the adapter is copied, the base is not."""
+        """Copy the adapter, share the base."""
         own = {id(p) for p in self.parameters()}
         memo |= {key: tensor for key, tensor in _tensors(self._adapted[0]).items() if key not in own}
         copied = type(self).__new__(type(self))
@@ -93,7 +95,7 @@ class AdaptedDenoiser(Denoiser):
 
 
 def share_weights(module: _Module) -> _Module:
-    """New module objects over the parameters and buffers of `module`: its structure twice, its memory once."""
+    """Copy the structure of `module` around the same parameters and buffers: two module trees, one set of tensors."""
     return copy.deepcopy(module, dict(_tensors(module)))
 
 
@@ -105,12 +107,12 @@ def _inject(denoiser: Denoiser, lora: LoraConfig) -> None:
     targets = ATTENTION_PROJECTIONS if lora.targets is None else lora.targets
     layers = dict(denoiser.named_modules())
     for target in targets if lora.targets is not None else ():
-        found = [path for path in layers if _is_named(path, target)]
-        if not found:
+        matches = [path for path in layers if _is_named(path, target)]
+        if not matches:
             raise ValueError(
                 f"lora.targets: '{target}' names no layer of {type(denoiser.network).__name__}; null adapts its attention projections"
             )
-        other = [path for path in found if not isinstance(layers[path], nn.Linear | nn.Conv2d)]
+        other = [path for path in matches if not isinstance(layers[path], nn.Linear | nn.Conv2d)]
         if other:
             raise ValueError(
                 f"lora.targets: '{target}' names {other[0]}, a {type(layers[other[0]]).__name__}; name linear layers or convolutions"

@@ -1,11 +1,11 @@
-"""What every diffusion or flow network looks like to the rest of the code: noisy latents, timesteps and conditioning
-in, prediction out."""
+"""Interface of every diffusion or flow network: noisy latents, timesteps and conditioning in, prediction out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is told about each sample. What a family does not have is None in every row.
+    """Inputs of a denoiser beside latents and timesteps, one row per sample; None where the family has none.
 
     prompt_embeds: float (B, L, D), one vector per token.
     pooled: float (B, P), one vector per prompt (SDXL, SD3).
@@ -30,7 +30,7 @@ class Conditioning:
         return len(self.prompt_embeds)
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
-        """Rows chosen by a slice, an int64 tensor or a bool mask; the batch dimension stays."""
+        """Rows selected by a slice, an int64 tensor or a bool mask; the batch dimension stays."""
         return self._each(lambda tensor: tensor[index])
 
     def index_select(self, indices: Tensor) -> Conditioning:
@@ -38,7 +38,7 @@ class Conditioning:
         return self[indices.to(self.prompt_embeds.device)]
 
     def repeat_interleave(self, repeats: int) -> Conditioning:
-        """Each row `repeats` times in a row: the order of candidates (B, K, ...) flattened to (B*K, ...)."""
+        """Repeat each row `repeats` times: the order of candidates (B, K, ...) flattened to (B*K, ...)."""
         return self._each(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def to(self, device: torch.device | str) -> Conditioning:
@@ -50,7 +50,7 @@ class Conditioning:
 
     @classmethod
     def concat(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """Rows of `parts`, which are of one family, below one another."""
+        """Concatenate the rows of `parts`, which are of one family."""
 
         def join(tensors: list[Tensor | None]) -> Tensor | None:
             present = [tensor for tensor in tensors if tensor is not None]
@@ -68,6 +68,16 @@ class Denoiser(nn.Module, ABC):
     network's own parameterisation.
     """
 
+    @classmethod
+    def from_network_config(cls, config: Mapping[str, Any]) -> Self:
+        """A denoiser with random weights whose stock network has that config.json."""
+        raise NotImplementedError
+
+    @classmethod
+    def empty_conditioning(cls, config: Mapping[str, Any], count: int, tokens: int) -> Conditioning:
+        """Uninitialised float32 conditioning of `count` prompts, in the shapes that a network with that config.json reads."""
+        raise NotImplementedError
+
     @abstractmethod
     def forward(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Prediction, float32 (B, C, h, w), for `noisy` float (B, C, h, w) at `timesteps` int64 or float (B,).
@@ -77,8 +87,10 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def mid_features(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Features from the middle of the network (B, mid_width, h', w'), for DMD2's adversary; what comes after the
-        middle is not computed."""
+        """Features from the middle of the network (B, mid_width, h', w'), for DMD2's adversary.
+
+        Layers after the middle are not computed.
+        """
 
     @property
     @abstractmethod
@@ -103,6 +115,18 @@ class UNetDenoiser(Denoiser):
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
+
+    @classmethod
+    def from_network_config(cls, config: Mapping[str, Any]) -> Self:
+        return cls(UNet2DConditionModel.from_config(dict(config)))
+
+    @classmethod
+    def empty_conditioning(cls, config: Mapping[str, Any], count: int, tokens: int) -> Conditioning:
+        embeddings = torch.empty(count, tokens, config.get("cross_attention_dim", 1280))
+        if config.get("addition_embed_type") != "text_time":
+            return Conditioning(embeddings)
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return Conditioning(embeddings, torch.empty(count, pooled), torch.empty(count, 6))
 
     @property
     def network(self) -> UNet2DConditionModel:

@@ -28,24 +28,29 @@ class Recomputed(nn.Module):
 
 
 class SamFeatures(nn.Module):
-    """Tokens of a frozen SAM image encoder after each block with global attention; gradients flow through it to the
-    pixels."""
+    """Tokens of a frozen SAM image encoder after each block with global attention.
+
+    Gradients flow through it to the pixels.
+    """
 
     def __init__(self, encoder: ImageEncoderViT, gradient_checkpointing: bool = False) -> None:
-        """gradient_checkpointing: recompute each block in the backward pass; at 1024 pixels they dominate memory."""
+        """Take the blocks of `encoder` up to its last level.
+
+        gradient_checkpointing: recompute each block in the backward pass; at 1024 pixels they dominate memory.
+        """
         super().__init__()
         self.levels = [index for index, block in enumerate(encoder.blocks) if block.window_size == 0]
         assert self.levels, "a SAM encoder has blocks with global attention"
         # What comes after the last level is never looked at.
-        kept = list(encoder.blocks)[: self.levels[-1] + 1]
+        blocks = list(encoder.blocks)[: self.levels[-1] + 1]
         encoder.blocks = (
-            nn.ModuleList(Recomputed(block) for block in kept) if gradient_checkpointing else nn.ModuleList(kept)
+            nn.ModuleList(Recomputed(block) for block in blocks) if gradient_checkpointing else nn.ModuleList(blocks)
         )
         self.encoder = encoder.requires_grad_(False).eval()
         self.width = int(encoder.patch_embed.proj.out_channels)
 
     def train(self, mode: bool = True) -> Self:
-        """A frozen encoder stays in evaluation mode."""
+        """Stay in evaluation mode: the encoder is frozen."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -57,10 +62,10 @@ class SamFeatures(nn.Module):
 
 
 class Head(nn.Module):
-    """One logit per position of a feature map: two convolutions with spectral norm, group norm and LeakyReLU, then a
-    read-out.
+    """One logit per position of a feature map.
 
-    With a prompt embedding p the logit is  read_out(h) + <V p, h> / sqrt(hidden)  (projection discriminator).
+    Two convolutions with spectral norm, group norm and LeakyReLU, then a read-out. With a prompt embedding p the
+    logit is  read_out(h) + <V p, h> / sqrt(hidden)  (projection discriminator).
     """
 
     def __init__(self, width: int, hidden: int, prompt_width: int | None) -> None:
@@ -80,8 +85,10 @@ class Head(nn.Module):
         self.project = None if prompt_width is None else spectral_norm(nn.Linear(prompt_width, hidden, bias=False))
 
     def forward(self, features: Tensor, prompts: Tensor | None) -> Tensor:
-        """Logits (B, H'*W') of `features` (B, width, H', W'), given prompt embeddings (B, prompt_width) where they
-        are used."""
+        """Logits (B, H'*W') of `features` (B, width, H', W').
+
+        prompts: embeddings (B, prompt_width), for heads that project on them.
+        """
         hidden = self.body(features)
         logits = self.read_out(hidden)[:, 0]
         if self.project is not None:
@@ -92,7 +99,7 @@ class Head(nn.Module):
 
 
 class PixelDiscriminator(nn.Module):
-    """Real or generated, judged on pixels: one head per global-attention level of SAM.
+    """Discriminator on pixels, one head per global-attention level of SAM.
 
     Only the heads are trained. Spectral norm keeps its power-iteration vectors in buffers, which belong to a
     checkpoint: they move at every forward in training mode.
@@ -105,14 +112,16 @@ class PixelDiscriminator(nn.Module):
         prompt_width: int | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        """prompt_width: size of the prompt embedding that heads are projected on; None judges images alone."""
+        """Put untrained heads on `encoder`.
+
+        prompt_width: size of the prompt embedding that heads are projected on; None judges images alone.
+        """
         super().__init__()
         self.features = SamFeatures(encoder, gradient_checkpointing)
         self.heads = nn.ModuleList(Head(self.features.width, hidden, prompt_width) for _ in self.features.levels)
 
     def forward(self, images: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """Logits float32 (B, N), N = levels x positions, of `images` float (B, 3, H, W) in [-1, 1]; positive means
-        real."""
+        """Logits float32 (B, N) of `images` float (B, 3, H, W) in [-1, 1]; N = levels x positions, positive means real."""
         levels = self.features(images)
         logits = [head(level.float(), prompts) for head, level in zip(self.heads, levels, strict=True)]
         return torch.cat(logits, dim=1)

@@ -21,7 +21,8 @@ from flashdmd_ray.catalog.families import FAMILIES, latent_size
 from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.diffusion.schedule import NoiseSchedule, schedule_from_config
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
-from flashdmd_ray.models.loading import Source, load_config, load_module, load_part, open_source
+from flashdmd_ray.models.pipeline_source import PipelineSource, open_source
+from flashdmd_ray.models.stock_modules import load_config, load_module, load_part
 
 PARTS = ("denoiser", "vae", "text")
 
@@ -64,8 +65,8 @@ class TextTowers(nn.Module, ABC):
     def _fill(self, texts: Sequence[str]) -> None:
         if self.stored is not None:
             device = next(self.parameters()).device
-            for text, found in self.stored(texts).items():
-                self._cache[text] = tuple(tensor.to(device) for tensor in found)
+            for text, columns in self.stored(texts).items():
+                self._cache[text] = tuple(tensor.to(device) for tensor in columns)
             texts = [text for text in texts if text not in self._cache]
         for start in range(0, len(texts), self.GROUP):
             group = list(texts[start : start + self.GROUP])
@@ -87,7 +88,7 @@ class Family(ABC):
     """One pretrained model of one family, frozen, in evaluation mode.
 
     schedule: its forward process, from scheduler_config, the model's own. latent_shape: (C, h, w). image_size: (H, W)
-    in pixels. Parts that were not asked for are absent: using one raises AttributeError, which is a programming error.
+    in pixels. Using a part that was not loaded raises AttributeError, which is a programming error.
     """
 
     name: ClassVar[str]
@@ -95,7 +96,7 @@ class Family(ABC):
     pipeline_class: ClassVar[Any]
     """The stock pipeline whose directories the family reads and writes."""
 
-    def __init__(self, model: ModelConfig, source: Source, parts: Collection[str]) -> None:
+    def __init__(self, model: ModelConfig, source: PipelineSource, parts: Collection[str]) -> None:
         self.path = source.path
         self.scheduler_config: Mapping[str, Any] = source.config("scheduler")
         self.schedule: NoiseSchedule = load_part(
@@ -119,21 +120,19 @@ class Family(ABC):
 
     @classmethod
     def from_config(cls, model: ModelConfig, parts: Collection[str] = PARTS) -> Self:
-        """Read the model that the configuration section names; only `parts` of "denoiser", "vae", "text" are loaded.
-
-        Raises ValueError, one line that names the path and the remedy, when anything is missing, damaged or of another
-        kind.
-        """
+        """Load `parts` ("denoiser", "vae", "text") of the configured model. Raises ValueError, one line with the remedy."""
         return cls(model, open_source(cls.pipeline_class, model.teacher, model.teacher_config), parts)
 
     @classmethod
     def from_pretrained(cls, path: str, parts: Collection[str] = PARTS, **settings: Any) -> Self:
-        """As `from_config` with `teacher` = path and other fields of the configuration section by name."""
+        """`from_config` with `teacher` = path and other fields of `ModelConfig`."""
         return cls.from_config(ModelConfig.model_validate({"family": cls.name, "teacher": path, **settings}), parts)
 
     def load(self, parts: Collection[str]) -> Self:
-        """Load those of `parts` that are not there yet, to where the others are; returns self. Raises ValueError as
-        `from_config` does."""
+        """Load those of `parts` that are missing, onto the family's device; returns self.
+
+        Raises ValueError as `from_config` does.
+        """
         assert set(parts) <= set(PARTS), f"unknown parts {set(parts) - set(PARTS)}"
         for part in PARTS:
             if part in parts and part not in self._modules:
@@ -141,10 +140,10 @@ class Family(ABC):
         return self
 
     @abstractmethod
-    def _load_denoiser(self, source: Source, dtype: torch.dtype) -> Denoiser: ...
+    def _load_denoiser(self, source: PipelineSource, dtype: torch.dtype) -> Denoiser: ...
 
     @abstractmethod
-    def _load_text(self, source: Source, dtype: torch.dtype) -> TextTowers: ...
+    def _load_text(self, source: PipelineSource, dtype: torch.dtype) -> TextTowers: ...
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Conditioning:
@@ -201,14 +200,14 @@ class Family(ABC):
         return self
 
     def denoiser(self, gradient_checkpointing: bool = False) -> Denoiser:
-        """A trainable float32 copy of the teacher: the start of the generator and of the score estimator."""
+        """Trainable float32 copy of the teacher, from which generator and score estimator start."""
         fresh = copy.deepcopy(self.teacher).float().requires_grad_(True)
         if gradient_checkpointing:
             fresh.network.enable_gradient_checkpointing()
         return fresh.train()
 
     def unconditional(self, count: int) -> Conditioning:
-        """The other branch of classifier-free guidance, `count` rows: the embedding of ""."""
+        """Conditioning of the unconditional branch of classifier-free guidance, `count` rows: the embedding of ""."""
         return self.encode([""] * count)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -238,7 +237,7 @@ class Family(ABC):
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
 
-def _load_vae(source: Source, other: str | None, dtype: torch.dtype) -> nn.Module:
+def _load_vae(source: PipelineSource, other: str | None, dtype: torch.dtype) -> nn.Module:
     module: nn.Module = (
         source.module(AutoencoderKL, "vae", dtype) if other is None else load_module(AutoencoderKL, other, "", dtype)
     )
@@ -248,9 +247,9 @@ def _load_vae(source: Source, other: str | None, dtype: torch.dtype) -> nn.Modul
 def _config_of_vae(path: str, channels: int) -> Mapping[str, Any]:
     """Configuration of the VAE at `path`. Raises ValueError when its latents have not that many channels."""
     config = load_config(AutoencoderKL, path, part="the VAE")
-    found = config.get("latent_channels")
-    if found != channels:
+    own = config.get("latent_channels")
+    if own != channels:
         raise ValueError(
-            f"model.vae: {path} has {found} latent channels, the teacher {channels}; choose a VAE of its family"
+            f"model.vae: {path} has {own} latent channels, the teacher {channels}; choose a VAE of its family"
         )
     return config

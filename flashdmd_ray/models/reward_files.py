@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flashdmd_ray.catalog import published
 from flashdmd_ray.catalog.families import FAMILIES
+from flashdmd_ray.catalog.rewards import RewardEntry
 from flashdmd_ray.config import RewardConfig
 from flashdmd_ray.models.teacher_files import (
     ModelFiles,
@@ -34,31 +35,40 @@ def reward_files(config: NamesModels) -> dict[str, ModelFiles]:
     for index, reward in enumerate(config.rewards):
         key = f"rewards.{index}.path"
         files = _files(key, reward)
-        if reward.kind == "latent":
+        if reward.entry.reads_latents:
             _check_form(key, reward.path, files, config.model.family)
         found[reward.label] = files
     return found
 
 
 def _files(key: str, reward: RewardConfig) -> ModelFiles:
-    if reward.kind == "remote":
+    entry = reward.entry
+    if entry.path_is == "url":
         return ModelFiles(f"the server at {reward.path}", None, {"": 0})
-    if reward.kind == "custom":
+    if entry.path_is == "class":
         _check_module(key, reward.path)
         return ModelFiles(reward.path)
-    kind = published.REWARD_KINDS.get(reward.kind)
-    if kind is not None and Path(reward.path).is_file():
-        return _one_file(key, Path(reward.path), kind)
-    if kind is not None and kind.files:
-        return _directory(key, reward.path, kind)
-    if reward.kind == "latent" and is_lpo(reward.path):
+    if entry.reads_latents and is_lpo(reward.path):
         return _lpo(key, reward.path)
-    return inspect_model(key, reward.path, "latent_reward" if reward.kind == "latent" else "reward", ("",), {})
+    if Path(reward.path).is_file() and not entry.reads_latents:
+        return _one_file(key, Path(reward.path), entry)
+    if entry.files:
+        return _directory(key, reward.path, entry)
+    return inspect_model(key, reward.path, entry.demo, ("",), {})
 
 
 def is_lpo(path: str) -> bool:
     """Whether a latent reward is in LPO's layout: such a directory, or owner/name/folder on the hub, where nothing else is read from."""
     return (Path(path) / LPO_FILE).is_file() or (not Path(path).exists() and path.count("/") == 2)
+
+
+def lpo_family(path: str) -> str | None:
+    """The family that a latent reward in LPO's layout reads: by its text encoders, on the hub by its name; None when neither says."""
+    families = {name: entry for name, entry in FAMILIES.items() if entry.lpo_base is not None}
+    if not Path(path).is_dir():
+        return next((name for name in families if name in path), None)
+    encoders = {folder.name for folder in Path(path).glob("text_encoder*")}
+    return next((name for name, entry in families.items() if encoders == set(entry.text_encoders)), None)
 
 
 def _lpo(key: str, path: str) -> ModelFiles:
@@ -80,28 +90,30 @@ def _lpo(key: str, path: str) -> ModelFiles:
     return ModelFiles(path, root, {"": count})
 
 
-def _one_file(key: str, file: Path, kind: published.RewardKind) -> ModelFiles:
+def _one_file(key: str, file: Path, entry: RewardEntry) -> ModelFiles:
     """A published model's size is known; of another one it is the file's."""
     try:
         counted = read_header(file) if file.suffix == ".safetensors" else file.stat().st_size // 4
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    known = kind.model if file.name in kind.files[:1] else None
+    known = entry.model if file.name in entry.files[:1] else None
     return ModelFiles(str(file), None, {"": known.parameters if known else counted})
 
 
-def _directory(key: str, path: str, kind: published.RewardKind) -> ModelFiles:
+def _directory(key: str, path: str, entry: RewardEntry) -> ModelFiles:
     """A folder that holds the weights as one file, or a hub repository, of which the published size is taken."""
-    assert kind.model is not None, "kinds of one file are published models"
+    assert entry.model is not None, "kinds of one file are published models"
     if not Path(path).is_dir():
         local_snapshot(
             key, "/".join(path.split("/")[:2]), ""
         )  # refuses what is neither here, nor known, nor on the hub
-        return ModelFiles(path, None, {"": kind.model.parameters})
-    names = [name for name in kind.files if (Path(path) / name).is_file()]
+        return ModelFiles(path, None, {"": entry.model.parameters})
+    names = [name for name in entry.files if (Path(path) / name).is_file()]
     if not names:
-        raise ValueError(f"{key}: {path} holds none of {', '.join(kind.files)}; choose the file itself, or download it")
-    return _one_file(key, Path(path) / names[0], kind)
+        raise ValueError(
+            f"{key}: {path} holds none of {', '.join(entry.files)}; choose the file itself, or download it"
+        )
+    return _one_file(key, Path(path) / names[0], entry)
 
 
 def _check_module(key: str, path: str) -> None:
@@ -117,8 +129,8 @@ def _check_module(key: str, path: str) -> None:
 def _check_form(key: str, path: str, files: ModelFiles, family: str) -> None:
     """Raises ValueError for a latent reward made of another form of network than the family's."""
     if is_lpo(path):
-        made_for = "sdxl" if "sdxl" in path or (Path(path) / "text_encoder_2").is_dir() else "sd15"
-        if made_for != family:
+        made_for = lpo_family(path)
+        if made_for is not None and made_for != family:
             raise ValueError(
                 f"{key}: {path} is a latent reward for family '{made_for}', but model.family is '{family}'; choose another"
             )

@@ -1,7 +1,7 @@
 """Segment Anything's image encoder as a frozen feature extractor, at any image size.
 
 The official encoder accepts exactly one image size. Here its absolute and relative position tables are interpolated
-once, at loading, so that a discriminator can look at the size the generator draws.
+once, at loading, so that a discriminator can read the size that the generator makes.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def _resize_tables(state: Mapping[str, torch.Tensor], grid: int, encoder: ImageE
     absolute = state["pos_embed"]
     if absolute.shape[1] != grid:
         channels_first = absolute.permute(0, 3, 1, 2)
-        moved = F.interpolate(channels_first, size=(grid, grid), mode="bicubic", align_corners=False)
-        resized["pos_embed"] = moved.permute(0, 2, 3, 1)
+        table = F.interpolate(channels_first, size=(grid, grid), mode="bicubic", align_corners=False)
+        resized["pos_embed"] = table.permute(0, 2, 3, 1)
     for number, block in enumerate(encoder.blocks):
         if block.window_size != 0:
             continue
@@ -125,6 +125,6 @@ def _resize_tables(state: Mapping[str, torch.Tensor], grid: int, encoder: ImageE
             name = f"blocks.{number}.attn.rel_pos_{axis}"
             table = state[name]
             if table.shape[0] != 2 * grid - 1:
-                moved = F.interpolate(table.T[None], size=2 * grid - 1, mode="linear", align_corners=False)
-                resized[name] = moved[0].T.contiguous()
+                longer = F.interpolate(table.T[None], size=2 * grid - 1, mode="linear", align_corners=False)
+                resized[name] = longer[0].T.contiguous()
     return resized

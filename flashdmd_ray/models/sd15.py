@@ -12,11 +12,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser, UNetDenoiser
 from flashdmd_ray.models.family import Family, TextTowers, clip_ids
-from flashdmd_ray.models.loading import Source
+from flashdmd_ray.models.pipeline_source import PipelineSource
 
 
 class SD15Text(TextTowers):
-    """The CLIP text encoder; of 2.1's, which is saved without its last layer, too."""
+    """CLIP text encoder of 1.5, or of 2.1, which is saved without its last layer."""
 
     def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ class SD15(Family):
     name = "sd15"
     pipeline_class = StableDiffusionPipeline
 
-    def _load_denoiser(self, source: Source, dtype: torch.dtype) -> Denoiser:
+    def _load_denoiser(self, source: PipelineSource, dtype: torch.dtype) -> Denoiser:
         return UNetDenoiser(source.module(UNet2DConditionModel, "unet", dtype))
 
-    def _load_text(self, source: Source, dtype: torch.dtype) -> SD15Text:
+    def _load_text(self, source: PipelineSource, dtype: torch.dtype) -> SD15Text:
         encoder = source.module(CLIPTextModel, "text_encoder", dtype)
         return SD15Text(source.tokenizer(CLIPTokenizer, "tokenizer", encoder), encoder)
 

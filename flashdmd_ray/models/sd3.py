@@ -1,9 +1,9 @@
-"""Stable Diffusion 3 and 3.5 over stock diffusers and transformers modules: MMDiT, VAE, two CLIP encoders, T5 if asked."""
+"""Stable Diffusion 3 and 3.5 over stock diffusers and transformers modules: MMDiT, VAE, two CLIP encoders, T5 on request."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from diffusers import SchedulerMixin, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import PARTS, Family, TextTowers, clip_ids
-from flashdmd_ray.models.loading import Source
+from flashdmd_ray.models.pipeline_source import PipelineSource
 
-T5_LENGTH = 256  # the stock pipeline's default
+T5_LENGTH = FAMILIES["sd3"].optional_tokens  # the stock pipeline's default
 
 
 class SD3Denoiser(Denoiser):
@@ -25,6 +26,15 @@ class SD3Denoiser(Denoiser):
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
         super().__init__()
         self.transformer = transformer
+
+    @classmethod
+    def from_network_config(cls, config: Mapping[str, Any]) -> Self:
+        return cls(SD3Transformer2DModel.from_config(dict(config)))
+
+    @classmethod
+    def empty_conditioning(cls, config: Mapping[str, Any], count: int, tokens: int) -> Conditioning:
+        width, pooled = config.get("joint_attention_dim", 4096), config.get("pooled_projection_dim", 2048)
+        return Conditioning(torch.empty(count, tokens, width), torch.empty(count, pooled))
 
     @property
     def network(self) -> SD3Transformer2DModel:
@@ -46,8 +56,7 @@ class SD3Denoiser(Denoiser):
         return prediction.sample.float()
 
     def mid_features(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The image tokens after the middle block, as a map (B, mid_width, h / patch, w / patch); later blocks are not
-        computed."""
+        """Image tokens after the middle block, as a map (B, mid_width, h / patch, w / patch); later blocks are not computed."""
         assert conditioning.pooled is not None, "SD3 reads a pooled embedding"
         network, dtype = self.transformer, self.transformer.dtype
         image = network.pos_embed(noisy.to(dtype))
@@ -73,7 +82,7 @@ class SD3Text(TextTowers):
         t5: tuple[T5TokenizerFast, T5EncoderModel] | None,
         width: int,
     ) -> None:
-        """width: of the token embeddings that the denoiser reads."""
+        """Take encoders on one device. width: of the token embeddings that the denoiser reads."""
         super().__init__()
         self.tokenizers = tuple(tokenizers)
         self.encoder, self.encoder_2 = encoders
@@ -85,8 +94,10 @@ class SD3Text(TextTowers):
         self.t5_length = T5_LENGTH if t5 else int(self.tokenizers[0].model_max_length)
 
     def encode_group(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Token embeddings of both CLIPs side by side (GROUP, L, D1 + D2), pooled ones (GROUP, P1 + P2), and those of T5
-        (GROUP, t5_length, width) if it is there."""
+        """Token embeddings of both CLIPs side by side (GROUP, L, D1 + D2), pooled ones (GROUP, P1 + P2), T5's if it is loaded.
+
+        T5's are (GROUP, t5_length, width).
+        """
         hidden, pooled = [], []
         for tokenizer, encoder in zip(self.tokenizers, (self.encoder, self.encoder_2), strict=True):
             output = encoder(clip_ids(tokenizer, texts).to(encoder.device), output_hidden_states=True)
@@ -101,7 +112,7 @@ class SD3Text(TextTowers):
         return *columns, self.encoder_3(ids.to(self.encoder_3.device)).last_hidden_state
 
     def sequences(self, clip: Tensor, t5: Tensor | None) -> Tensor:
-        """What the denoiser reads, (B, L + t5_length, width): CLIP filled up with zeros, then T5 or zeros."""
+        """Token embeddings for the denoiser (B, L + t5_length, width): CLIP's padded with zeros, then T5's or zeros."""
         clip = F.pad(clip, (0, self.width - clip.shape[-1]))
         return F.pad(clip, (0, 0, 0, self.t5_length)) if t5 is None else torch.cat([clip, t5], dim=1)
 
@@ -112,14 +123,14 @@ class SD3(Family):
     name = "sd3"
     pipeline_class = StableDiffusion3Pipeline
 
-    def __init__(self, model: ModelConfig, source: Source, parts: Collection[str] = PARTS) -> None:
+    def __init__(self, model: ModelConfig, source: PipelineSource, parts: Collection[str] = PARTS) -> None:
         self._t5 = model.t5
         super().__init__(model, source, parts)
 
-    def _load_denoiser(self, source: Source, dtype: torch.dtype) -> Denoiser:
+    def _load_denoiser(self, source: PipelineSource, dtype: torch.dtype) -> Denoiser:
         return SD3Denoiser(source.module(SD3Transformer2DModel, "transformer", dtype))
 
-    def _load_text(self, source: Source, dtype: torch.dtype) -> SD3Text:
+    def _load_text(self, source: PipelineSource, dtype: torch.dtype) -> SD3Text:
         encoders = [
             source.module(CLIPTextModelWithProjection, name, dtype) for name in ("text_encoder", "text_encoder_2")
         ]
@@ -162,7 +173,7 @@ class SD3(Family):
         )
 
     def load_settings(self) -> dict[str, Any]:
-        # What is left out must be said: diffusers takes an absent component for an incomplete directory.
+        # diffusers takes a component that is missing and not named for an incomplete directory.
         return {} if self._t5 else {"text_encoder_3": None, "tokenizer_3": None}
 
     def call_settings(self) -> dict[str, Any]:

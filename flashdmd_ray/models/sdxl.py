@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser, UNetDenoiser
 from flashdmd_ray.models.family import PARTS, Family, TextTowers, clip_ids
-from flashdmd_ray.models.loading import Source
+from flashdmd_ray.models.pipeline_source import PipelineSource
 
 
 class SDXLText(TextTowers):
@@ -26,7 +26,7 @@ class SDXLText(TextTowers):
         self.tokenizers = tuple(tokenizers)
         self.encoder = encoder
         self.encoder_2 = encoder_2
-        # What the two encoders will answer: needed before any prompt was encoded, for the zero embeddings.
+        # Shapes of the embeddings, which the zero embeddings need before any prompt is encoded.
         self.length = int(self.tokenizers[0].model_max_length)
         self.width = int(encoder.config.hidden_size + encoder_2.config.hidden_size)
         self.pooled_width = int(encoder_2.config.projection_dim)
@@ -46,16 +46,16 @@ class SDXL(Family):
     name = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
 
-    def __init__(self, model: ModelConfig, source: Source, parts: Collection[str] = PARTS) -> None:
+    def __init__(self, model: ModelConfig, source: PipelineSource, parts: Collection[str] = PARTS) -> None:
         super().__init__(model, source, parts)
         self.zero_unconditional = bool(source.index.get("force_zeros_for_empty_prompt", True))
         self.original_size = model.original_size or self.image_size
         self.crop = model.crop or (0, 0)
 
-    def _load_denoiser(self, source: Source, dtype: torch.dtype) -> Denoiser:
+    def _load_denoiser(self, source: PipelineSource, dtype: torch.dtype) -> Denoiser:
         return UNetDenoiser(source.module(UNet2DConditionModel, "unet", dtype))
 
-    def _load_text(self, source: Source, dtype: torch.dtype) -> SDXLText:
+    def _load_text(self, source: PipelineSource, dtype: torch.dtype) -> SDXLText:
         encoder = source.module(CLIPTextModel, "text_encoder", dtype)
         encoder_2 = source.module(CLIPTextModelWithProjection, "text_encoder_2", dtype)
         tokenizers = [
@@ -82,8 +82,7 @@ class SDXL(Family):
         return Conditioning(sequences, pooled, self._time_ids(len(texts)))
 
     def unconditional(self, count: int) -> Conditioning:
-        """The other branch of classifier-free guidance: zero embeddings, or those of "" where the model was trained
-        so."""
+        """See `Family.unconditional`: zero embeddings, or those of "" where the model was trained so."""
         if not self.zero_unconditional:
             return super().unconditional(count)
         towers = self.text

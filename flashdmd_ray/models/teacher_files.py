@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from flashdmd_ray.catalog import published
 from flashdmd_ray.catalog.families import FAMILIES, FamilyEntry, latent_size
+from flashdmd_ray.catalog.rewards import is_published
 from flashdmd_ray.config import Config, ModelConfig, RewardConfig
 from flashdmd_ray.demo import weights_path
 
@@ -59,7 +59,7 @@ def teacher_files(config: NamesModels) -> ModelFiles:
     """The teacher: a pipeline or a single file, with another VAE where one is named. parameters: "denoiser", "vae" and the
     text encoders that will be loaded. Raises ValueError, one line, naming the key, the file and the remedy."""
     model, family = config.model, FAMILIES[config.model.family]
-    encoders = {**family.text_encoders, **(family.optional if model.t5 else {})}
+    encoders = {**family.text_encoders, **(family.optional_encoders if model.t5 else {})}
     if model.teacher.endswith(".safetensors"):
         files = _single_file(model, family, encoders)
     else:
@@ -82,7 +82,7 @@ def _pipeline(model: ModelConfig, family: FamilyEntry, encoders: Mapping[str, st
         return files
     _check_pipeline("model.teacher", files.root, files.source, model, family)
     index = read_json(files.root / "model_index.json")
-    for folder in family.optional if model.t5 else ():
+    for folder in family.optional_encoders if model.t5 else ():
         if not (index.get(folder) or [None])[0]:
             raise ValueError(f"model.t5: {files.source} has no {folder}; set it to false")
     parameters = {DENOISER if part == family.denoiser else part: n for part, n in files.parameters.items()}
@@ -187,7 +187,7 @@ def local_snapshot(key: str, source: str, instead: str) -> Path | None:
     snapshots = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "snapshots"
     if snapshots.is_dir() and (known := sorted(snapshots.iterdir(), key=os.path.getmtime)):
         return known[-1]
-    if source in published.IDS:
+    if is_published(source):
         return None
     try:
         HfApi().model_info(source, timeout=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flashdmd_ray.catalog.rewards import REWARDS
 from flashdmd_ray.plan.costs import Line, Use
 from flashdmd_ray.plan.models import Model
 
@@ -34,11 +35,11 @@ def reward_use(kind: str, model: Model, image: tuple[int, int] | None) -> Use | 
 
     Bytes: the image in its original size through clamping and scaling, or one layer's tokens with their widened copy, whichever is more.
     """
-    if kind == "remote":
+    if REWARDS[kind].path_is == "url":
         return Use(Line(0.0, 0.0), Line(0.0, 0.0), Line(0.0, 0.0))
     config = model.config or {}
     vision, text = config.get("vision_config", {}), config.get("text_config", {})
-    reads = kind != "aesthetic"
+    reads = "text_config" in config
     if (
         image is None or "hidden_size" not in vision or (reads and "hidden_size" not in text)
     ):  # differences from defaults
@@ -51,7 +52,7 @@ def reward_use(kind: str, model: Model, image: tuple[int, int] | None) -> Use | 
         flops += tower_flops(text, words) + _between(config, tokens, words)
     layer = 4.0 * tokens * (4 * vision["hidden_size"] + 2 * vision["intermediate_size"])
     peak = max(3.0 * PIXEL_BYTES * image[0] * image[1], layer)
-    once = tower_flops(text, text["max_position_embeddings"]) if kind == "mps" else 0.0  # its condition
+    once = tower_flops(text, text["max_position_embeddings"]) if "cross_layers" in config else 0.0  # its condition
     return Use(Line(once, flops), Line(0.0, 0.0), Line(0.0, peak))
 
 

@@ -54,7 +54,7 @@ def models_of(config: Config) -> Models:
     """Raises ValueError, one line naming the key or file and the remedy, for missing or damaged model files."""
     entry, model = FAMILIES[config.model.family], config.model
     files = teacher_files(config)
-    encoders = [*entry.text_encoders, *(entry.optional if model.t5 else ())]
+    encoders = [*entry.text_encoders, *(entry.optional_encoders if model.t5 else ())]
     denoiser = _part(model.teacher, model.teacher_config, files, entry.denoiser, DENOISER)
     texts = tuple(_part(model.teacher, model.teacher_config, files, name, name) for name in encoders)
     vae = _part(model.teacher, model.teacher_config, files, VAE, VAE)
@@ -113,11 +113,11 @@ def _near(count: int, floats: int | None) -> bool:
 
 
 def _reward(reward: RewardConfig, files: ModelFiles) -> Model:
-    kind, known = published.REWARD_KINDS.get(reward.kind), published.CLIP_MODELS.get(reward.path)
-    if kind is not None and kind.model is not None:
-        of_that_size = files.total == kind.model.parameters
-        return Model(files.source, kind.model.config if of_that_size else None, files.total)
-    if reward.kind == "latent" and is_lpo(reward.path):
+    as_published, known = reward.entry.model, published.CLIP_MODELS.get(reward.path)
+    if as_published is not None:
+        of_that_size = files.total == as_published.parameters
+        return Model(files.source, as_published.config if of_that_size else None, files.total)
+    if reward.entry.reads_latents and is_lpo(reward.path):
         return _lpo(reward.path, files)
     config = None if files.root is None else _json(files.root / "config.json")
     if known is None:

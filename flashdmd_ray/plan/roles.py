@@ -241,7 +241,7 @@ def _reward_pool(config: Config, models: Models, pool: str) -> list[Work] | None
     at_once = ceil(preference.batch / config.placement.chunks(pool, preference.batch)) * preference.candidates
     works, rewards = [], config.reward_pools[pool]
     for reward in rewards:
-        if reward.kind == "custom":
+        if reward.entry.path_is == "class":
             continue  # nothing is known of it, and the plan says so
         model, calls = models.rewards[reward.label], 1
         if reward.reads_images:

@@ -7,48 +7,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from flashdmd_ray.catalog.families import MMDIT_KEYS, UNET_KEYS
 from flashdmd_ray.config import Config, LoraConfig
 from flashdmd_ray.plan.models import Models
 
 Spec = dict[str, Any]
 
 # Keys of a config.json that shape a network, with the value that stands for an absent one. Others say how it was trained or saved.
-_UNET = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": None,
-    "down_block_types": None,
-    "up_block_types": None,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "layers_per_block": 2,
-    "transformer_layers_per_block": 1,
-    "reverse_transformer_layers_per_block": None,
-    "attention_head_dim": 8,
-    "num_attention_heads": None,
-    "cross_attention_dim": 1280,
-    "use_linear_projection": False,
-    "only_cross_attention": False,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "projection_class_embeddings_input_dim": None,
-    "norm_num_groups": 32,
-    "time_cond_proj_dim": None,
-}
-_TRANSFORMER = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 18,
-    "attention_head_dim": 64,
-    "num_attention_heads": 18,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1152,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 96,
-    "dual_attention_layers": [],
-    "qk_norm": None,
-}
 _VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -85,9 +50,7 @@ def tokens_of(config: Config, models: Models) -> int | None:
     known = [length for length in lengths if length]
     if len(lengths) < len(models.texts) or not known:
         return None
-    if config.model.family != "sd3":
-        return int(known[0])
-    return int(known[0]) + (256 if config.model.t5 else int(known[0]))  # SD3 reads T5's tokens, or zeros, after CLIP's
+    return config.model.entry.text_tokens(int(known[0]), config.model.t5)
 
 
 def _denoiser(config: Config, models: Models, dtype: str) -> Spec | None:
@@ -95,7 +58,7 @@ def _denoiser(config: Config, models: Models, dtype: str) -> Spec | None:
     if tokens is None or network is None or "_class_name" not in network or models.latent is None:
         return None
     family = config.model.family
-    shape = _shape(network, _TRANSFORMER if family == "sd3" else _UNET)
+    shape = _shape(network, config.model.entry.denoiser_keys)
     return {
         "kind": "denoiser",
         "family": family,
@@ -153,12 +116,13 @@ def critic(config: Config, models: Models) -> Spec | None:
         return None
     prompt_width = None
     if config.adversarial.prompt_projection:
-        widths = [
-            int(text.config["projection_dim"])
-            for text in models.texts
-            if text.config and "projection_dim" in text.config
+        entry = config.model.entry
+        configs = [
+            text.config or {}
+            for name, text in zip(entry.text_encoders, models.texts, strict=False)
+            if name in entry.pooled_encoders
         ]
-        prompt_width = sum(widths) if config.model.family == "sd3" else widths[-1]
+        prompt_width = sum(int(text["projection_dim"]) for text in configs)
     return {
         **decoder,
         "kind": "critic",
@@ -177,9 +141,9 @@ def latent_reward(config: Config, models: Models, label: str) -> Spec | None:
     if saved is None or models.latent is None or tokens is None:
         return None
     if "transformer" in saved:
-        form: Spec = {"family": "sd3", "network": _shape(saved["transformer"], _TRANSFORMER)}
+        form: Spec = {"family": config.model.family, "network": _shape(saved["transformer"], MMDIT_KEYS)}
     elif "unet" in saved:
-        form = {"network": _shape(saved["unet"], _UNET), "text_width": saved["text_width"]}
+        form = {"network": _shape(saved["unet"], UNET_KEYS), "text_width": saved["text_width"]}
     else:
         return None
     return {
@@ -202,5 +166,7 @@ def all_of(config: Config, models: Models) -> list[Spec]:
     ]
     if config.preference.updates:
         found.append(rollout(config, models))
-        found += [latent_reward(config, models, reward.label) for reward in config.rewards if reward.kind == "latent"]
+        found += [
+            latent_reward(config, models, reward.label) for reward in config.rewards if reward.entry.reads_latents
+        ]
     return list({key_of(spec): spec for spec in found if spec is not None}.values())

@@ -169,7 +169,7 @@ class RewardTrainingConfig(Section):
             raise ValueError("workers.workers: more than one needs runtime 'ray'")
         if self.timestep_range[0] > self.timestep_range[1]:
             raise ValueError(f"timestep_range: the first must not be above the second, got {list(self.timestep_range)}")
-        if self.latent_reward.blocks is not None and self.model.family != "sd3":
+        if self.latent_reward.blocks is not None and not self.model.entry.latent_reward_blocks:
             raise ValueError(
                 f"latent_reward.blocks: family '{self.model.family}' has no transformer blocks; set it to null"
             )
@@ -181,9 +181,9 @@ class RewardTrainingConfig(Section):
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: two rewards are called the same ({', '.join(labels)}); give each a name")
         for index, reward in enumerate(self.rewards):
-            if reward.kind == "latent":
+            if reward.entry.reads_latents:
                 raise ValueError(
-                    f"rewards.{index}.kind: 'latent' does not look at images; only pixel rewards can judge here"
+                    f"rewards.{index}.kind: '{reward.kind}' does not look at images; only pixel rewards can judge here"
                 )
             if reward.pool is not None:
                 raise ValueError(f"rewards.{index}.pool: there are no pools here, every rank judges; leave it null")

@@ -77,5 +77,5 @@ class Reward:
 
 def load_reward(config: RewardConfig) -> PixelReward | LatentRewardModel:
     """The reward model of one configuration entry, frozen."""
-    part = "latent_reward" if config.kind == "latent" else "reward"
-    return reward_model(config.model_copy(update={"path": resolve(config.path, part)}))
+    path = config.path if config.entry.demo is None else resolve(config.path, config.entry.demo)
+    return reward_model(config.model_copy(update={"path": path}))

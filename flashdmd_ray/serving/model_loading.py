@@ -21,7 +21,7 @@ from flashdmd_ray.models import family_class
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import PARTS, Family
-from flashdmd_ray.models.loading import load_part
+from flashdmd_ray.models.stock_modules import load_part
 from flashdmd_ray.results.export_facts import FACTS, read_facts
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.serving.batch_invariance import make_batch_invariant
@@ -138,7 +138,8 @@ def _shape_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     for name, key in (("original_size", "original_size"), ("crops_coords_top_left", "crop")):
         if name in call:
             settings[key] = call[name]
-    return settings | ({} if facts.get("load", {"text_encoder_3": None}) else {"t5": family_name(facts) == "sd3"})
+    t5 = bool(FAMILIES[family_name(facts)].optional_encoders)
+    return settings | ({} if facts.get("load", {"text_encoder_3": None}) else {"t5": t5})
 
 
 def read_adapter(file: Path, family: Family) -> AdaptedDenoiser:

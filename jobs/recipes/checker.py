@@ -34,11 +34,11 @@ def _crops(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
     crops: list[torch.Tensor] = []
     labels: list[int] = []
     for index in torch.arange(len(pool.captions)).split(1024):
-        found = measure(pool.batch(index))
+        measured = measure(pool.batch(index))
         for row, number in enumerate(index.tolist()):
             layout, parts = expected_parts(parse_caption(pool.captions[number]))
-            if found.layout[row] == layout:
-                crops.extend(found.crops[row, : len(parts)])
+            if measured.layout[row] == layout:
+                crops.extend(measured.crops[row, : len(parts)])
                 labels.extend(digit for digit, _ in parts)
     return torch.stack(crops), torch.tensor(labels)
 
@@ -50,9 +50,9 @@ def _distort(crops: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     theta[:, :, :2] += 0.12 * torch.randn(count, 2, 2, generator=generator)
     theta[:, :, 2] += 0.06 * torch.randn(count, 2, generator=generator)
     grid = F.affine_grid(theta, [count, 1, CROP, CROP], align_corners=False)
-    moved = F.grid_sample(crops[:, None], grid, align_corners=False)
+    distorted = F.grid_sample(crops[:, None], grid, align_corners=False)
     strength = 0.15 * torch.rand(count, 1, 1, 1, generator=generator)
-    return (moved + strength * torch.randn(moved.shape, generator=generator)).clamp(0, 1)
+    return (distorted + strength * torch.randn(distorted.shape, generator=generator)).clamp(0, 1)
 
 
 def train(work: Path, plan: Plan = PLAN) -> tuple[PromptChecker, dict[str, float]]:

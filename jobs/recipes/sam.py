@@ -95,10 +95,10 @@ def draw_points(masks: torch.Tensor, count: int, generator: torch.Generator) -> 
     """
     two = masks[:, 1].flatten(1).any(1)
     second = two[:, None] & (torch.rand(len(masks), count, generator=generator) < 0.5)
-    chosen = masks[torch.arange(len(masks))[:, None], second.long()]
-    place = torch.multinomial(chosen.flatten(0, 1).flatten(1).float(), 1, generator=generator).view(second.shape)
+    picked = masks[torch.arange(len(masks))[:, None], second.long()]
+    place = torch.multinomial(picked.flatten(0, 1).flatten(1).float(), 1, generator=generator).view(second.shape)
     points = torch.stack([place % masks.shape[-1], place // masks.shape[-1]], dim=-1).float()
-    return points, chosen
+    return points, picked
 
 
 def mask_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

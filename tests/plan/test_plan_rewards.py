@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashdmd_ray import plan
 from flashdmd_ray.catalog import published
+from flashdmd_ray.catalog.rewards import REWARDS
 from flashdmd_ray.config import parse_config
 from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.plan.clip import reward_use
@@ -36,7 +37,7 @@ def parameters(layout: dict[str, list[int]]) -> int:
 def test_sizes_of_published_rewards_are_those_of_their_checkpoints():
     layouts = json.loads(gzip.decompress(FILE.read_bytes()))
     for kind in ("hpsv2", "imagereward", "mps"):
-        model = published.REWARD_KINDS[kind].model
+        model = REWARDS[kind].model
         assert model is not None
         assert model.parameters == parameters(layouts[kind])
     vision = parameters(

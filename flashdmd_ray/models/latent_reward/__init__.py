@@ -6,12 +6,17 @@ One file per form: `unet` (SDXL, SD1.5/2.1) and `mmdit` (SD3, SD3.5), behind the
 
 from __future__ import annotations
 
+import torch
+
+from flashdmd_ray.config import RewardConfig
+from flashdmd_ray.models import latent_reward_class
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward.base import LatentRewardModel
 from flashdmd_ray.models.latent_reward.lpo import LPOReward, load_lpo
 from flashdmd_ray.models.latent_reward.mmdit import MMDiTLatentReward
 from flashdmd_ray.models.latent_reward.saved import load_latent_reward, save_latent_reward
 from flashdmd_ray.models.latent_reward.unet import UNetLatentReward
+from flashdmd_ray.models.reward_files import is_lpo
 
 __all__ = [
     "LPOReward",
@@ -21,6 +26,7 @@ __all__ = [
     "latent_reward_of",
     "load_latent_reward",
     "load_lpo",
+    "reward_from_config",
     "save_latent_reward",
 ]
 
@@ -30,9 +36,12 @@ def latent_reward_of(family: Family, blocks: int | None = None) -> LatentRewardM
 
     blocks: of an MMDiT, how many it keeps; None is the first half. Raises ValueError where that means nothing.
     """
-    network = family.teacher.network
-    if family.name == "sd3":
-        return MMDiTLatentReward.from_transformer(network, blocks).to(family.device)
-    if blocks is not None:
-        raise ValueError(f"a latent reward of family '{family.name}' has the U-Net's down and mid blocks; leave null")
-    return UNetLatentReward.from_unet(network).to(family.device)
+    return latent_reward_class(family.name).from_denoiser(family.teacher.network, blocks).to(family.device)
+
+
+def reward_from_config(settings: RewardConfig) -> LatentRewardModel:
+    """The frozen latent reward at `settings.path`: a saved one, or LPO's. Raises ValueError when there is none."""
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    if is_lpo(settings.path):
+        return load_lpo(settings.path, settings.base, dtype)
+    return load_latent_reward(settings.path).to(dtype).requires_grad_(False).eval()

@@ -1,11 +1,11 @@
-"""What every latent reward model is: features of a diffusion network's blocks, compared with the prompt as CLIP compares."""
+"""Base of the latent reward models: features of a diffusion network's blocks, compared with the prompt as CLIP compares."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import ModelMixin
@@ -29,15 +29,31 @@ class LatentRewardModel(nn.Module, ABC):
     kind: ClassVar[str]
     """Attribute that holds the network's blocks, and the key of their configuration in a saved directory."""
     encodes_itself: ClassVar[bool] = False
-    """Whether it has text encoders of its own and needs none of the family's."""
+    """True when the model has text encoders of its own and needs none of the family's."""
 
     def __init__(self, feature_width: int, text_width: int, token_width: int | None) -> None:
-        """text_width: of the text that is compared with. token_width: of a token's state where there is no pooled embedding, else None."""
+        """Make untrained projections.
+
+        text_width: of the text embedding. token_width: of a token's state where there is no pooled embedding, else None.
+        """
         super().__init__()
         self.text_width = text_width
         self.visual_projection = nn.Linear(feature_width, text_width, bias=False)
         self.text_projection = None if token_width is None else nn.Linear(token_width, text_width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @classmethod
+    @abstractmethod
+    def from_description(cls, config: Mapping[str, Any]) -> Self:
+        """A model with random weights of the form that `description` states."""
+
+    @classmethod
+    @abstractmethod
+    def from_denoiser(cls, network: ModelMixin, blocks: int | None = None) -> Self:
+        """An untrained model whose blocks are float32 copies of `network`'s.
+
+        blocks: how many are kept; None is the form's default. Raises ValueError where that means nothing.
+        """
 
     @property
     @abstractmethod
@@ -49,13 +65,17 @@ class LatentRewardModel(nn.Module, ABC):
         """Name of the part that is trained when the blocks before it stay the teacher's."""
         raise NotImplementedError
 
+    def as_blocks(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of the whole diffusion network in the shapes that the kept blocks have them in."""
+        return state
+
     @abstractmethod
     def features(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """(B, feature_width) in the type of the network."""
+        """Features (B, feature_width) in the type of the network."""
 
     @abstractmethod
     def description(self) -> Mapping[str, Any]:
-        """What makes the same model again with other weights, as JSON values; see `saved`."""
+        """JSON values from which `from_description` makes the same model with other weights."""
 
     def forward(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Rewards float32 (B,): higher is better, comparable only between latents of one prompt and timestep.

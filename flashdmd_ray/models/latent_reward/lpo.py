@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from flashdmd_ray.models.assembly import assemble, find_directory, read_file, read_weights
+from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family, TextTowers, clip_ids
 from flashdmd_ray.models.latent_reward.unet import UNetLatentReward
-from flashdmd_ray.models.loading import load_module, load_part, load_tokenizer
-from flashdmd_ray.models.reward_files import LPO_FILE, LPO_UNUSED
+from flashdmd_ray.models.locate import find_directory
+from flashdmd_ray.models.reward_files import LPO_FILE, LPO_UNUSED, lpo_family
 from flashdmd_ray.models.sdxl import SDXLText
+from flashdmd_ray.models.state_dicts import assemble, read_file, read_weights
+from flashdmd_ray.models.stock_modules import load_module, load_part, load_tokenizer
 
 GUIDANCE = 7.5
-"""Of the mid feature, as published; the other features are the conditional half."""
-BASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-"""By family, whose tokenizers go with it."""
+"""Guidance scale of the mid feature, as published; the other features are the conditional half."""
 
 
 class LPOReward(UNetLatentReward):
@@ -37,11 +37,8 @@ class LPOReward(UNetLatentReward):
 
     encodes_itself = True
     towers: TextTowers
-
-    @property
-    def family(self) -> str:
-        """The model family whose latents it reads."""
-        return "sdxl" if self.text_projection is None else "sd15"
+    family: str
+    """Name of the model family whose latents it reads."""
 
     def score(self, noisy: Tensor, timesteps: Tensor, texts: Sequence[str], family: Family) -> Tensor:
         """See `LatentRewardModel.score`. Raises ValueError for latents of another family: those of SD1.5 and SDXL have one shape."""
@@ -61,7 +58,7 @@ class LPOReward(UNetLatentReward):
 
     def _encode(self, texts: Sequence[str], device: torch.device) -> Conditioning:
         tokens, pooled = (part.to(device) for part in self.towers(texts))
-        if self.family == "sd15":
+        if self.text_projection is not None:
             return Conditioning(tokens, pooled)
         side = 8.0 * self.unet.config.sample_size  # the authors always state the U-Net's own size and no crop
         row = torch.tensor([side, side, 0.0, 0.0, side, side], device=device)
@@ -94,20 +91,24 @@ def load_lpo(path: str, base: str | None, dtype: torch.dtype) -> LPOReward:
     the published pipeline. Raises ValueError, one line naming the path and the remedy.
     """
     root = find_directory(path)
+    family = lpo_family(str(root))
+    if family is None:
+        raise ValueError(f"{root} has the text encoders of no family that LPO published a reward for; choose another")
     state, width = _projections(root)
     config = load_part(str(root), "unet", lambda: json.loads((root / "unet" / "config.json").read_text()))
     for file in _weight_files(root / "unet"):
         weights = read_weights(file).items()
         state |= {f"unet.{name}": value for name, value in weights if not name.startswith(LPO_UNUSED)}
     model = load_part(str(root), "", lambda: assemble(lambda: LPOReward(config, width), state, str(root), dtype))
-    own = (root / "tokenizer").is_dir()
-    model.towers = _towers(str(root), base or (str(root) if own else BASES[model.family]), model.family, dtype)
+    own = str(root) if (root / "tokenizer").is_dir() else FAMILIES[family].lpo_base
+    model.family = family
+    model.towers = _towers(str(root), str(base or own), dtype)
     reward: LPOReward = model.requires_grad_(False).eval()
     return reward
 
 
 def _projections(root: Path) -> tuple[dict[str, Tensor], int]:
-    """What state_dict.pt holds, under the names of the module, and the width that image and text are compared in."""
+    """Contents of state_dict.pt under the names of the module, and the width that image and text are compared in."""
     file = root / LPO_FILE
     try:
         state = flat(read_file(file))
@@ -119,7 +120,7 @@ def _projections(root: Path) -> tuple[dict[str, Tensor], int]:
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, Tensor]:
-    """{"visual_projection": {"weight": w}, "logit_scale": s} -> {"visual_projection.weight": w, "logit_scale": s}."""
+    """Flatten {"visual_projection": {"weight": w}, "logit_scale": s} to {"visual_projection.weight": w, "logit_scale": s}."""
     state: dict[str, Tensor] = {}
     for name, value in nested.items():
         if isinstance(value, Tensor):
@@ -130,7 +131,7 @@ def flat(nested: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The plain variant's file or shards."""
+    """File or shards of the plain variant."""
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     plain = [file for file in files if file.name.count(".") == 1] or files
     if not plain:
@@ -138,12 +139,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return plain
 
 
-def _towers(root: str, base: str, family: str, dtype: torch.dtype) -> TextTowers:
+def _towers(root: str, base: str, dtype: torch.dtype) -> TextTowers:
     def tokenizer(folder: str, encoder: Any) -> Any:
         return load_tokenizer(base, folder, encoder.config.max_position_embeddings, encoder.config.vocab_size)
 
     encoder = load_module(CLIPTextModel, root, "text_encoder", dtype)
-    if family == "sd15":
+    if not (Path(root) / "text_encoder_2").is_dir():
         return PooledText(tokenizer("tokenizer", encoder), encoder)
     second = load_module(CLIPTextModelWithProjection, root, "text_encoder_2", dtype)
     return SDXLText([tokenizer("tokenizer", encoder), tokenizer("tokenizer_2", second)], encoder, second)

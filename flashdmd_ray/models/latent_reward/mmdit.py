@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import ModelMixin, SD3Transformer2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,8 +30,12 @@ class MMDiTLatentReward(LatentRewardModel):
 
     kind = "transformer"
 
+    @classmethod
+    def from_description(cls, config: Mapping[str, Any]) -> Self:
+        return cls(config["transformer"])
+
     def __init__(self, transformer_config: Mapping[str, Any]) -> None:
-        """transformer_config: of the kept part, so its num_layers is the number of kept blocks."""
+        """Make a model with random weights. transformer_config: its num_layers is the number of blocks that are kept."""
         transformer = SD3Transformer2DModel.from_config(dict(transformer_config))
         for unused in ("norm_out", "proj_out"):
             delattr(transformer, unused)
@@ -41,21 +45,31 @@ class MMDiTLatentReward(LatentRewardModel):
         self.transformer = transformer
 
     @classmethod
-    def from_transformer(cls, transformer: SD3Transformer2DModel, blocks: int | None = None) -> MMDiTLatentReward:
+    def from_denoiser(cls, network: ModelMixin, blocks: int | None = None) -> Self:
+        """See `LatentRewardModel.from_denoiser`; `blocks` None keeps the first half."""
+        return cls.from_transformer(network, blocks)
+
+    @classmethod
+    def from_transformer(cls, transformer: SD3Transformer2DModel, blocks: int | None = None) -> Self:
         """A model whose first `blocks` blocks (None: half) are float32 copies; the projection is random and must be trained.
 
         Raises ValueError for a number of blocks that the transformer does not have.
         """
-        there = len(transformer.transformer_blocks)
-        kept = (there + 1) // 2 if blocks is None else blocks
-        if not 1 <= kept <= there:
-            raise ValueError(f"the transformer has {there} blocks, {kept} cannot be kept; choose 1 to {there}")
-        dual = tuple(block for block in transformer.config.dual_attention_layers if block < kept)
-        model = cls({**transformer.config, "num_layers": kept, "dual_attention_layers": dual})
+        total = len(transformer.transformer_blocks)
+        count = (total + 1) // 2 if blocks is None else blocks
+        if not 1 <= count <= total:
+            raise ValueError(f"the transformer has {total} blocks, {count} cannot be kept; choose 1 to {total}")
+        dual = tuple(block for block in transformer.config.dual_attention_layers if block < count)
+        model = cls({**transformer.config, "num_layers": count, "dual_attention_layers": dual})
         names = set(model.transformer.state_dict())
-        given = last_text_norm(transformer.state_dict(), kept - 1) if kept < there else transformer.state_dict()
-        model.transformer.load_state_dict({name: value for name, value in given.items() if name in names})
+        weights = model.as_blocks(transformer.state_dict())
+        model.transformer.load_state_dict({name: value for name, value in weights.items() if name in names})
         return model
+
+    def as_blocks(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        last = len(self.transformer.transformer_blocks) - 1
+        has_more = f"transformer_blocks.{last + 1}.attn.to_q.weight" in state
+        return last_text_norm(state, last) if has_more else state
 
     @property
     def network(self) -> SD3Transformer2DModel:
@@ -63,7 +77,7 @@ class MMDiTLatentReward(LatentRewardModel):
 
     @property
     def last_part(self) -> str:
-        """The last kept block."""
+        """Name of the last block."""
         return f"transformer.transformer_blocks.{len(self.transformer.transformer_blocks) - 1}"
 
     def description(self) -> Mapping[str, Any]:
@@ -87,13 +101,13 @@ class MMDiTLatentReward(LatentRewardModel):
 
 
 def read_after(blocks: int) -> tuple[int, ...]:
-    """The blocks, of the kept ones, after which image tokens are read: up to FEATURES, evenly spaced, the last included."""
+    """Indices of the blocks after which image tokens are read: up to FEATURES, evenly spaced, the last included."""
     count = min(FEATURES, blocks)
     return tuple((number + 1) * blocks // count - 1 for number in range(count))
 
 
 def last_text_norm(state: Mapping[str, Tensor], block: int) -> dict[str, Tensor]:
-    """`state` with the text norm of `block` as a transformer that ends there has it.
+    """Copy of `state` with the text norm of `block` as a transformer that ends there has it.
 
     A block that is not the last modulates the text by six vectors (shift, scale and gate of attention and of MLP); the last one only
     by (scale, shift) of attention, as the text goes nowhere after it.

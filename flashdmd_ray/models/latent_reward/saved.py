@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flashdmd_ray.catalog.families import FAMILIES
+from flashdmd_ray.models import latent_reward_class
 from flashdmd_ray.models.latent_reward.base import LatentRewardModel
-from flashdmd_ray.models.latent_reward.mmdit import MMDiTLatentReward, last_text_norm
-from flashdmd_ray.models.latent_reward.unet import UNetLatentReward
 from flashdmd_ray.run.messages import one_line
 
 CONFIG_FILE = "config.json"
@@ -31,9 +31,9 @@ def load_latent_reward(path: Path | str) -> LatentRewardModel:
         state = load_file(path / WEIGHTS_FILE)
         base = config.get(f"base_{model.kind}")
         if base is not None:
-            wanted = model.state_dict()
+            names = model.state_dict().keys() - state.keys()
             shared = _base_state(model, path / base)
-            state |= {name: value for name, value in shared.items() if name not in state and name in wanted}
+            state |= {name: value for name, value in shared.items() if name in names}
         model.load_state_dict({name: value.float() for name, value in state.items()})
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not a complete latent reward model: {error}") from error
@@ -60,24 +60,22 @@ def save_latent_reward(
             for name, value in state.items()
             if name not in shared or not torch.equal(value, shared[name].to(dtype))
         }
-    where = None if base is None else os.path.relpath(base, path)
-    config = {**model.description(), f"base_{model.kind}": where}
+    relative = None if base is None else os.path.relpath(base, path)
+    config = {**model.description(), f"base_{model.kind}": relative}
     (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     save_file(state, path / WEIGHTS_FILE)
     (path / WEIGHTS_FILE).chmod(0o644)  # safetensors writes files for their owner only
 
 
 def _build(config: dict[str, Any]) -> LatentRewardModel:
-    if "transformer" in config:
-        return MMDiTLatentReward(config["transformer"])
-    return UNetLatentReward(config["unet"], config["text_width"])
+    """Raises KeyError when the configuration is of no known form."""
+    for name, entry in FAMILIES.items():
+        if entry.denoiser in config:
+            return latent_reward_class(name).from_description(config)
+    raise KeyError(" or ".join(sorted({entry.denoiser for entry in FAMILIES.values()})))
 
 
 def _base_state(model: LatentRewardModel, path: Path) -> dict[str, Tensor]:
     """Weights of a network's directory under the names they have inside the reward model."""
-    state = load_file(path / _BASE_WEIGHTS)
-    if isinstance(model, MMDiTLatentReward):
-        last = len(model.transformer.transformer_blocks) - 1
-        if f"transformer_blocks.{last + 1}.attn.to_q.weight" in state:
-            state = last_text_norm(state, last)
+    state = model.as_blocks(load_file(path / _BASE_WEIGHTS))
     return {f"{model.kind}.{name}": value for name, value in state.items()}

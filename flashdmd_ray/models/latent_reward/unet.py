@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from flashdmd_ray.models.denoiser import Conditioning
@@ -23,6 +23,10 @@ class UNetLatentReward(LatentRewardModel):
 
     kind = "unet"
 
+    @classmethod
+    def from_description(cls, config: Mapping[str, Any]) -> Self:
+        return cls(config["unet"], config["text_width"])
+
     def __init__(self, unet_config: Mapping[str, Any], text_width: int) -> None:
         unet = UNet2DConditionModel.from_config(dict(unet_config))
         for unused in ("up_blocks", "conv_norm_out", "conv_act", "conv_out"):
@@ -32,14 +36,21 @@ class UNetLatentReward(LatentRewardModel):
         self.unet = unet
 
     @classmethod
-    def from_unet(cls, unet: UNet2DConditionModel, text_width: int | None = None) -> UNetLatentReward:
+    def from_denoiser(cls, network: ModelMixin, blocks: int | None = None) -> Self:
+        """See `LatentRewardModel.from_denoiser`. Raises ValueError for a number of blocks: a U-Net's are all kept."""
+        if blocks is not None:
+            raise ValueError("latent_reward.blocks: a U-Net's down and mid blocks are all kept; leave it null")
+        return cls.from_unet(network)
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionModel, text_width: int | None = None) -> Self:
         """A model whose blocks are float32 copies of `unet`'s; the projections are random and must be trained.
 
         text_width: None is that of the pooled embedding, or of a token's state where there is none.
         """
         model = cls(unet.config, _text_width(unet.config) if text_width is None else text_width)
-        kept = {name: value for name, value in unet.state_dict().items() if name in model.unet.state_dict()}
-        model.unet.load_state_dict(kept)
+        weights = {name: value for name, value in unet.state_dict().items() if name in model.unet.state_dict()}
+        model.unet.load_state_dict(weights)
         return model
 
     @property
@@ -48,7 +59,7 @@ class UNetLatentReward(LatentRewardModel):
 
     @property
     def last_part(self) -> str:
-        """The mid block."""
+        """Name of the mid block."""
         return "unet.mid_block"
 
     def description(self) -> Mapping[str, Any]:

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
 
-from flashdmd_ray.models.assembly import assemble, find_file, read_weights
-from flashdmd_ray.models.loading import load_module
-from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource
+from flashdmd_ray.config import RewardConfig
+from flashdmd_ray.models.locate import find_file
+from flashdmd_ray.models.rewards.base import BatchedReward, dtype_of
 from flashdmd_ray.models.rewards.clip import preprocessing_of
 from flashdmd_ray.models.rewards.heads import LinearHead
 from flashdmd_ray.models.rewards.preprocessing import ClipPreprocessing
+from flashdmd_ray.models.state_dicts import assemble, read_weights
+from flashdmd_ray.models.stock_modules import load_module
 
 
 class Aesthetic(BatchedReward):
@@ -29,13 +31,13 @@ class Aesthetic(BatchedReward):
         self.preprocessing = preprocessing
 
     @classmethod
-    def from_source(cls, source: RewardSource) -> Self:
-        """The head from `source.path`, CLIP's image tower and processor from `source.base`. Raises ValueError as `load_part` does."""
-        vision = load_module(CLIPVisionModelWithProjection, source.base, "", source.dtype)
-        file = find_file(source.path, source.files)
+    def from_config(cls, settings: RewardConfig) -> Self:
+        """The head from `path`, CLIP's image tower and processor from `base`. Raises ValueError as `load_part` does."""
+        vision = load_module(CLIPVisionModelWithProjection, settings.base_path, "", dtype_of(settings))
+        file = find_file(settings.path, settings.entry.files)
         width = vision.config.projection_dim
-        head = assemble(lambda: LinearHead(width), read_weights(file), str(file), source.dtype)
-        return cls(vision, head, preprocessing_of(source.base, vision.config.image_size))
+        head = assemble(lambda: LinearHead(width), read_weights(file), str(file), dtype_of(settings))
+        return cls(vision, head, preprocessing_of(settings.base_path, vision.config.image_size))
 
     def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Rewards float32 (B,) on the scale 1-10; most generated images get 5-6.5 from the published weights."""

@@ -1,14 +1,15 @@
-"""What a reward on decoded images looks like to the rest of the code."""
+"""Interface of the rewards on decoded images."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from flashdmd_ray.config import RewardConfig
 
 
 @runtime_checkable
@@ -38,20 +39,6 @@ class ImageFeatures(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class RewardSource:
-    """Where one reward comes from: fields of `RewardConfig`. base: empty where the kind reads none.
-
-    files: what the weights file may be called in a directory or repository.
-    """
-
-    kind: str
-    path: str
-    base: str
-    dtype: torch.dtype
-    files: tuple[str, ...]
-
-
 class BatchedReward(nn.Module, ABC):
     """A `PixelReward` that looks at no more than `batch` images at a time, however many it is given.
 
@@ -64,7 +51,7 @@ class BatchedReward(nn.Module, ABC):
 
     @abstractmethod
     def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """As `PixelReward.score`, all images at once."""
+        """See `PixelReward.score`; all images at once."""
 
     def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """See `PixelReward.score`."""
@@ -75,7 +62,13 @@ class BatchedReward(nn.Module, ABC):
         return torch.cat(parts) if parts else torch.zeros(0)
 
 
+def dtype_of(settings: RewardConfig) -> torch.dtype:
+    """The type that the configuration gives a reward's weights and activations."""
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype
+
+
 def unique_rows(texts: Sequence[str], device: torch.device) -> tuple[list[str], Tensor]:
-    """The different ones of `texts`, and for each text its place among them, int64 (B,): the candidates of a group share their prompt."""
+    """Distinct texts, and for each text its row among them, int64 (B,): the candidates of a group share their prompt."""
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     return list(places), torch.tensor([places[text] for text in texts], device=device)

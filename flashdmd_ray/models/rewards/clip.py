@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from flashdmd_ray.models.assembly import assemble, read_weights
-from flashdmd_ray.models.loading import load_module, load_part, load_tokenizer
-from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource, unique_rows
+from flashdmd_ray.config import RewardConfig
+from flashdmd_ray.models.rewards.base import BatchedReward, dtype_of, unique_rows
 from flashdmd_ray.models.rewards.preprocessing import ClipPreprocessing
+from flashdmd_ray.models.state_dicts import assemble, read_weights
+from flashdmd_ray.models.stock_modules import load_module, load_part, load_tokenizer
 
 
 class ClipReward(BatchedReward):
@@ -27,30 +28,32 @@ class ClipReward(BatchedReward):
         self.preprocessing = preprocessing
 
     @classmethod
-    def from_source(cls, source: RewardSource) -> Self:
-        """Read a directory or hub repository, tokenizer and image processor from `source.base`; or one file, its sizes from there too.
+    def from_config(cls, settings: RewardConfig) -> Self:
+        """Read a directory or hub repository, tokenizer and image processor from `base`; or one file, its sizes from there too.
 
         Raises ValueError, one line naming the path and the remedy, when something is missing, damaged or not CLIP.
         """
-        if Path(source.path).is_file():
-            config = load_part(source.base, "", lambda: CLIPConfig.from_pretrained(source.base))
-            clip = clip_of(read_weights(Path(source.path)), config, source.path, source.dtype)
+        if Path(settings.path).is_file():
+            config = load_part(settings.base_path, "", lambda: CLIPConfig.from_pretrained(settings.base_path))
+            clip = clip_of(read_weights(Path(settings.path)), config, settings.path, dtype_of(settings))
         else:
-            clip = load_module(CLIPModel, source.path, "", source.dtype)
+            clip = load_module(CLIPModel, settings.path, "", dtype_of(settings))
         side = clip.config.vision_config.image_size
-        return cls(clip, tokenizer_of(source.base, clip.config.text_config), preprocessing_of(source.base, side))
+        return cls(
+            clip, tokenizer_of(settings.base_path, clip.config.text_config), preprocessing_of(settings.base_path, side)
+        )
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Token ids int64 (B, L). Always padded to full length: a causal tower is not changed by it, and keeps one shape."""
         length = self.clip.config.text_config.max_position_embeddings
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
-        ids: Tensor = found.input_ids
+        ids: Tensor = encoded.input_ids
         return ids.to(self.clip.device)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """`images` as the vision tower reads them."""
+        """Images in the size and type that the vision tower reads."""
         return self.preprocessing(images.to(self.clip.device)).to(self.clip.dtype)
 
     def cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
@@ -108,5 +111,5 @@ def preprocessing_of(path: str, side: int) -> ClipPreprocessing:
             raise ValueError(f"its processor crops to {preprocessing.crop}, the model reads {side}x{side}")
         return preprocessing
 
-    found: ClipPreprocessing = load_part(path, "the image processor", load)
-    return found
+    preprocessing: ClipPreprocessing = load_part(path, "the image processor", load)
+    return preprocessing

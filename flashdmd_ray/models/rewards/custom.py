@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from flashdmd_ray.config import RewardConfig
 from flashdmd_ray.models.rewards.base import BatchedReward
 from flashdmd_ray.run.messages import typed_line
 
 
 class Custom(BatchedReward):
-    """reward = own.score(images, texts). What the class returns is checked at every call."""
+    """reward = own.score(images, texts). The returned values are checked at every call."""
 
     name = "custom"
 
@@ -26,16 +27,17 @@ class Custom(BatchedReward):
         self.path = path
 
     @classmethod
-    def from_path(cls, path: str, options: Mapping[str, Any]) -> Self:
-        """An object of the class at "package.module:Class", built with `options` as keyword arguments.
+    def from_config(cls, settings: RewardConfig) -> Self:
+        """An object of the class that `settings.path` names, built with `settings.options` as keyword arguments.
 
         Raises ValueError, one line, when it cannot be imported or built, or has no method score(images, texts).
         """
+        path, options = settings.path, settings.options
         own_class = import_class(path)
         try:
             own = own_class(**options)
         except Exception as error:
-            raise ValueError(f"{path} cannot be built with options {dict(options)}: {typed_line(error)}") from error
+            raise ValueError(f"{path} cannot be built with options {options}: {typed_line(error)}") from error
         return cls(own, path)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -45,7 +47,7 @@ class Custom(BatchedReward):
         return super().to(*args, **kwargs)
 
     def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """Rewards float32 (B,). Raises ValueError when the class returns something else than one number for each image."""
+        """Rewards float32 (B,). Raises ValueError unless the class returns one number for each image."""
         scores = torch.as_tensor(self.own.score(images, list(texts)))
         if scores.shape != (len(texts),):
             raise ValueError(
@@ -58,16 +60,16 @@ def import_class(path: str) -> Any:
     """The class at "package.module:Class". Raises ValueError when it is not there, or has no method score(images, texts)."""
     module_name, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), name)
+        reward_class = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # an import runs the user's code
         raise ValueError(
             f"cannot import the reward {path}: {typed_line(error)}; it must be importable where workers run"
         ) from error
-    method = getattr(found, "score", None)
-    if not inspect.isclass(found) or not callable(method):
+    method = getattr(reward_class, "score", None)
+    if not inspect.isclass(reward_class) or not callable(method):
         raise ValueError(f"the reward {path} must be a class with a method score(images, texts)")
     try:
         inspect.signature(method).bind(None, None, None)
     except TypeError:
         raise ValueError(f"{path}.score must take (images, texts), it is score{inspect.signature(method)}") from None
-    return found
+    return reward_class

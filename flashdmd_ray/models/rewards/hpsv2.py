@@ -10,11 +10,13 @@ from typing import Any, Self
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashdmd_ray.catalog import published
-from flashdmd_ray.models.assembly import assemble, find_file, read_weights
-from flashdmd_ray.models.loading import load_part
-from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource, unique_rows
+from flashdmd_ray.catalog.rewards import OPEN_CLIP_FILES
+from flashdmd_ray.config import RewardConfig
+from flashdmd_ray.models.locate import find_file
+from flashdmd_ray.models.rewards.base import BatchedReward, dtype_of, unique_rows
 from flashdmd_ray.models.rewards.preprocessing import LongestEdgePreprocessing
+from flashdmd_ray.models.state_dicts import assemble, read_weights
+from flashdmd_ray.models.stock_modules import load_part
 
 ARCHITECTURE = "ViT-H-14"
 
@@ -31,16 +33,16 @@ class HPSv2(BatchedReward):
         self.tokenize = import_open_clip(name).SimpleTokenizer(context_length=clip.context_length)
 
     @classmethod
-    def from_source(cls, source: RewardSource) -> Self:
+    def from_config(cls, settings: RewardConfig) -> Self:
         """Read the published file, or a directory in open_clip's own format, whose open_clip_config.json then says the architecture.
 
         Raises ValueError, one line, when open_clip is not installed or the weights are not such a model's.
         """
-        open_clip = import_open_clip(source.kind)
-        file = find_file(source.path, source.files)
-        settings = _architecture(open_clip, file)
-        clip = assemble(lambda: open_clip.CLIP(**settings), read_weights(file), str(file), source.dtype)
-        return cls(clip, settings["vision_cfg"]["image_size"], source.kind)
+        open_clip = import_open_clip(settings.kind)
+        file = find_file(settings.path, settings.entry.files)
+        sizes = _architecture(open_clip, file)
+        clip = assemble(lambda: open_clip.CLIP(**sizes), read_weights(file), str(file), dtype_of(settings))
+        return cls(clip, sizes["vision_cfg"]["image_size"], settings.kind)
 
     def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Rewards float32 (B,), about 0.20-0.34 for the published weights (benchmarks print 100 times that)."""
@@ -55,7 +57,7 @@ class HPSv2(BatchedReward):
 
     @property
     def _weight(self) -> Tensor:
-        """One that says where the model is and in which type."""
+        """A weight, for the model's device and type."""
         weight: Tensor = self.clip.token_embedding.weight
         return weight
 
@@ -70,10 +72,10 @@ def import_open_clip(kind: str) -> Any:
 
 
 def _architecture(open_clip: Any, file: Path) -> dict[str, Any]:
-    weights, config = published.OPEN_CLIP_FILES
+    weights, config = OPEN_CLIP_FILES
     if file.name != weights:
-        known: dict[str, Any] = open_clip.get_model_config(ARCHITECTURE)
-        return known
+        published: dict[str, Any] = open_clip.get_model_config(ARCHITECTURE)
+        return published
     path = file.parent / config
     settings: dict[str, Any] = load_part(str(file.parent), config, lambda: json.loads(path.read_text())["model_cfg"])
     return settings

@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from flashdmd_ray.models.assembly import assemble, find_file, read_weights
-from flashdmd_ray.models.loading import load_part, load_tokenizer
-from flashdmd_ray.models.rewards.base import BatchedReward, RewardSource
+from flashdmd_ray.config import RewardConfig
+from flashdmd_ray.models.locate import find_file
+from flashdmd_ray.models.rewards.base import BatchedReward, dtype_of
 from flashdmd_ray.models.rewards.heads import LinearHead
 from flashdmd_ray.models.rewards.preprocessing import TorchvisionPreprocessing
+from flashdmd_ray.models.state_dicts import assemble, read_weights
+from flashdmd_ray.models.stock_modules import load_part, load_tokenizer
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over the authors' data: rewards are standardised by them."""
@@ -58,14 +60,14 @@ class ImageReward(BatchedReward):
         self.preprocessing = TorchvisionPreprocessing(side, (side, side))
 
     @classmethod
-    def from_source(cls, source: RewardSource) -> Self:
-        """The published file, with med_config.json beside it when the text encoder is not BERT base; BERT's tokenizer from `source.base`.
+    def from_config(cls, settings: RewardConfig) -> Self:
+        """The published file, with med_config.json beside it when the text encoder is not BERT base; BERT's tokenizer from `base`.
 
         Raises ValueError, one line naming the path and the remedy, when something is missing, damaged or of another model.
         """
-        file = find_file(source.path, source.files)
-        vision, text, head = modules_of(read_weights(file), _med_config(file.parent), str(file), source.dtype)
-        tokenizer = load_tokenizer(source.base, "", None, text.config.vocab_size, BertTokenizer)
+        file = find_file(settings.path, settings.entry.files)
+        vision, text, head = modules_of(read_weights(file), _med_config(file.parent), str(file), dtype_of(settings))
+        tokenizer = load_tokenizer(settings.base_path, "", None, text.config.vocab_size, BertTokenizer)
         return cls(vision, text, head, tokenizer)
 
     def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
@@ -75,12 +77,12 @@ class ImageReward(BatchedReward):
             list(texts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(device)
         pixels = self.preprocessing(images.to(device)).to(self.vision.dtype)
-        seen = self.vision(pixel_values=pixels).last_hidden_state
+        image = self.vision(pixel_values=pixels).last_hidden_state
         read = self.text(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.int64, device=device),
+            encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.int64, device=device),
             is_decoder=False,
         )
         return (self.head(read.last_hidden_state[:, 0]).float() - MEAN) / STD
@@ -150,12 +152,12 @@ def _text_config(state: Mapping[str, Tensor], med: Mapping[str, Any], image_widt
 
 
 def _depth(state: Mapping[str, Tensor], pattern: str) -> int:
-    return 1 + max(int(found[1]) for name in state if (found := re.match(pattern, name)))
+    return 1 + max(int(match[1]) for name in state if (match := re.match(pattern, name)))
 
 
 def _med_config(folder: Path) -> Mapping[str, Any]:
     file = folder / "med_config.json"
     if not file.is_file():
         return {}
-    found: Mapping[str, Any] = load_part(str(file), "", lambda: json.loads(file.read_text(encoding="utf-8")))
-    return found
+    config: Mapping[str, Any] = load_part(str(file), "", lambda: json.loads(file.read_text(encoding="utf-8")))
+    return config

@@ -1,6 +1,6 @@
 """MPS, the multi-dimensional preference score (arXiv 2405.14705), its overall dimension.
 
-CLIP's image tokens attend to those words of the prompt that the condition asks for; the first of them is compared with the prompt.
+CLIP's image tokens attend to those words of the prompt that the condition names; the first of them is compared with the prompt.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from flashdmd_ray.models.assembly import assemble, find_file, read_weights
-from flashdmd_ray.models.loading import load_part
-from flashdmd_ray.models.rewards.base import RewardSource, unique_rows
+from flashdmd_ray.config import RewardConfig
+from flashdmd_ray.models.locate import find_file
+from flashdmd_ray.models.rewards.base import dtype_of, unique_rows
 from flashdmd_ray.models.rewards.clip import ClipReward, clip_of, preprocessing_of, tokenizer_of
 from flashdmd_ray.models.rewards.preprocessing import ClipPreprocessing
+from flashdmd_ray.models.state_dicts import assemble, read_weights
+from flashdmd_ray.models.stock_modules import load_part
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, quantity, "
     "attributes, position, number, location, word, things."
 )
-"""What the overall dimension asks for, as in the authors' evaluation."""
+"""Condition of the overall dimension, as in the authors' evaluation."""
 THRESHOLD = 0.3
-"""Of a word's similarity to the condition, relative to the prompt's most similar word. As in both published evaluations; the model
-file, which they do not call, says 0.01."""
+"""Least similarity of a word to the condition, relative to the prompt's most similar word.
+
+As in both published evaluations; the model file, which they do not call, says 0.01."""
 LAYERS, HEAD_WIDTH, WIDER = 4, 64, 4
 _UNUSED = (".rotary_emb.inv_freq", ".norm.bias")
 """Buffers that were saved with the weights: rotary frequencies, and the zeros of norms without a bias."""
@@ -48,14 +51,19 @@ class MPS(ClipReward):
         self.cross = cross
 
     @classmethod
-    def from_source(cls, source: RewardSource) -> Self:
+    def from_config(cls, settings: RewardConfig) -> Self:
         """Converted weights (safetensors; the original is a pickled module and refused), CLIP's configuration, tokenizer and image
-        processor from `source.base`. Raises ValueError as `load_part` does."""
-        file = find_file(source.path, source.files)
-        config = load_part(source.base, "", lambda: CLIPConfig.from_pretrained(source.base))
-        clip, cross = modules_of(read_weights(file), config, str(file), source.dtype)
+        processor from `base`. Raises ValueError as `load_part` does."""
+        file = find_file(settings.path, settings.entry.files)
+        config = load_part(settings.base_path, "", lambda: CLIPConfig.from_pretrained(settings.base_path))
+        clip, cross = modules_of(read_weights(file), config, str(file), dtype_of(settings))
         side = config.vision_config.image_size
-        return cls(clip, cross, tokenizer_of(source.base, config.text_config), preprocessing_of(source.base, side))
+        return cls(
+            clip,
+            cross,
+            tokenizer_of(settings.base_path, config.text_config),
+            preprocessing_of(settings.base_path, side),
+        )
 
     def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Rewards float32 (B,), about 11-13 for the published weights."""
@@ -63,9 +71,9 @@ class MPS(ClipReward):
         words, sentences = self._read(unique)
         condition, _ = self._read([CONDITION])
         similar = torch.einsum("bid,jd->bij", words.float(), condition[0].float()).amax(dim=2)
-        asked = similar / similar.amax(dim=1, keepdim=True) > THRESHOLD
-        seen = self.clip.visual_projection(self.clip.vision_model(pixel_values=self.pixels(images)).last_hidden_state)
-        image = self.cross(seen, words[rows], asked[rows])[:, 0]
+        selected = similar / similar.amax(dim=1, keepdim=True) > THRESHOLD
+        tokens = self.clip.visual_projection(self.clip.vision_model(pixel_values=self.pixels(images)).last_hidden_state)
+        image = self.cross(tokens, words[rows], selected[rows])[:, 0]
         cosine = F.cosine_similarity(sentences.float()[rows], image.float(), dim=-1)
         return self.clip.logit_scale.float().exp() * cosine
 
@@ -82,12 +90,12 @@ class CrossModel(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.ModuleList([CrossBlock(width), SelfBlock(width)]) for _ in range(layers))
 
-    def forward(self, image: Tensor, words: Tensor, asked: Tensor) -> Tensor:
+    def forward(self, image: Tensor, words: Tensor, selected: Tensor) -> Tensor:
         """Image tokens (B, N, D) of `image` (B, N, D), `words` (B, L, D) and which of them count, bool (B, L)."""
         cross: nn.Module
         own: nn.Module
         for cross, own in self.layers:  # type: ignore[misc]
-            image = image + cross(image, words, asked)
+            image = image + cross(image, words, selected)
             image = image + own(image)
         return image
 
@@ -104,10 +112,10 @@ class CrossBlock(nn.Module):
         self.gated = nn.Linear(width, 2 * WIDER * width, bias=False)
         self.down = nn.Linear(WIDER * width, width, bias=False)
 
-    def forward(self, image: Tensor, words: Tensor, asked: Tensor) -> Tensor:
+    def forward(self, image: Tensor, words: Tensor, selected: Tensor) -> Tensor:
         image = self.norm(image)
         key, value = self.to_kv(words).chunk(2, dim=-1)
-        attended = _attend(_heads(self.to_q(image)), key, value, asked[:, None, None])
+        attended = _attend(_heads(self.to_q(image)), key, value, selected[:, None, None])
         return self.to_out(attended) + self.down(_gate(self.gated(image)))
 
 

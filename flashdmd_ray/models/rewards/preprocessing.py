@@ -87,7 +87,7 @@ class ClipPreprocessing(Preprocessing):
         return pixels[..., top : top + self.crop[0], left : left + self.crop[1]]
 
     def _margin(self, extra: int) -> int:
-        """What is cut off in front of the crop, of `extra` pixels in all."""
+        """Left or top offset of the crop, for `extra` surplus pixels."""
         return extra // 2
 
 

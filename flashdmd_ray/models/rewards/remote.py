@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flashdmd_ray.batch import to_uint8
-from flashdmd_ray.config import RemoteConfig
+from flashdmd_ray.config import RemoteConfig, RewardConfig
 from flashdmd_ray.models.rewards.base import BatchedReward
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,12 @@ class Remote(BatchedReward):
             )
         self.url = url
         self.settings = settings
+
+    @classmethod
+    def from_config(cls, settings: RewardConfig) -> Self:
+        """The server at `settings.path`. Raises ValueError when the variable of its token is not set."""
+        assert settings.remote is not None, "filled in by the configuration"
+        return cls(settings.path, settings.remote)
 
     def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Rewards float32 (B,) on the server's scale. Raises RemoteError when no attempt brings a usable answer."""

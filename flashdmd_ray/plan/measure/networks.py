@@ -7,16 +7,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
 from flashdmd_ray.config import LoraConfig
+from flashdmd_ray.models import denoiser_class
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser, UNetDenoiser
 from flashdmd_ray.models.discriminator import PixelDiscriminator
-from flashdmd_ray.models.latent_reward import LatentRewardModel, MMDiTLatentReward, UNetLatentReward
-from flashdmd_ray.models.sd3 import SD3Denoiser
+from flashdmd_ray.models.latent_reward import MMDiTLatentReward, UNetLatentReward
 from flashdmd_ray.plan.measure.observe import Observer, Use
 
 Uses = dict[str, Use]
@@ -87,22 +87,14 @@ class _All(nn.Module):
 
 def build_denoiser(spec: Mapping[str, Any]) -> Denoiser:
     """The denoiser of a spec, with random weights."""
-    if spec["family"] == "sd3":
-        return SD3Denoiser(SD3Transformer2DModel.from_config(dict(spec["network"])))
-    return UNetDenoiser(UNet2DConditionModel.from_config(dict(spec["network"])))
+    return denoiser_class(spec["family"]).from_network_config(spec["network"])
 
 
 def blank_conditioning(spec: Mapping[str, Any], batch: int) -> Conditioning:
     """Conditioning float32 of the shapes that the denoiser of a spec reads."""
-    network, tokens = spec["network"], spec["tokens"]
-    if spec["family"] == "sd3":
-        width, pooled = network.get("joint_attention_dim", 4096), network.get("pooled_projection_dim", 2048)
-        return Conditioning(torch.empty(batch, tokens, width), torch.empty(batch, pooled))
-    embeddings = torch.empty(batch, tokens, network.get("cross_attention_dim", 1280))
-    if network.get("addition_embed_type") != "text_time":
-        return Conditioning(embeddings)
-    pooled = network["projection_class_embeddings_input_dim"] - 6 * network["addition_time_embed_dim"]
-    return Conditioning(embeddings, torch.empty(batch, pooled), torch.empty(batch, 6))
+    # The spec of a U-Net's latent reward names no family: all U-Nets are alike.
+    denoiser = denoiser_class(spec["family"]) if "family" in spec else UNetDenoiser
+    return denoiser.empty_conditioning(spec["network"], batch, spec["tokens"])
 
 
 def _vae(spec: Mapping[str, Any]) -> Network:
@@ -171,16 +163,13 @@ def build_sam(sizes: Mapping[str, Any], image_size: int) -> ImageEncoderViT:
 
 
 def _latent_reward(spec: Mapping[str, Any]) -> Network:
-    model: LatentRewardModel
-    if spec.get("family") == "sd3":
-        model = MMDiTLatentReward(spec["network"])
-    else:
-        model = UNetLatentReward(spec["network"], spec["text_width"])
+    form = MMDiTLatentReward if "family" in spec else UNetLatentReward
+    model = form.from_description({**spec, form.kind: spec["network"]})
     model = model.to(_dtype(spec)).requires_grad_(False).eval()
 
     def observe(batch: int) -> Uses:
         noisy, timesteps = torch.empty(batch, *spec["latent"]), torch.empty(batch, dtype=torch.int64)
-        conditioning = blank_conditioning({"family": "unet", **spec}, batch)
+        conditioning = blank_conditioning(spec, batch)
         return {"forward": Observer(model, [noisy]).forward(lambda: model(noisy, timesteps, conditioning))}
 
     return _count(model), 0, observe

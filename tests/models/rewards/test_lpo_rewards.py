@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from flashdmd_ray.demo import weights_path
-from flashdmd_ray.models.assembly import assemble
 from flashdmd_ray.models.latent_reward import LPOReward
 from flashdmd_ray.models.latent_reward.lpo import flat
 from flashdmd_ray.models.reward_files import is_lpo
 from flashdmd_ray.models.rewards import build_reward
 from flashdmd_ray.models.sd15 import SD15
 from flashdmd_ray.models.sdxl import SDXL
+from flashdmd_ray.models.state_dicts import assemble
 from tests.models.rewards.record_layouts import read, state_of
 from tests.tiny import sd15_pipeline, sdxl_pipeline
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig
 
 from flashdmd_ray.catalog import published
-from flashdmd_ray.models.assembly import assemble
 from flashdmd_ray.models.rewards import imagereward, mps
 from flashdmd_ray.models.rewards.clip import clip_of
 from flashdmd_ray.models.rewards.heads import LinearHead
+from flashdmd_ray.models.state_dicts import assemble
 from tests.models.rewards.record_layouts import FILE, read, state_of
 
 FLOAT = torch.float32

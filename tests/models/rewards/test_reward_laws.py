@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashdmd_ray.config import REWARD_KINDS
+from flashdmd_ray.catalog.rewards import REWARDS
 from flashdmd_ray.models.rewards import PixelReward
 from tests.models.rewards.small_rewards import TEXTS, WRITERS, bytes_as_images, noise_bytes, photos, small_reward
 
@@ -23,7 +23,7 @@ def reward(folder):
 
 
 def test_every_kind_of_the_configuration_is_here():
-    assert {*WRITERS, "latent", "remote", "custom"} == set(REWARD_KINDS)
+    assert {*WRITERS, "latent", "remote", "custom"} == set(REWARDS)
 
 
 def test_it_is_frozen_and_tells_images_apart(reward):

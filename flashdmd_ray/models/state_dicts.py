@@ -1,69 +1,19 @@
-"""Weights that are published as single files: find the file, read it without executing anything, put it into a stock module."""
+"""Weights by name: read from a file without executing anything, put into a stock module whose names and shapes they must have."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flashdmd_ray.models.loading import load_part
+from flashdmd_ray.models.stock_modules import load_part
 
 Built = TypeVar("Built", bound=nn.Module)
-_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(/(?P<inside>[\w./-]+))?")
-
-
-def find_file(path: str, names: Sequence[str]) -> Path:
-    """The file at `path`: itself, the first of `names` in that directory or hub repository, or 'owner/name/file' on the hub.
-
-    Raises ValueError, one line naming the path and the remedy, when there is none.
-    """
-    if Path(path).is_file():
-        return Path(path)
-    if Path(path).is_dir():
-        found = [Path(path) / name for name in names if (Path(path) / name).is_file()]
-        if not found:
-            raise ValueError(f"{path} holds none of {', '.join(names)}; choose the file itself, or download it")
-        return found[0]
-    return Path(load_part(path, "", lambda: _download(path, names)))
-
-
-def _download(path: str, names: Sequence[str]) -> str:
-    parts = _HUB.fullmatch(path)
-    if parts is None:
-        raise ValueError("no such file or directory")
-    wanted = [parts["inside"]] if parts["inside"] else list(names)
-    for name in wanted[:-1]:
-        try:
-            return hf_hub_download(parts["repository"], name)
-        except EntryNotFoundError:
-            continue
-    return hf_hub_download(parts["repository"], wanted[-1])
-
-
-def find_directory(path: str) -> Path:
-    """The directory at `path`, or 'owner/name/folder' on the hub. Raises ValueError as `find_file` does."""
-    if Path(path).is_dir():
-        return Path(path)
-
-    def download() -> Path:
-        parts = _HUB.fullmatch(path)
-        if parts is None:
-            raise ValueError("no such directory")
-        inside = parts["inside"] or ""
-        root = snapshot_download(parts["repository"], allow_patterns=f"{inside}/*" if inside else None)
-        if not (Path(root) / inside).is_dir():
-            raise ValueError(f"the repository has no folder {inside}")
-        return Path(root) / inside
-
-    return Path(load_part(path, "", download))
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -122,13 +72,16 @@ def _constant(name: str, buffer: Tensor) -> Tensor:
 
 def check_layout(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Raises ValueError when names or shapes of `state` are not those of the module, naming the first that differs."""
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    for kind, names in (("lacks", wanted.keys() - found.keys()), ("has an unknown", found.keys() - wanted.keys())):
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    actual = {name: tuple(value.shape) for name, value in state.items()}
+    for kind, names in (
+        ("lacks", expected.keys() - actual.keys()),
+        ("has an unknown", actual.keys() - expected.keys()),
+    ):
         if names:
             raise ValueError(
                 f"{what} {kind} weight {min(names)!r} ({len(names)} in all): it is of another model; choose the right one"
             )
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise ValueError(f"{what}: {name!r} is {found[name]}, the model needs {shape}; choose the right weights")
+    for name, shape in expected.items():
+        if actual[name] != shape:
+            raise ValueError(f"{what}: {name!r} is {actual[name]}, the model needs {shape}; choose the right weights")
