@@ -39,7 +39,7 @@ class UNetLatentReward(LatentRewardModel):
     def from_denoiser(cls, network: ModelMixin, blocks: int | None = None) -> Self:
         """See `LatentRewardModel.from_denoiser`. Raises ValueError for a number of blocks: a U-Net's are all kept."""
         if blocks is not None:
-            raise ValueError("latent_reward.blocks: a U-Net's down and mid blocks are all kept; leave it null")
+            raise ValueError("latent_reward.blocks: a latent reward of a U-Net has its down and mid blocks; leave null")
         return cls.from_unet(network)
 
     @classmethod
