@@ -24,6 +24,9 @@ from typing import IO, Any
 import aiohttp
 import psutil
 
+from flashdmd_ray.run.variables import prepare_environment
+
+prepare_environment(os.environ)  # the service is here, whatever a proxy says
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",

@@ -23,6 +23,8 @@ class RemoteConfig(Section):
     """json: base64 PNG, readable by anything. safetensors: raw bytes, larger and without the work of packing."""
     token_env: str | None = None
     """Environment variable of the workers whose value is sent as bearer token; null sends none."""
+    use_proxy: bool = False
+    """true: through the proxy that http_proxy or https_proxy names, except to hosts in no_proxy and loopback addresses."""
 
 
 def _known_kind(kind: str) -> str:

@@ -9,13 +9,22 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+BACKLOG = 1024
+"""Connections that may wait for rank 0 to accept them."""
+
 
 def init_process_group(
-    rank: int, world_size: int, address: str = "127.0.0.1", port: int = 0, timeout_s: float = 600.0
+    rank: int,
+    world_size: int,
+    address: str = "127.0.0.1",
+    port: int = 0,
+    timeout_s: float = 600.0,
+    listener: socket.socket | None = None,
 ) -> None:
     """Join the default process group of torch.distributed: NCCL where this process sees a GPU, gloo otherwise.
 
-    Rank 0 listens on `address`:`port`; every rank passes the same two. A group of one rank opens no port. A rank that waits longer than
+    Rank 0 listens on `address`:`port`; every rank passes the same two. listener: a socket of rank 0 that listens there already, so that
+    nobody else can have taken the port; it is used up. A group of one rank opens no port. A rank that waits longer than
     `timeout_s` seconds for the others, here or in a collective, raises. Raises ValueError for a rank outside the group or a missing port.
     """
     if not 0 <= rank < world_size:
@@ -32,8 +41,8 @@ def init_process_group(
     if address.startswith("127.") and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens on whatever the host name resolves to
     # TCPStore by itself would listen on every interface.
-    listener = socket.create_server((address, port), backlog=1024).detach() if rank == 0 else None
-    store = dist.TCPStore(address, port, world_size, rank == 0, timeout, master_listen_fd=listener)  # type: ignore[attr-defined]
+    opened = (listener or socket.create_server((address, port), backlog=BACKLOG)).detach() if rank == 0 else None
+    store = dist.TCPStore(address, port, world_size, rank == 0, timeout, master_listen_fd=opened)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 the configuration or a file it names is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from flashdmd_ray.config import DEFAULT_CONFIG, dump_config, load_as
@@ -13,12 +14,14 @@ from flashdmd_ray.models.teacher_files import teacher_files
 from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
 from flashdmd_ray.run.command_line import refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.variables import prepare_environment
 
 DEMO = DEFAULT_CONFIG.with_name("latent_reward_demo.yaml")
 
 
 def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
     """`train_latent_reward.py CONFIG.yaml [--set key=value ...] [--dry-run]`; returns the exit code."""
+    prepare_environment(os.environ)
     options = training_parser(
         "train_latent_reward.py",
         "Train a latent reward model on labelled pairs of images, or on the verdicts of pixel rewards, and measure it.",

@@ -14,6 +14,8 @@ from types import FrameType
 
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.messages import one_line, typed_line
+from flashdmd_ray.run.storage import Location, RemotePath, children
+from flashdmd_ray.run.variables import prepare_environment
 
 FAILED, REFUSED = 1, 2
 
@@ -63,8 +65,11 @@ def run_command(work: Callable[[], int]) -> int:
         return FAILED
 
 
-def run_training(work: Callable[[], int], run: RunDirectory) -> int:
-    """As `run_command` for work in a run folder, which gets the traceback. A new folder in which nothing was recorded is removed."""
+def run_training(work: Callable[[], int], run: RunDirectory, checkpoints: Location | None = None) -> int:
+    """As `run_command` for work in a run folder, which gets the traceback. A new folder in which nothing was recorded is removed.
+
+    checkpoints: where they lie; None: in the run folder.
+    """
     prepare_process()
     is_new = not run.exists
     try:
@@ -75,16 +80,27 @@ def run_training(work: Callable[[], int], run: RunDirectory) -> int:
             run.discard_unused()
         return refuse(error)
     except KeyboardInterrupt:
-        say("stopped at once; the same command resumes from the last checkpoint")
+        say(f"stopped at once; {next_start(run, checkpoints)}")
         return 128 + signal.SIGINT
     except Exception as error:
         where = f" (traceback: {run.errors})" if note_traceback(run) else ""
-        say(f"the run failed: {brief(error)}{where}; the same command resumes from the last checkpoint")
+        say(f"the run failed: {brief(error)}{where}; {next_start(run, checkpoints)}")
         return FAILED
+
+
+def next_start(run: RunDirectory, checkpoints: Location | None) -> str:
+    """Say where the same command would start now."""
+    if isinstance(checkpoints, RemotePath):  # perhaps it is what failed
+        return "the same command resumes from the last checkpoint, if there is one"
+    folders = children(checkpoints or run.path / "checkpoints")
+    if any(folder.name.startswith("step-") for folder in folders):
+        return "the same command resumes from the last checkpoint"
+    return "no checkpoint was written yet: the same command starts from the beginning"
 
 
 def prepare_process() -> None:
     """Settings that libraries read when they are imported, quiet logs, and an orderly end on SIGTERM while models still load."""
+    prepare_environment(os.environ)
     for name, value in (
         ("TOKENIZERS_PARALLELISM", "false"),
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import grpc
 import psutil
 import ray
 
+from flashdmd_ray.run.messages import one_line
+from flashdmd_ray.runtime.environment import ray_address
 from flashdmd_ray.runtime.errors import WorkerLost
 from flashdmd_ray.runtime.placement import Node
 
@@ -26,6 +30,9 @@ shares the cores, and a small number would make a pool that grows during the run
 STARTS = 3
 """Times a private cluster is tried. Ray gives some of its processes 15 s to come up, a constant in its code that a
 busy machine can miss; the next try finds their files in memory."""
+
+CONNECT_S, ANSWER_S = 3.0, 10.0
+"""For the cluster of RAY_ADDRESS to accept a connection, and to answer on it."""
 
 SYSTEM_CONFIG = {
     # Workers with settings of their own are never taken from Ray's stock, which would be 256 idle processes.
@@ -50,16 +57,19 @@ class Cluster:
 
     @classmethod
     def join(cls) -> Cluster:
-        """Use the Ray this process talks to, else that of RAY_ADDRESS (set by `ray job submit`), else start one."""
+        """Use the Ray this process talks to, else that of RAY_ADDRESS (set by `ray job submit`), else start one.
+
+        Raises ValueError, within seconds, when no Ray answers at RAY_ADDRESS, WorkerLost when none can be started.
+        """
         if ray.is_initialized():
             return cls(joined=False, private=False)
-        private = "RAY_ADDRESS" not in os.environ
+        address = ray_address(os.environ)
         with _signals_kept():
-            if private:
+            if address is None:
                 _start_private()
             else:
-                ray.init(logging_level=logging.ERROR)
-        return cls(joined=True, private=private)
+                join_running(address)
+        return cls(joined=True, private=address is None)
 
     def nodes(self) -> list[Node]:
         """Total resources of each living machine, in use or not."""
@@ -70,6 +80,35 @@ class Cluster:
         """Disconnect from a cluster that `join` connected to; a private one ends."""
         if self.joined and ray.is_initialized():
             ray.shutdown()
+
+
+def join_running(address: str) -> None:
+    """Connect to the cluster at RAY_ADDRESS. Raises ValueError when none answers: `ray.init` alone would wait for ever."""
+    try:
+        _check_answers(address)
+        ray.init(logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises bare Exceptions, too
+        raise ValueError(
+            f"RAY_ADDRESS={address}: cannot join a Ray there ({one_line(error)}); start it, correct the address, "
+            "or unset RAY_ADDRESS for a private Ray"
+        ) from None
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError or TimeoutError unless something at "host:port" accepts connections and speaks gRPC as Ray does."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto", or nothing that Ray knows: it says so at once
+    socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    channel = grpc.insecure_channel(f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)])
+    try:
+        grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+    except grpc.FutureTimeoutError:
+        raise TimeoutError(f"something listens, but does not answer as Ray within {ANSWER_S:g} s") from None
+    finally:
+        channel.close()
 
 
 def _start_private() -> None:
@@ -85,6 +124,11 @@ def _start_private() -> None:
                 _system_config=SYSTEM_CONFIG,
             )
             return
+        except OSError as error:
+            raise ValueError(
+                f"Ray cannot start ({one_line(error)}): it keeps its files in the folder ray of RAY_TMPDIR, TMPDIR or /tmp; "
+                "set RAY_TMPDIR to a folder with room that this user can write, or runtime to local"
+            ) from None
         except Exception as error:  # Ray raises a bare Exception
             if "timed out during startup" not in str(error):
                 raise

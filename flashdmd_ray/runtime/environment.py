@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+
+from flashdmd_ray.run.variables import prepare_environment
 
 PASSED_ON = (
     "HF_HUB_OFFLINE",
@@ -15,10 +17,16 @@ PASSED_ON = (
     "PYTORCH_CUDA_ALLOC_CONF",
 )
 
+DEFAULT_FOLDER = "/tmp"
+SOCKET_PATH_BYTES = 107
+"""Longest path of a unix socket on Linux."""
+LONGEST_SOCKET = "/ray/session_2026-11-30_23-59-59_999999_4194304/sockets/plasma_store.1"
+"""Below Ray's temporary folder."""
+
 
 def worker_environment(threads: int, gpus: float) -> dict[str, str]:
     """Return the environment variables of one worker process, on top of those of its machine."""
-    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
     environment |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -49,6 +57,12 @@ def limit_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def ray_address(environment: Mapping[str, str]) -> str | None:
+    """Address of the cluster that RAY_ADDRESS names; None for a private Ray: unset, empty or "local"."""
+    address = environment.get("RAY_ADDRESS", "").strip()
+    return None if address in ("", "local") else address
+
+
 def use_loopback(environment: MutableMapping[str, str]) -> None:
     """Keep a Ray that this job starts for itself off the network, and patient on a busy machine.
 
@@ -56,14 +70,32 @@ def use_loopback(environment: MutableMapping[str, str]) -> None:
     whose firewall would ask the user; despite the switch's name it works everywhere. All of these are read when `ray`
     is imported and are inherited by every Ray process. In a cluster (RAY_ADDRESS) its own settings hold.
     """
+    prepare_environment(environment)
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if "RAY_ADDRESS" not in environment:
+    if ray_address(environment) is None:
         # Serve's replicas listen on all interfaces, whatever the address.
         environment.setdefault("RAY_AUTH_MODE", "token")
         environment.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         environment.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "180")
         environment.setdefault("RAY_gcs_server_port_wait_time_s", "180")
+        use_short_folder(environment)
+
+
+def use_short_folder(environment: MutableMapping[str, str]) -> None:
+    """Have Ray keep its sockets in /tmp where the temporary folder's path is too long for them.
+
+    Batch systems and test runners set long ones. Raises ValueError for a RAY_TMPDIR that is too long.
+    """
+    folder = environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or DEFAULT_FOLDER
+    if len(os.fsencode(folder + LONGEST_SOCKET)) <= SOCKET_PATH_BYTES:
+        return
+    if "RAY_TMPDIR" in environment:
+        most = SOCKET_PATH_BYTES - len(LONGEST_SOCKET)
+        raise ValueError(
+            f"RAY_TMPDIR: {folder} is too long for Ray's sockets; set one of at most {most} bytes, such as {DEFAULT_FOLDER}"
+        )
+    environment["RAY_TMPDIR"] = DEFAULT_FOLDER
 
 
 def use_quick_handles(environment: MutableMapping[str, str]) -> None:
@@ -72,6 +104,6 @@ def use_quick_handles(environment: MutableMapping[str, str]) -> None:
     gRPC, and no thread of its own for a replica's code, which here is asynchronous and generates in a thread of ours. Read when
     `ray.serve` is imported and inherited by its processes; in a cluster (RAY_ADDRESS) its own settings hold.
     """
-    if "RAY_ADDRESS" not in environment:
+    if ray_address(environment) is None:
         environment.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
         environment.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")

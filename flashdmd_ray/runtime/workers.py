@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
+from flashdmd_ray.run.variables import prepare_environment
 from flashdmd_ray.runtime.border import call_role
 from flashdmd_ray.runtime.environment import limit_threads, worker_environment
 from flashdmd_ray.runtime.errors import Call, WorkerError
@@ -40,19 +42,22 @@ class Worker:
         self._rank = rank
         self._config = group.config
         self._roles: dict[str, Any] = {}
+        self._listener: socket.socket
+        prepare_environment(os.environ)
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
 
     def __repr__(self) -> str:
         return worker_name(self._group, self._rank)  # the prefix of this process's log lines
 
     def prepare(self) -> tuple[str, int]:
-        """Import what the roles need, and offer an address and a free port for the ranks to meet at."""
+        """Import what the roles need, and offer an address and a port for the ranks to meet at."""
         for path in self._group.roles.values():
             role_class(path)
         address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, probe.getsockname()[1]
+        self._listener = socket.create_server(
+            (address, 0), backlog=1024
+        )  # held, so that nobody takes the port meanwhile
+        return address, self._listener.getsockname()[1]
 
     def setup(self, address: str, port: int) -> None:
         """Build the roles. `address` and `port` are rank 0's offer of `prepare`."""
@@ -60,10 +65,12 @@ class Worker:
         register_tensors()
         self._check_devices()
         world_size = self._group.workers if self._group.stateful else 1
-        if self._group.stateful and (world_size > 1 or self._config.engine.kind == "deepspeed"):
-            from flashdmd_ray.engine import init_process_group
+        with self._listener as listener:
+            if self._group.stateful and (world_size > 1 or self._config.engine.kind == "deepspeed"):
+                from flashdmd_ray.engine import init_process_group
 
-            init_process_group(self._rank, world_size, address, port, self._config.deadlines.call_s)
+                timeout = self._config.deadlines.call_s
+                init_process_group(self._rank, world_size, address, port, timeout, listener)
         self._roles = create_roles(self._group, self._rank, world_size)
         if self._config.data.decode == "ray":
             from flashdmd_ray.runtime.data_stream import decode_on_ray

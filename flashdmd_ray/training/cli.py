@@ -6,16 +6,20 @@ Ctrl-C and SIGTERM.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from flashdmd_ray.config import Config, dump_config, load_config
 from flashdmd_ray.plan import check, describe, preview
 from flashdmd_ray.run.command_line import refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.storage import checkpoint_root
+from flashdmd_ray.run.variables import prepare_environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    prepare_environment(os.environ)
     options = training_parser(
         "joint_train.py",
         "Distil a diffusion or flow model into a few-step generator and refine it with preference RL beside it.",
@@ -31,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print(describe(config, run, parts))
         return 0
-    return run_training(lambda: _train(config, run), run)
+    return run_training(lambda: _train(config, run), run, checkpoint_root(config, run.path))
 
 
 def _train(config: Config, run: RunDirectory) -> int:

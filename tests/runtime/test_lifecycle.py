@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,13 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flashdmd_ray.runtime import cluster
+
 DRIVER = Path(__file__).parent / "lifecycle_driver.py"
 
 
 @pytest.fixture
 def driver() -> Iterator[subprocess.Popen[str]]:
-    """A running job in a process group of its own, as a terminal would start it."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    """A running job in a process group of its own, as a terminal would start it; compose files leave RAY_ADDRESS empty."""
+    environment = os.environ | {"RAY_ADDRESS": ""}
     command = [sys.executable, str(DRIVER), "wait"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, process_group=0) as process:
         yield process
@@ -67,12 +70,38 @@ def test_a_killed_driver_takes_ray_with_it(driver: subprocess.Popen[str]) -> Non
     assert_gone([process for process in tree if process not in agents])
 
 
-def test_a_finished_job_leaves_nothing() -> None:
+def test_a_finished_job_leaves_nothing_and_needs_no_proxy(tmp_path: Path) -> None:
+    """Its temporary folder is too deep for the sockets of Ray, and the environment names a proxy."""
     before = {process.pid for process in psutil.process_iter()}
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, str(DRIVER)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=True)
+    deep = tmp_path / ("x" * 60) / ("y" * 60)
+    deep.mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        names = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+        environment = os.environ | {"RAY_ADDRESS": "", "TMPDIR": str(deep)}
+        environment |= dict.fromkeys([*names, *map(str.upper, names)], url)
+        for name in ("no_proxy", "NO_PROXY", "RAY_TMPDIR"):
+            environment.pop(name, None)
+        command = [sys.executable, str(DRIVER)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=True)
+        proxy.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
     assert done.stdout.splitlines()[-1] == "closed"
     time.sleep(0.5)
     session = [p for p in psutil.process_iter() if p.pid not in before and "raylet" in p.name() and p.ppid() == 1]
     assert not session
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(
+            ValueError, match=rf"RAY_ADDRESS={address}: cannot join a Ray there .*does not answer as Ray"
+        ):
+            cluster.join_running(address)
+    with pytest.raises(
+        ValueError, match=rf"RAY_ADDRESS={address}: cannot join a Ray there .*refused.*unset RAY_ADDRESS"
+    ):
+        cluster.join_running(address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from flashdmd_ray.config import RewardConfig
 from flashdmd_ray.models.rewards.base import BatchedReward
-from flashdmd_ray.run.messages import typed_line
+from flashdmd_ray.run.messages import one_line, typed_line
 
 
 class Custom(BatchedReward):
@@ -35,7 +36,7 @@ class Custom(BatchedReward):
         path, options = settings.path, settings.options
         own_class = import_class(path)
         try:
-            own = own_class(**options)
+            own = own_class(**copy.deepcopy(dict(options)))
         except Exception as error:
             raise ValueError(f"{path} cannot be built with options {options}: {typed_line(error)}") from error
         return cls(own, path)
@@ -47,13 +48,27 @@ class Custom(BatchedReward):
         return super().to(*args, **kwargs)
 
     def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """Rewards float32 (B,). Raises ValueError unless the class returns one number for each image."""
-        scores = torch.as_tensor(self.own.score(images, list(texts)))
+        """Rewards float32 (B,). Raises ValueError when the class returns something else than one number for each image.
+
+        It is lent copies: whatever it does to them, the rewards after it see the same pixels.
+        """
+        answer = self.own.score(images.clone(), list(texts))
+        if inspect.iscoroutine(answer):
+            answer.close()
+        try:
+            scores = torch.as_tensor(answer)
+            if scores.is_complex():
+                raise TypeError
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ValueError(
+                f"{self.path}.score returned {one_line(repr(answer), 80)}, a {type(answer).__name__}: it must return one number "
+                f"for each of the {len(texts)} images, as a tensor, an array or a list"
+            ) from None
         if scores.shape != (len(texts),):
             raise ValueError(
                 f"{self.path}.score returned shape {tuple(scores.shape)} for {len(texts)} images: it must be ({len(texts)},)"
             )
-        return scores.float().to(images.device)
+        return scores.float().to(images.device).clone()  # the class may write its next answer into the same memory
 
 
 def import_class(path: str) -> Any:

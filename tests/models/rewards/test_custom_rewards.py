@@ -31,6 +31,41 @@ class Numbers:
     def score(self, images, texts):
         return [1, 2, 3][: len(texts)]
 
+class InPlace:
+    def score(self, images, texts):
+        answer = images.mean(dim=(1, 2, 3))
+        images.zero_()
+        texts.clear()
+        return answer
+
+class OneMemory:
+    memory = torch.zeros(1)
+
+    def score(self, images, texts):
+        return self.memory.copy_(images.mean())
+
+class Options:
+    def __init__(self, weights):
+        weights.clear()
+
+    def score(self, images, texts):
+        return [0.0] * len(texts)
+
+class Async:
+    async def score(self, images, texts):
+        return [0.0] * len(texts)
+
+class Tuple:
+    def score(self, images, texts):
+        return torch.zeros(len(texts)), {"more": 1}
+
+class Nothing:
+    def score(self, images, texts): ...
+
+class Complex:
+    def score(self, images, texts):
+        return torch.zeros(len(texts), dtype=torch.complex64)
+
 class Silent: ...
 
 class OneArgument:
@@ -95,6 +130,26 @@ def test_an_answer_of_another_shape_is_refused():
         ValueError, match=r"my_rewards:Whole\.score returned shape \(\) for 3 images: it must be \(3,\)"
     ):
         build_reward("custom", "my_rewards:Whole").score(IMAGES, TEXTS)
+
+
+@pytest.mark.parametrize("name", ["Async", "Tuple", "Nothing", "Complex"])
+def test_an_answer_of_another_kind_is_explained(name):
+    with pytest.raises(
+        ValueError, match=rf"my_rewards:{name}\.score returned .*: it must return one number for each of the 3 images"
+    ):
+        build_reward("custom", f"my_rewards:{name}").score(IMAGES, TEXTS)
+
+
+def test_what_a_class_does_to_what_it_is_lent_or_lends_stays_with_it():
+    images, texts = IMAGES.clone(), list(TEXTS)
+    mean = IMAGES.mean(dim=(1, 2, 3))
+    torch.testing.assert_close(build_reward("custom", "my_rewards:InPlace").score(images, texts), mean)
+    assert torch.equal(images, IMAGES)
+    assert texts == TEXTS
+    torch.testing.assert_close(build_reward("custom", "my_rewards:OneMemory", batch=1).score(IMAGES, TEXTS), mean)
+    options = {"weights": [1, 2]}
+    build_reward("custom", "my_rewards:Options", options=options)
+    assert options == {"weights": [1, 2]}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -18,6 +19,7 @@ from safetensors.torch import load
 from flashdmd_ray.models.rewards import PixelReward, build_reward
 from flashdmd_ray.models.rewards import remote as remote_module
 from flashdmd_ray.models.rewards.remote import RemoteError
+from flashdmd_ray.run.variables import prepare_environment
 from tests.models.rewards.small_rewards import bytes_as_images, noise_bytes
 
 PAGE = Path(__file__).parents[3] / "docs" / "rewards.md"
@@ -158,9 +160,13 @@ def test_a_redirect_is_not_followed():
         ({"scores": [1.0, float("nan")]}, "not finite"),
         ({"scores": [1.0, float("inf")]}, "not finite"),
         ({"scores": [1.0, None]}, "does not answer"),
-        ({"scores": [1.0, True]}, "answers 1 scores for 2 images"),
-        ({"scores": "ab"}, "does not answer"),
-        ([1.0, 2.0], "does not answer"),
+        ({"scores": [1.0, 1e300]}, "not finite"),
+        ({"scores": [1.0, True]}, "does not answer"),
+        ({"scores": [1.0, "2"]}, "does not answer"),
+        ({"scores": "12"}, "does not answer"),
+        ({"scores": [1.0, 10**400]}, "does not answer"),
+        ([1.0, 2.0], r"does not answer .* but \[1.0, 2.0\]"),
+        (b'{"scores":' + b"[" * 50_000, "does not answer"),
         (b"\x80\x04pickled", "does not answer"),
         (b"[" * 200_000, "answers more than"),
     ],
@@ -184,21 +190,72 @@ def test_a_server_that_dribbles_is_given_up(monkeypatch):
                 return
             time.sleep(0.05)
 
-    started = time.monotonic()
     with pytest.raises(RemoteError, match=r"no complete answer within 0\.3 s"):
         ask(answer, timeout_s=0.3, attempts=1)
-    assert time.monotonic() - started < 2
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"HTTP/1.1 100 Continue\r\n\r\n"] * 400,
+        [HEAD, *[b"X-A: a\r\n"] * 100],
+        [bytes([letter]) for letter in HEAD + b"X-A: a\r\n" * 100],
+    ],
+)
+def test_a_server_that_never_comes_to_its_answer_is_given_up(pieces):
+    """Endless interim answers, endless headers, and an answer that comes letter by letter."""
+
+    def answer(handler, body, _):
+        for piece in pieces:
+            try:
+                handler.wfile.write(piece)
+                handler.wfile.flush()
+            except OSError:
+                return
+            time.sleep(0.05)
+
+    with pytest.raises(RemoteError, match=r"gave no answer in 1 attempts: no complete answer within 0\.5 s"):
+        ask(answer, timeout_s=0.5, attempts=1)
+
+
+def test_a_proxy_of_the_environment_sees_nothing_unless_asked(monkeypatch):
+    """Behind the proxy is a server whose name nothing resolves, so that the answer can only come through it."""
+    at_proxy = []
+
+    def through(handler, body, _):
+        at_proxy.append(handler.path)
+        send(handler, {"scores": [5.0, 6.0]})
+
+    with served(answering(through)) as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(name, proxy)
+        monkeypatch.setenv("no_proxy", "")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        prepare_environment(os.environ)
+        for settings in ({}, {"use_proxy": True}):
+            assert ask(lambda handler, body, _: send(handler, {"scores": [1.0, 2.0]}), **settings).tolist() == [
+                1.0,
+                2.0,
+            ]
+        assert at_proxy == []
+        elsewhere = build_reward("remote", "http://rewards.invalid/score", remote={"use_proxy": True})
+        assert elsewhere.score(torch.zeros(2, 3, 4, 4), ["a", "b"]).tolist() == [5.0, 6.0]
+        assert at_proxy == ["http://rewards.invalid/score"]
+        direct = build_reward("remote", "http://rewards.invalid/score", remote={"attempts": 1})
+        with pytest.raises(RemoteError, match=r"rewards\.invalid"):
+            direct.score(torch.zeros(2, 3, 4, 4), ["a", "b"])
 
 
 def test_a_server_that_hangs_or_is_not_there(monkeypatch):
     monkeypatch.setattr(remote_module, "BACKOFF_S", 0.01)
-    started = time.monotonic()
-    with pytest.raises(RemoteError, match=r"gave no answer in 2 attempts: .*timed out"):
+    with pytest.raises(RemoteError, match=r"gave no answer in 2 attempts: no complete answer within 0\.2 s"):
         ask(lambda handler, body, _: time.sleep(1), timeout_s=0.2, attempts=2)
     nobody = build_reward("remote", "http://127.0.0.1:9/", remote={"attempts": 1})
-    with pytest.raises(RemoteError, match="refused"):
+    with pytest.raises(RemoteError, match="gave no answer in 1 attempts: Cannot connect"):
         nobody.score(torch.zeros(1, 3, 4, 4), ["x"])
-    assert time.monotonic() - started < 5
 
 
 def test_the_token_comes_from_the_environment(monkeypatch):
