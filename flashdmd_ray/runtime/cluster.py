@@ -17,7 +17,7 @@ import ray
 
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.environment import ray_address
-from flashdmd_ray.runtime.errors import WorkerLost
+from flashdmd_ray.runtime.errors import NoRoom, WorkerLost
 from flashdmd_ray.runtime.placement import Node
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -59,7 +59,7 @@ class Cluster:
     def join(cls) -> Cluster:
         """Use the Ray this process talks to, else that of RAY_ADDRESS (set by `ray job submit`), else start one.
 
-        Raises ValueError, within seconds, when no Ray answers at RAY_ADDRESS, WorkerLost when none can be started.
+        Raises NoRoom, within seconds, when no Ray answers at RAY_ADDRESS, WorkerLost when none can be started.
         """
         if ray.is_initialized():
             return cls(joined=False, private=False)
@@ -83,12 +83,12 @@ class Cluster:
 
 
 def join_running(address: str) -> None:
-    """Connect to the cluster at RAY_ADDRESS. Raises ValueError when none answers: `ray.init` alone would wait for ever."""
+    """Connect to the cluster at RAY_ADDRESS. Raises NoRoom when none answers: `ray.init` alone would wait for ever."""
     try:
         _check_answers(address)
         ray.init(logging_level=logging.ERROR)
     except Exception as error:  # Ray raises bare Exceptions, too
-        raise ValueError(
+        raise NoRoom(
             f"RAY_ADDRESS={address}: cannot join a Ray there ({one_line(error)}); start it, correct the address, "
             "or unset RAY_ADDRESS for a private Ray"
         ) from None

@@ -10,8 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+class NoRoom(ValueError):
+    """No cluster answers, or it has no room for the job. A mistake at the start; later a machine may come back."""
+
+
 class WorkerError(RuntimeError):
     """A worker process failed. Building the job anew from the last checkpoint can help."""
+
+    call: Call | None = None
+    """The call that failed."""
+    detect_s: float = 0.0
+    """Seconds from the start of that call until the failure was noticed."""
 
 
 class WorkerLost(WorkerError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Never
 
 from ray import exceptions
@@ -13,12 +14,23 @@ _SURROUNDINGS = (RuntimeError, ConnectionError, TimeoutError, MemoryError)
 _PROGRAM = (NotImplementedError, RecursionError)
 
 
-def translate(error: Exception, call: Call, worker: str, deadline_s: float) -> Exception:
+def translate(
+    error: Exception, call: Call, worker: str, deadline_s: float, last_lines: Callable[[], str] = lambda: ""
+) -> Exception:
     """Return the error that the driver should see for `error`, which `ray.get` raised for a call on `worker`.
 
     What the role raised about its input or its numbers comes back as it was raised there, with the remote traceback as
-    a note.
+    a note. last_lines: reads the end of the worker's log, "" where that cannot be had.
     """
+    failure = _translate(error, call, worker, deadline_s, last_lines)
+    if isinstance(failure, WorkerError):
+        failure.call = call
+    return failure
+
+
+def _translate(
+    error: Exception, call: Call, worker: str, deadline_s: float, last_lines: Callable[[], str]
+) -> Exception:
     if isinstance(error, exceptions.GetTimeoutError):
         return DeadlineExceeded(
             f"{call}: {worker} did not answer within {deadline_s:g} s. "
@@ -26,10 +38,20 @@ def translate(error: Exception, call: Call, worker: str, deadline_s: float) -> E
         )
     if isinstance(error, exceptions.RayTaskError):
         return _from_role(error, call, worker)
-    reason = _first_line(error)
-    return WorkerLost(
-        f"{call}: {worker} is gone ({reason}). "
-        "Most often the system ended it for want of memory: see its log; use fewer workers or a smaller batch"
+    lines = last_lines()
+    log = f". Its log ends: {lines}" if lines else ""
+    return WorkerLost(f"{call}: {worker} is gone ({_cause(error)}){log}")
+
+
+def _cause(error: Exception) -> str:
+    """The reason of a worker's end, as far as Ray knows it."""
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return "Ray ended it, because its machine ran out of memory: use fewer workers or a smaller batch"
+    text = str(error)
+    if isinstance(error, exceptions.NodeDiedError) or ("node" in text and "died" in text and "was on" in text):
+        return "its machine left the cluster"
+    return (
+        f"its process ended: killed, crashed, or ended by the system for want of memory; Ray says: {_first_line(error)}"
     )
 
 

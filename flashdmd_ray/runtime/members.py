@@ -17,6 +17,7 @@ from flashdmd_ray.runtime.errors import Call, DeadlineExceeded, PoolClosed, Work
 from flashdmd_ray.runtime.failures import translate
 from flashdmd_ray.runtime.placement import WorkerGroup
 from flashdmd_ray.runtime.usage import Usage
+from flashdmd_ray.runtime.worker_logs import last_lines
 from flashdmd_ray.runtime.workers import start_worker, worker_name
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,12 @@ class Member:
     actor: Any
     number: int
     ready: bool = False
+    log: tuple[str, str] = ("", "")
+    """Node and file of its standard error."""
+
+    def last_lines(self) -> str:
+        """The end of its log, in one line."""
+        return last_lines(*self.log)
 
 
 class Members:
@@ -150,8 +157,9 @@ class Members:
         is tried, after a pause.
         """
         try:
-            address, port = ray.get(member.actor.prepare.remote(), timeout=self._start_s)
-            ray.get(member.actor.setup.remote(address, port), timeout=self._start_s)
+            offer = ray.get(member.actor.prepare.remote(), timeout=self._start_s)
+            member.log = offer.log
+            ray.get(member.actor.setup.remote(offer), timeout=self._start_s)
         except Exception as error:
             self._failed_to_start(member, error)
             return
@@ -163,7 +171,7 @@ class Members:
         self.give_back(member)
 
     def _failed_to_start(self, member: Member, error: Exception) -> None:
-        failure = translate(error, Call(self._group.name, "start"), self.name(member), self._start_s)
+        failure = translate(error, Call(self._group.name, "start"), self.name(member), self._start_s, member.last_lines)
         with self.changed:
             if member not in self._members:
                 return

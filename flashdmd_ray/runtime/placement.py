@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from flashdmd_ray.config import Config
+from flashdmd_ray.runtime.errors import NoRoom
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def role_class(path: str) -> Any:
 
 
 def check_placement(groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> None:
-    """Raise ValueError, naming the setting, when the groups cannot all be placed on empty nodes.
+    """Raise ValueError, naming the setting, for groups that no cluster can place; NoRoom when these nodes, empty, cannot hold them.
 
     First fit, largest first: it may refuse a packing that a cleverer search would find, only where the cluster is full
     to the last share.
@@ -92,7 +93,7 @@ def check_placement(groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> Non
     for group in sorted(groups, key=lambda g: (g.gpus, g.cpus), reverse=True):
         for _ in range(group.workers):
             if not _take(free, group):
-                raise ValueError(_no_room(group, groups, nodes))
+                raise NoRoom(_no_room(group, groups, nodes))
 
 
 def _no_room(group: WorkerGroup, groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> str:

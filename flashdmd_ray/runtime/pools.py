@@ -98,7 +98,7 @@ class Pool:
             try:
                 result = ray.get(member.actor.call.remote(role, method, args, kwargs), timeout=timeout)
             except RayError as error:
-                failure = translate(error, call, name, timeout)
+                failure = translate(error, call, name, timeout, member.last_lines)
             except BaseException:
                 self._members.replace(member)  # interrupted: the worker is still busy with a call that nobody waits for
                 raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -22,6 +23,7 @@ from flashdmd_ray.runtime.failures import most_telling, reraise, translate
 from flashdmd_ray.runtime.placement import WorkerGroup, check_devices, create_roles, role_class
 from flashdmd_ray.runtime.shards import is_replicated, join_results, split_arguments
 from flashdmd_ray.runtime.wire import register_tensors, with_fetched_weights
+from flashdmd_ray.runtime.worker_logs import last_lines, own_log
 
 GRACE_S = 1.0
 """After one rank failed, how long to wait for the others' errors, to report the one that caused them."""
@@ -32,6 +34,15 @@ class RoleReference:
     """Argument that stands for the role of that name in the receiving process."""
 
     role: str
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A worker's address and port for the ranks to meet at, and the node and file of its log."""
+
+    address: str
+    port: int
+    log: tuple[str, str]
 
 
 class Worker:
@@ -49,7 +60,7 @@ class Worker:
     def __repr__(self) -> str:
         return worker_name(self._group, self._rank)  # the prefix of this process's log lines
 
-    def prepare(self) -> tuple[str, int]:
+    def prepare(self) -> Offer:
         """Import what the roles need, and offer an address and a port for the ranks to meet at."""
         for path in self._group.roles.values():
             role_class(path)
@@ -57,10 +68,10 @@ class Worker:
         self._listener = socket.create_server(
             (address, 0), backlog=1024
         )  # held, so that nobody takes the port meanwhile
-        return address, self._listener.getsockname()[1]
+        return Offer(address, self._listener.getsockname()[1], own_log())
 
-    def setup(self, address: str, port: int) -> None:
-        """Build the roles. `address` and `port` are rank 0's offer of `prepare`."""
+    def setup(self, offer: Offer) -> None:
+        """Build the roles. offer: that of rank 0."""
         limit_threads(self._config.placement.threads)
         register_tensors()
         self._check_devices()
@@ -70,7 +81,7 @@ class Worker:
                 from flashdmd_ray.engine import init_process_group
 
                 timeout = self._config.deadlines.call_s
-                init_process_group(self._rank, world_size, address, port, timeout, listener)
+                init_process_group(self._rank, world_size, offer.address, offer.port, timeout, listener)
         self._roles = create_roles(self._group, self._rank, world_size)
         if self._config.data.decode == "ray":
             from flashdmd_ray.runtime.data_stream import decode_on_ray
@@ -127,15 +138,15 @@ class StatefulGroup:
         self._current_step = current_step
         self._order = threading.Lock()
         self._failure: Exception | None = None
+        self._offers: list[Offer] = []
         self._actors = [start_worker(group, rank) for rank in range(group.workers)]
 
     def setup(self) -> None:
         """Bring up all ranks; raises what a role raised, or a WorkerError."""
         timeout = self._deadlines.start_s
-        offers = self._wait(
-            [actor.prepare.remote() for actor in self._actors], Call(self._group.name, "start"), timeout
-        )
-        self._wait([actor.setup.remote(*offers[0]) for actor in self._actors], Call(self._group.name, "start"), timeout)
+        call = Call(self._group.name, "start")
+        self._offers = self._wait([actor.prepare.remote() for actor in self._actors], call, timeout)
+        self._wait([actor.setup.remote(self._offers[0]) for actor in self._actors], call, timeout)
 
     def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Split the arguments, call all ranks, join the results."""
@@ -155,10 +166,14 @@ class StatefulGroup:
         return RoleReference(value.role)
 
     def _wait(self, refs: list[ray.ObjectRef], call: Call, timeout: float) -> list[Any]:
+        started = time.monotonic()
         try:
             return ray.get(refs, timeout=timeout)
         except RayError as error:
+            noticed = time.monotonic()
             self._failure = self._explain(refs, error, call, timeout)
+        if isinstance(self._failure, WorkerError):
+            self._failure.detect_s = noticed - started
         reraise(self._failure)
 
     def _explain(self, refs: list[ray.ObjectRef], first: RayError, call: Call, timeout: float) -> Exception:
@@ -168,7 +183,10 @@ class StatefulGroup:
             try:
                 ray.get(ref, timeout=0)
             except RayError as error:
-                errors.append(translate(error, call, worker_name(self._group, rank), timeout))
+                log = self._offers[rank].log if self._offers else ("", "")
+                errors.append(
+                    translate(error, call, worker_name(self._group, rank), timeout, partial(last_lines, *log))
+                )
         return most_telling(errors) if errors else translate(first, call, self._group.name, timeout)
 
     def close(self) -> None:
@@ -193,7 +211,7 @@ class RoleHandle:
     def __getattr__(self, method: str) -> Callable[..., Any]:
         if method.startswith("_"):
             raise AttributeError(method)
-        return functools.partial(self._call, method)
+        return partial(self._call, method)
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return self.owner.call(self.role, method, args, kwargs)

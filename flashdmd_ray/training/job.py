@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from flashdmd_ray.batch import Metrics
 from flashdmd_ray.checkpoint import (
@@ -35,7 +35,7 @@ from flashdmd_ray.run.tracking import Tracker
 from flashdmd_ray.runtime.build import build_runtime
 from flashdmd_ray.runtime.control import open_control
 from flashdmd_ray.runtime.protocol import Runtime
-from flashdmd_ray.runtime.supervisor import run_supervised
+from flashdmd_ray.runtime.supervisor import Supervisor
 from flashdmd_ray.training.checkpoint_saver import CheckpointSaver
 from flashdmd_ray.training.data_report import note_replaced, start_report
 from flashdmd_ray.training.monitor_pictures import FOLDER, Evidence
@@ -76,16 +76,16 @@ def run_job(config: Config) -> int:
     ):
         progress.say(f"resuming after step {done}" if done else f"starting {directory.path}")
 
-        def attempt(runtime: Runtime) -> bool:
+        def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> bool:
             run = TrainingRun(config, directory, runtime, tracker, progress, stop, found)
             run.restore()
+            loaded(run.done)
             with run.saver, open_control(config.control, runtime.pools, directory.control):
                 train(config, runtime, data, run)
             return run.monitor.wants_stop
 
-        hacked = done < config.steps and run_supervised(
-            attempt, lambda: build_runtime(config, say=progress.say), config.deadlines.attempts
-        )
+        supervisor = Supervisor(config.deadlines, lambda: latest_step(root), lambda: stop.requested)
+        hacked = done < config.steps and supervisor.run(attempt, lambda: build_runtime(config, say=progress.say))
         if latest_step(root) < config.steps:
             tracker.finish("interrupted")
             if hacked:

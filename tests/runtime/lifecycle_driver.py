@@ -3,21 +3,22 @@
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 from toy_roles import TOYS, toy_config
 
-from flashdmd_ray.runtime import Runtime, build_runtime, run_supervised
+from flashdmd_ray.runtime import Runtime, Supervisor, build_runtime
 
 # A shell that starts something in the background has it ignore Ctrl-C; here it must arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 roles = {"reward": TOYS["reward"]}
 
 
-def attempt(runtime: Runtime) -> None:
+def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> None:
     print("worker", runtime.rewards["reward"].pids().item(), flush=True)
     while "wait" in sys.argv:
         time.sleep(0.1)
 
 
-run_supervised(attempt, lambda: build_runtime(toy_config(), roles), max_attempts=1)
+Supervisor(toy_config(deadlines__attempts=1).deadlines).run(attempt, lambda: build_runtime(toy_config(), roles))
 print("closed", flush=True)

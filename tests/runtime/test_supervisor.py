@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from toy_roles import TOYS, toy_config
 
-from flashdmd_ray.runtime import Runtime, WorkerLost, build_runtime, run_supervised
+from flashdmd_ray.runtime import DeadlineExceeded, RoleFailed, Runtime, Supervisor, WorkerLost, build_runtime
+from flashdmd_ray.runtime import supervisor as supervisor_module
+from flashdmd_ray.runtime.errors import NoRoom
+from flashdmd_ray.training.checkpoint_saver import CheckpointError
 
 STEPS, EVERY = 6, 2
 
 
-def train(runtime: Runtime, directory: Path, die_at: int | None) -> torch.Tensor:
+def train(
+    runtime: Runtime, directory: Path, die_at: int | None, loaded: Callable[[int], None] = lambda step: None
+) -> torch.Tensor:
     """Six updates with a checkpoint after every second; a resumed attempt starts after the last one."""
     done = max((int(path.name) for path in directory.glob("[0-9]*")), default=0)
     if done:
         runtime.generator.load(directory / str(done))
+    loaded(done)
     for step in range(done, STEPS):
         runtime.step = step
         if step == die_at and not (directory / "died").exists():
@@ -39,38 +47,124 @@ def test_a_dead_learner_is_rebuilt_and_resumes_exactly(tmp_path: Path, caplog: p
     (tmp_path / "struck").mkdir()
     local = build_runtime(toy_config("local", preference__updates=0), roles)
     expected = train(local, tmp_path / "quiet", die_at=None)
-    result = run_supervised(
-        lambda runtime: train(runtime, tmp_path / "struck", die_at=3),
-        lambda: build_runtime(config, roles),
-        max_attempts=2,
-    )
+
+    def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> torch.Tensor:
+        return train(runtime, tmp_path / "struck", die_at=3, loaded=loaded)
+
+    result = Supervisor(config.deadlines).run(attempt, lambda: build_runtime(config, roles))
+    assert result is not None
     assert torch.equal(result, expected)
-    assert "attempt 1 of 2 failed: generator.dies at step 3: learner-0 is gone" in caplog.text
+    assert "attempt 1 of 3 since the last checkpoint failed: generator.dies at step 3: learner-0 is gone" in caplog.text
+    assert "Its log ends: " in caplog.text
+    assert "last words of generator" in caplog.text
+    line = r"recovered from: generator\.dies at step 3: .*; steps 3 to 4 made again; detected in .* s, rebuilt in .* s, loaded in .* s"
+    assert re.search(line, caplog.text)
 
 
 class Recorder:
-    """Stands for a runtime where only its end is of interest."""
+    """Stands for a runtime where only its end and its step are of interest."""
 
     def __init__(self) -> None:
         self.closed = 0
+        self.step: int | None = None
 
     def close(self) -> None:
         self.closed += 1
 
 
+class Script:
+    """A job whose attempts end as written: each entry is the step and the error of one attempt."""
+
+    def __init__(self, *faults: tuple[int, Exception]) -> None:
+        self.faults = list(faults)
+        self.built: list[Recorder] = []
+        self.checkpoint = 0
+
+    def build(self) -> Recorder:
+        self.built.append(Recorder())
+        return self.built[-1]
+
+    def attempt(self, runtime: Recorder, loaded: Callable[[int], None]) -> str:
+        loaded(self.checkpoint)
+        if not self.faults:
+            return "done"
+        runtime.step, error = self.faults.pop(0)
+        raise error
+
+    def run(self, **limits: float) -> object:
+        supervisor = Supervisor(
+            toy_config(**{f"deadlines__{k}": v for k, v in limits.items()}).deadlines, lambda: self.checkpoint
+        )
+        return supervisor.run(self.attempt, self.build)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "LONGEST_PAUSE_S", 0.0)
+    monkeypatch.setattr(supervisor_module, "LOOK_S", 0.01)
+
+
 @pytest.mark.parametrize(
-    ("error", "attempts"), [(WorkerLost, 3), (ValueError, 1), (FloatingPointError, 1), (KeyboardInterrupt, 1)]
+    ("error", "attempts"),
+    [(WorkerLost, 4), (FloatingPointError, 4), (ValueError, 1), (KeyboardInterrupt, 1), (CheckpointError, 1)],
 )
-def test_which_errors_lead_to_another_attempt(error: type[BaseException], attempts: int) -> None:
-    built: list[Recorder] = []
+def test_which_errors_lead_to_another_attempt(error: type[Exception], attempts: int) -> None:
+    script = Script(*[(step, error("struck")) for step in (5, 6, 7, 8, 9)])
+    with pytest.raises(error, match="struck"):
+        script.run(attempts=4)
+    assert [runtime.closed for runtime in script.built] == [1] * attempts
+
+
+def test_faults_are_counted_anew_after_a_checkpoint() -> None:
+    script = Script(*[(step, WorkerLost("struck")) for step in range(1, 40)])
+
+    def attempt(runtime: Recorder, loaded: Callable[[int], None]) -> str:
+        script.checkpoint += len(script.built) % 2 == 0
+        return script.attempt(runtime, loaded)
+
+    limits = toy_config(deadlines__attempts=3).deadlines
+    assert Supervisor(limits, lambda: script.checkpoint).run(attempt, script.build) == "done"
+    assert len(script.built) == 40
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"), [(WorkerLost, 3), (DeadlineExceeded, 3), (FloatingPointError, 2), (RoleFailed, 2)]
+)
+def test_a_fault_that_repeats_at_one_step_is_no_accident(error: type[Exception], attempts: int) -> None:
+    script = Script(*[(5, error("struck"))] * 9)
+    with pytest.raises(
+        error, match=rf"struck \(the same fault {attempts} times in a row at the same step: no accident\)"
+    ):
+        script.run(attempts=9)
+    assert len(script.built) == attempts
+    other = Script((5, error("struck")), (6, error("struck")), (5, error("struck")), (6, error("struck")))
+    assert other.run(attempts=9) == "done"
+
+
+def test_a_job_without_room_is_refused_at_the_start_and_waits_after_a_fault() -> None:
+    script = Script((3, WorkerLost("a machine left")))
+    full = iter([False, True, True, False])
 
     def build() -> Recorder:
-        built.append(Recorder())
-        return built[-1]
+        if next(full):
+            raise NoRoom("no room")
+        return script.build()
 
-    def attempt(runtime: Recorder) -> None:
-        raise error("struck")
+    limits = toy_config(deadlines__attempts=3).deadlines
+    assert Supervisor(limits).run(script.attempt, build) == "done"
+    assert len(script.built) == 2
 
-    with pytest.raises(error, match="struck"):
-        run_supervised(attempt, build, max_attempts=3)
-    assert [runtime.closed for runtime in built] == [1] * attempts
+    def never() -> Recorder:
+        raise NoRoom("no room")
+
+    with pytest.raises(NoRoom):
+        Supervisor(limits).run(script.attempt, never)
+    script.faults, first = [(3, WorkerLost("a machine left"))], iter([script.build])
+    with pytest.raises(WorkerLost, match=r"no room within 0\.05 s: no room"):
+        Supervisor(toy_config(deadlines__start_s=0.05).deadlines).run(script.attempt, lambda: next(first, never)())
+
+
+def test_a_job_that_is_asked_to_stop_is_not_rebuilt() -> None:
+    script = Script((3, WorkerLost("struck")))
+    assert Supervisor(toy_config().deadlines, is_stopping=lambda: True).run(script.attempt, script.build) is None
+    assert len(script.built) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -101,6 +102,7 @@ class Toy:
 
     def dies(self, only_rank: int | None = None) -> None:
         if only_rank in (None, self.rank):
+            print(f"last words of {type(self).__name__.lower()}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(30)
 
