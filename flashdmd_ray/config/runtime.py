@@ -113,7 +113,7 @@ class DeadlineConfig(Section):
     checkpoint_s: PositiveFloat = 1800.0
     """For a checkpoint to be written; the next one, a stop and the end of the run wait for it."""
     attempts: PositiveInt = 3
-    """Times the job is built anew from the last checkpoint after a learner or discriminator worker was lost."""
+    """Attempts without a new checkpoint, before the job ends, when workers of the learner or discriminator are lost."""
 
 
 class ControlConfig(Section):
