@@ -31,7 +31,6 @@ from flashdmd_ray.config.evaluation import EvaluationConfig
 from flashdmd_ray.config.joint import Config
 from flashdmd_ray.config.loading import (
     DEFAULT_CONFIG,
-    apply_override,
     dump_config,
     load_as,
     load_config,
@@ -41,6 +40,7 @@ from flashdmd_ray.config.loading import (
 from flashdmd_ray.config.monitor import MonitorConfig, MonitorLimits
 from flashdmd_ray.config.networks import LoraConfig, ModelConfig
 from flashdmd_ray.config.optimizers import EngineConfig, OptimizerConfig, RateConfig
+from flashdmd_ray.config.overrides import apply_override
 from flashdmd_ray.config.rewards import RemoteConfig, RewardConfig
 from flashdmd_ray.config.run import CheckpointConfig, RunConfig, TrackingConfig
 from flashdmd_ray.config.runtime import (
@@ -54,7 +54,9 @@ from flashdmd_ray.config.runtime import (
 from flashdmd_ray.config.section import (
     Count,
     Fraction,
+    LocalPath,
     MayChange,
+    PathOrName,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -76,6 +78,7 @@ __all__ = [
     "EvaluationConfig",
     "Fraction",
     "GroupConfig",
+    "LocalPath",
     "LoraConfig",
     "MatchingConfig",
     "MayChange",
@@ -83,6 +86,7 @@ __all__ = [
     "MonitorConfig",
     "MonitorLimits",
     "OptimizerConfig",
+    "PathOrName",
     "PlacementConfig",
     "PoolConfig",
     "PositiveFloat",

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import model_validator
 
-from flashdmd_ray.config.section import Fraction, MayChange, PositiveInt, Section
+from flashdmd_ray.config.section import Fraction, LocalPath, MayChange, PathOrName, PositiveInt, Section
 
 
 class DataConfig(Section):
-    source: str = "demo"
+    source: PathOrName = "demo"
     """Captioned real images: 'demo' composes digit scenes of the train split; else a .tar or .parquet file, a folder of them, an image
     folder with metadata.jsonl, a folder of datasets.save_to_disk, or hf:owner/name[:split]. See docs/data.md."""
-    prompts: str | None = None
+    prompts: PathOrName | None = None
     """Prompts to train on: a .txt, .jsonl or .parquet file; null takes the captions of `source`."""
     scenes: PositiveInt = 20_000
     """How many distinct scenes the demo source holds."""
@@ -34,11 +33,11 @@ class DataConfig(Section):
     """Threads, or Ray tasks at a time, that decode in advance, for each process that trains on real images."""
     prefetch: MayChange[PositiveInt] = 2
     """Batches decoded in advance."""
-    cache: MayChange[Path | None] = None
+    cache: MayChange[LocalPath | None] = None
     """Folder of the indexes of data sets; null is flashdmd_ray/data in the user's cache folder."""
-    embeddings: Path | None = None
+    embeddings: LocalPath | None = None
     """Folder of text embeddings from jobs/prepare_data.py --embeddings; prompts that are not in it are encoded as usual."""
-    latents: Path | None = None
+    latents: LocalPath | None = None
     """Folder of latents of `source` from jobs/prepare_data.py --latents, for real images that pass through the VAE's encoder."""
 
     @model_validator(mode="after")

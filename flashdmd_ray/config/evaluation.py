@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from flashdmd_ray.config.section import Count, PositiveInt, Section
+from flashdmd_ray.config.section import Count, PathOrName, PositiveInt, Section
 
 
 class EvaluationConfig(Section):
-    prompts: str | None = None
+    prompts: PathOrName | None = None
     """Prompts of sample sheets, grid and table: a .txt, .jsonl or .parquet file, from its first line on. null: held-out digit scenes for
     the demo source; for other data its own prompts in the order of a stream of its own, which are prompts of training."""
     samples: Count = 500

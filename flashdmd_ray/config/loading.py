@@ -1,17 +1,20 @@
-"""From YAML and overrides to sections of settings, and back. What is wrong becomes one line for each problem."""
+"""YAML files and overrides to sections of settings, and back. Each problem becomes one line."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from flashdmd_ray.config.annotations import below, keys_below
 from flashdmd_ray.config.joint import Config
+from flashdmd_ray.config.overrides import apply_override
 from flashdmd_ray.config.section import Section, suggestion
+from flashdmd_ray.config.yaml_text import read_tree
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
 _Section = TypeVar("_Section", bound=Section)
@@ -27,22 +30,24 @@ def load_as(section: type[_Section], path: Path, overrides: Sequence[str] = ()) 
 
     Raises ValueError, one line per problem, naming the key, what is wrong and the remedy.
     """
-    source = Path(path)
-    try:
-        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{source}: cannot read the configuration ({error.strerror}); give the path of a YAML file"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ValueError(f"{source}: expected keys and values at the top level, found a {type(tree).__name__}")
+    tree = read_file(Path(path), section)
     for override in overrides:
-        apply_override(tree, override)
+        apply_override(section, tree, override)
     return validated(section, tree)
+
+
+def read_file(path: Path, section: type[Section]) -> dict[str, Any]:
+    """The settings that a YAML file states. Raises ValueError, one line, when it cannot be read."""
+    try:
+        tree, _ = read_tree(path.read_bytes(), section)
+    except OSError as error:
+        remedy = f"did you mean --set {path}?" if "=" in path.name else "give the path of a YAML file"
+        raise ValueError(f"{path}: cannot read the configuration ({error.strerror}); {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(tree, dict | None):
+        raise ValueError(f"{path}: expected keys and values at the top level, found a {type(tree).__name__}")
+    return tree or {}
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -59,25 +64,6 @@ def validated(section: type[_Section], tree: Mapping[str, Any]) -> _Section:
         raise ValueError("\n".join(lines)) from None
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `key.sub=value` (a YAML value) in a nested mapping. Raises ValueError when it is not of that form."""
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise ValueError(f"--set {override}: expected key=value, for example --set steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {override}: the value is not valid YAML; quote it") from None
-    for depth, part in enumerate(parts[:-1], start=1):
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ValueError(
-                f"--set {override}: '{'.'.join(parts[:depth])}' is a single value or a list, it has no key '{parts[depth]}'"
-            )
-    tree[parts[-1]] = value
-
-
 def _describe(section: type[Section], detail: ErrorDetails) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
@@ -86,21 +72,26 @@ def _describe(section: type[Section], detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}, got {detail['input']!r}{_remedy(detail)}"
+
+
+def _remedy(detail: ErrorDetails) -> str:
+    """'; ...' where the kind of a mistake says how to write the value, else ''."""
+    value, kind = detail["input"], detail["type"]
+    if kind == "string_type" and value is not None:
+        return "; put text in quotes"
+    if kind in ("tuple_type", "list_type") and isinstance(value, str):
+        return f"; write a list: [{value}]"
+    if kind.startswith("int_") and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    return ""
 
 
 def _keys_at(root: type[Section], location: Sequence[int | str]) -> list[str]:
-    section: Any = root
-    named = False  # the next part is a name of the user's, in a mapping of sections
+    annotation: Any = root
     for part in location:
-        if isinstance(part, int) or named:
-            named = False
-            continue
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
-        named = get_origin(annotation) is dict
-    return list(section.model_fields)
+        annotation = below(annotation, part)
+    return keys_below(annotation)
 
 
 def dump_config(config: Section) -> str:

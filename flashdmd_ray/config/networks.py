@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from flashdmd_ray.catalog.families import FAMILIES, FamilyEntry
-from flashdmd_ray.config.section import Count, PositiveFloat, PositiveInt, Section, suggestion
+from flashdmd_ray.config.section import Count, PathOrName, PositiveFloat, PositiveInt, Section, suggestion
 
 
 def _known_family(name: str) -> str:
@@ -20,13 +20,13 @@ def _known_family(name: str) -> str:
 class ModelConfig(Section):
     family: Annotated[str, AfterValidator(_known_family), Field(json_schema_extra={"enum": list(FAMILIES)})] = "sdxl"
     """Which adapter of flashdmd_ray/models drives the networks. sd15: Stable Diffusion 1.5 and 2.1; sd3: 3 and 3.5. See docs/models.md."""
-    teacher: str = "demo"
+    teacher: PathOrName = "demo"
     """'demo' for the weights in the package, a directory or hub id of a diffusers pipeline, or one .safetensors file in the original
     layout."""
-    teacher_config: str | None = None
+    teacher_config: PathOrName | None = None
     """Directory or hub id of the pipeline whose configuration and tokenizers go with a single-file teacher; null lets diffusers infer
     a hub id from the file."""
-    vae: str | None = None
+    vae: PathOrName | None = None
     """Directory or hub id of another VAE, such as madebyollin/sdxl-vae-fp16-fix; null is the teacher's own."""
     t5: bool = False
     """SD3 only: load text_encoder_3, the T5. Without it the denoiser reads zeros in its place, as SD3 allows."""
@@ -38,7 +38,7 @@ class ModelConfig(Section):
     """SDXL only: [top, left] of the crop that micro-conditioning states; null is [0, 0], no crop."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations of the frozen networks: teacher, VAE and text encoders. What is trained: see engine.precision."""
-    sam: str = "demo"
+    sam: PathOrName = "demo"
     """'demo', a directory with config.json and model.safetensors, or an official sam_vit_*.pth file."""
 
     @property

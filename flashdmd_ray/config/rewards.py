@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from flashdmd_ray.catalog.rewards import REWARDS, RewardEntry, kind_of_file
-from flashdmd_ray.config.section import PositiveFloat, PositiveInt, Section, suggestion
+from flashdmd_ray.config.section import PathOrName, PositiveFloat, PositiveInt, Section, suggestion
 
 
 class RemoteConfig(Section):
@@ -44,10 +44,10 @@ class RewardConfig(Section):
     model. remote: a server's. custom: a class of your own. See docs/rewards.md."""
     name: str = ""
     """What metrics call it; the kind when empty."""
-    path: str = "demo"
+    path: PathOrName = "demo"
     """'demo' (pickscore, latent), a directory, a hub id, a file, or owner/name/file on the hub; the server's URL (remote);
     package.module:Class (custom)."""
-    base: str | None = None
+    base: PathOrName | None = None
     """Directory or hub id of what `path` leaves out: tokenizer and image processor, for aesthetic also CLIP's image tower, for a latent
     reward in LPO's layout the pipeline with its tokenizers. null is `path` itself where it is such a directory, else the repository that
     the published model was made with."""

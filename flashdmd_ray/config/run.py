@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from flashdmd_ray.config.section import MayChange, PositiveInt, Section
+from flashdmd_ray.config.section import LocalPath, MayChange, PathOrName, PositiveInt, Section
 
 
 def _plain_name(name: str) -> str:
@@ -20,14 +20,14 @@ def _plain_name(name: str) -> str:
 class RunConfig(Section):
     name: Annotated[str, AfterValidator(_plain_name)] = "demo"
     """Folder of this run below `dir`; the same name again resumes it."""
-    dir: Path = Path("runs")
+    dir: LocalPath = Path("runs")
     """Where run folders and the default MLflow database live."""
 
 
 class CheckpointConfig(Section):
     every: MayChange[PositiveInt] = 50
     """Steps between checkpoints; the last step always writes one."""
-    dir: str | None = None
+    dir: PathOrName | None = None
     """A folder or URL (s3://bucket/folder, gs://..., any that fsspec has a driver for) that gets a folder of the run's name;
     null keeps checkpoints in the run folder. All machines of a job must see it."""
     asynchronous: MayChange[bool] = True
@@ -41,7 +41,7 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    uri: str | None = None
+    uri: PathOrName | None = None
     """MLflow tracking server; null uses a sqlite file beside the runs."""
     experiment: str = "flashdmd_ray"
     enabled: bool = True

@@ -1,18 +1,46 @@
-"""What every section of the configuration is made of."""
+"""Building blocks of every section of settings: the base class, checked numbers, paths."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Timestep = Annotated[int, Field(strict=True, ge=0, le=999)]
+
+
+def _expand_home(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty; give a path")
+    if re.match(r"\$\w", text) or re.search(r"\$\{\w+\}", text):
+        raise ValueError(f"environment variables are not replaced in settings; write the path itself, got '{text}'")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError(f"there is no home folder {text.split('/')[0]}; write the whole path")
+    return expanded
+
+
+def _local_path(value: object) -> object:
+    if not isinstance(value, str | Path):
+        return value
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
+        raise ValueError(f"must be a folder or file of this machine, got the address '{value}'")
+    return Path(_expand_home(str(value)))
+
+
+PathOrName = Annotated[str, AfterValidator(_expand_home)]
+"""A path of this machine, or one of the names that the setting explains: a hub id, an address, 'demo'. A leading ~ is the home folder."""
+LocalPath = Annotated[Path, BeforeValidator(_local_path)]
+"""A folder or file of this machine; a leading ~ is the home folder."""
 
 
 class Section(BaseModel):

@@ -84,4 +84,4 @@ def data_report(config: DataConfig) -> dict[str, dict[str, Any]]:
 
 def cache_folder(config: DataConfig) -> Path:
     """Where indexes are kept."""
-    return default_cache() if config.cache is None else config.cache.expanduser()
+    return default_cache() if config.cache is None else config.cache

@@ -174,9 +174,9 @@ def latent_key(family: Family, model: ModelConfig, content: str) -> Key:
 def use_embeddings(family: Family, data: DataConfig, model: ModelConfig) -> None:
     """Let the family look prompts up before it encodes them. Raises ValueError when they were made for something else."""
     if data.embeddings is not None:
-        family.text.stored = StoredEmbeddings(data.embeddings.expanduser(), embedding_key(family, model))
+        family.text.stored = StoredEmbeddings(data.embeddings, embedding_key(family, model))
 
 
 def open_latents(folder: Path, family: Family, model: ModelConfig, content: str) -> StoredLatents:
     """Latents of the real images. Raises ValueError when they were made for something else."""
-    return StoredLatents(folder.expanduser(), latent_key(family, model, content))
+    return StoredLatents(folder, latent_key(family, model, content))

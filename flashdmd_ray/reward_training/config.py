@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,9 +10,11 @@ from flashdmd_ray.config import (
     Count,
     EngineConfig,
     Fraction,
+    LocalPath,
     MayChange,
     ModelConfig,
     OptimizerConfig,
+    PathOrName,
     PositiveFloat,
     PositiveInt,
     RewardConfig,
@@ -34,7 +35,7 @@ class RewardModelConfig(Section):
 
 
 class PairsConfig(Section):
-    source: str = "demo"
+    source: PathOrName = "demo"
     """Pairs of images: 'demo' composes digit scenes, right against contradicting or badly drawn ones; 'teacher' and 'student' draw two for
     each prompt; else a .parquet file or a folder of them, a folder of datasets.save_to_disk, or hf:owner/name[:split], with
     Pick-a-Pic's columns caption, jpg_0, jpg_1, label_0, label_1."""
@@ -42,9 +43,9 @@ class PairsConfig(Section):
     """given: those of the source. rewards: the verdicts of `rewards` on the clean images, which then are written beside the run."""
     count: PositiveInt = 10_000
     """Pairs that 'demo', 'teacher' and 'student' make."""
-    prompts: str | None = None
+    prompts: PathOrName | None = None
     """Prompts to draw for, each in turn: a .txt, .jsonl or .parquet file; null takes the demo's captions."""
-    run: Path | None = None
+    run: LocalPath | None = None
     """source 'student': the folder of the joint training run whose student draws."""
     drawing_steps: tuple[PositiveInt, ...] = (2, 4, 25)
     """source 'teacher': each image takes one of these numbers of DDIM steps, so that pairs differ in quality too."""
@@ -58,7 +59,7 @@ class PairsConfig(Section):
     """Threads of each rank that decode ahead."""
     prefetch: MayChange[PositiveInt] = 2
     """Batches decoded ahead."""
-    cache: MayChange[Path | None] = None
+    cache: MayChange[LocalPath | None] = None
     """Folder of the indexes of data sets; null is flashdmd_ray/data in the user's cache folder."""
 
     @property

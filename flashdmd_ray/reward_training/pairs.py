@@ -128,7 +128,7 @@ def is_held_out(text: str, share: float) -> bool:
 
 
 def _indexed(config: PairsConfig, format: PairFormat, where: str, tally: Tally) -> Index:
-    cache = default_cache() if config.cache is None else config.cache.expanduser()
+    cache = default_cache() if config.cache is None else config.cache
     index = open_index(format, cache)
     index.tally.check(config.max_bad_fraction, f"pairs.source {where}", "pairs.max_bad_fraction")
     tally.merge(index.tally)

@@ -99,7 +99,7 @@ def next_start(run: RunDirectory, checkpoints: Location | None) -> str:
 
 
 def prepare_process() -> None:
-    """Settings that libraries read when they are imported, quiet logs, and an orderly end on SIGTERM while models still load."""
+    """Prepare a command: settings that libraries read, quiet logs, modules of the working directory, an orderly end on SIGTERM."""
     prepare_environment(os.environ)
     for name, value in (
         ("TOKENIZERS_PARALLELISM", "false"),
@@ -111,6 +111,8 @@ def prepare_process() -> None:
         os.environ.setdefault(name, value)
     logging.captureWarnings(True)  # library warnings are for developers: kept out of the progress display
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for classes of the user's own, as Ray does for its workers
     signal.signal(signal.SIGTERM, _terminate)
 
 

@@ -115,7 +115,7 @@ Location = Path | RemotePath
 def parse_location(text: str) -> Location:
     """A path, a file:// URL or another URL. Raises ValueError, without the key, when it cannot be used here."""
     if "://" not in text:
-        return Path(text).expanduser()
+        return Path(text)
     if "::" in text:
         raise ValueError(f"{text}: chained URLs cannot tell when a file has arrived; give the store's own URL")
     protocol = _protocol(text)

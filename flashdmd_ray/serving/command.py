@@ -82,7 +82,7 @@ def settings_tree(models: Sequence[str], overrides: Sequence[str]) -> dict[str, 
             raise ValueError(f"two models are called '{name}': name them, for example a={source}")
         tree["models"][name] = source
     for override in overrides:
-        apply_override(tree, override)
+        apply_override(ServeSettings, tree, override)
     return tree
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from flashdmd_ray.config import PositiveFloat, PositiveInt, Section, suggestion, validated
+from flashdmd_ray.config import LocalPath, PathOrName, PositiveFloat, PositiveInt, Section, suggestion, validated
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TEACHER = ":teacher"
@@ -62,7 +61,7 @@ class ReplicaSettings(Section):
 class ServeSettings(Section):
     """All settings of the service."""
 
-    models: Annotated[dict[str, str], Field(min_length=1)]
+    models: Annotated[dict[str, PathOrName], Field(min_length=1)]
     """Name -> source: a directory that `jobs/export.py` wrote (a pipeline or a LoRA), a run folder (its export, or the
     newest checkpoint while it has none), or `models:/name@alias` or `models:/name/version` of an MLflow registry."""
     default: str | None = None
@@ -75,17 +74,17 @@ class ServeSettings(Section):
     """Denoising steps of teachers."""
     teacher_guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
     """Classifier-free guidance of teachers; 1 is none. The demo's pictures use 2."""
-    bases: dict[str, str] = Field(default_factory=dict)
+    bases: dict[str, PathOrName] = Field(default_factory=dict)
     """Name of a base in an export's flashdmd.json -> directory or hub id of that pipeline, where the name alone is not enough."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
-    registry: str | None = None
+    registry: PathOrName | None = None
     """Tracking URI of the MLflow registry; null is MLflow's own default (MLFLOW_TRACKING_URI)."""
     watch_s: PositiveFloat | None = 5.0
     """Seconds between looks at each source; a new version takes the old one's place. null: only at the start."""
     fetch_s: PositiveFloat = 600.0
     """Seconds for a version to be copied, downloaded, or exported from a checkpoint; what takes longer is refused."""
-    cache: Path | None = None
+    cache: LocalPath | None = None
     """Folder for copies of what is served, so that a version outlives its source; null is ~/.cache/flashdmd_ray/serving."""
     replica: ReplicaSettings = ReplicaSettings()
     limits: LimitSettings = LimitSettings()
@@ -95,7 +94,7 @@ class ServeSettings(Section):
     """Ingress replicas of `serve deploy`: processes that answer HTTP. jobs/serve.py answers HTTP itself."""
     deadline_s: PositiveFloat = 60.0
     """Seconds for one request, waiting and retries included; later is answered with 504."""
-    keys_file: Path | None = None
+    keys_file: LocalPath | None = None
     """File with one API key per line ('#' begins a comment), beside those of FLASHDMD_API_KEYS.
 
     Without any key only loopback clients are served."""

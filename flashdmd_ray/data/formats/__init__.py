@@ -24,7 +24,7 @@ def open_images(source: str, columns: Columns) -> ImageFormat:
     """
     if source.startswith(PREFIX):
         return HubImages(source, columns)
-    path = Path(source).expanduser()
+    path = Path(source)
     if not path.exists():
         raise ValueError(f"data.source: {source} does not exist; give a .tar, .parquet, a folder or hf:owner/name")
     if path.is_file():
@@ -64,7 +64,7 @@ def open_prompts(source: str, columns: Columns, key: str = "data.prompts") -> Te
 
     Raises ValueError, naming the `key` of the configuration.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_dir() and (tables := tuple(sorted(path.rglob("*.parquet")))):
         return ParquetPrompts(tables, columns)
     if not path.is_file():

@@ -50,7 +50,7 @@ def open_pairs(source: str) -> PairFormat:
     """The format of pairs at `source`; reads no pair. Raises ValueError, one line, when there is none or a column is missing."""
     if source.startswith(PREFIX):
         return HubPairs(source)
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return HubPairs(str(path))
     tables = (path,) if path.suffix == ".parquet" and path.is_file() else tuple(sorted(path.rglob("*.parquet")))
