@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -103,7 +103,9 @@ class LocalStore(CheckpointStore):
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(f"{self._unfinished}*"):
             shutil.rmtree(leftover, ignore_errors=True)  # a worker that is just being ended may still write there
-        return Path(tempfile.mkdtemp(prefix=f"{self._unfinished}step-{step:08d}-", dir=root))
+        begun = root / f"{self._unfinished}step-{step:08d}-{uuid.uuid4().hex[:12]}"
+        begun.mkdir()
+        return begun
 
     @property
     def _unfinished(self) -> str:
@@ -111,7 +113,6 @@ class LocalStore(CheckpointStore):
 
     def _publish(self, state: bytes, manifest: Manifest) -> Path:
         folder = Path(str(manifest.folder))
-        folder.chmod(0o755)  # mkdtemp's 0700 would hide a checkpoint from the user's group
         for name, data in ((STATE, state), (MANIFEST, manifest.to_json())):
             (folder / name).write_bytes(data)
             flush(folder / name)

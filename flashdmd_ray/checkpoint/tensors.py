@@ -11,15 +11,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashdmd_ray.checkpoint.manifest import MANIFEST, DamagedCheckpoint, check_same, describe, read_manifest
+from flashdmd_ray.run.files import new_mode
 from flashdmd_ray.run.storage import Location, RemotePath
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, any device, by name as one safetensors file. Raises OSError when it cannot be written."""
+    """Write tensors, any device, by name as one safetensors file; the umask decides its permissions.
+
+    Raises OSError when it cannot be written.
+    """
+    mode = new_mode(path.parent)
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # a full disk arrives as one too
         raise OSError(f"{path.name}: {str(error).removeprefix('Error while serializing: ')}") from None
+    path.chmod(mode)
 
 
 def load_tensors(path: Location) -> dict[str, Tensor]:

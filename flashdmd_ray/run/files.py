@@ -55,16 +55,30 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`, which takes that name when the block ends without an error.
 
-    A folder that stood there is removed then; after an error it is as it was.
+    A folder that stood there is removed then; after an error it is as it was. The umask decides the permissions of its files.
     """
     with unfinished_folder(path) as unfinished:
         yield unfinished
+        readable = new_mode(unfinished)
+        for file in unfinished.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(readable | file.stat().st_mode & 0o111)
         if not path.exists():
             unfinished.rename(path)
             return
         with unfinished_folder(path) as old:
             path.rename(old)
             unfinished.rename(path)
+
+
+def new_mode(folder: Path) -> int:
+    """Permissions that the umask gives a new file in `folder`; safetensors creates files that only their owner can read."""
+    probe = _unused_name(folder / "mode")
+    probe.touch(exist_ok=False)
+    try:
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink()
 
 
 def check_writable(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_what_is_written_is_read_back(root):
     assert read_state(path) == {"step": 50}
     assert same(load_tensors(path / PART), VALUES)
     assert {name.rpartition(".")[2] for name in names(path)} == {"json", "safetensors"}
+
+
+def test_the_umask_decides_who_may_read_a_checkpoint(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = write(place("local", tmp_path), 1)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o750
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o640}
 
 
 def test_every_kind_of_place_gets_the_same_bytes(tmp_path):

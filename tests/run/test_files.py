@@ -52,12 +52,13 @@ def test_the_umask_decides_who_may_read_a_file(tmp_path: Path) -> None:
     try:
         with new_file(tmp_path / "weights") as unfinished:
             save_file({"a": torch.zeros(1)}, unfinished)  # which makes files that only their owner can read
-        with new_folder(tmp_path / "folder"):
-            pass
+        with new_folder(tmp_path / "folder") as unfinished:
+            save_file({"a": torch.zeros(1)}, unfinished / "weights")
     finally:
         os.umask(before)
     assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "folder" / "weights").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
