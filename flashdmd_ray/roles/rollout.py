@@ -25,6 +25,7 @@ class Rollout:
         self.timesteps = config.sampling.timesteps
         self.network = network.eval().requires_grad_(False)
         self.version: int | None = None
+        self._checksum = ""  # after a fault a version may be published anew
         self.name = name
         self._staleness = StaleWeightsCheck(
             name, exact=all(p.dtype == torch.float32 for p in family.teacher.parameters())
@@ -46,7 +47,7 @@ class Rollout:
         Raises ValueError, naming the worker, when what the network holds then is not what was published, or when its output
         does not show the change.
         """
-        if self.version == weights.version:
+        if (self.version, self._checksum) == (weights.version, weights.checksum):
             return
         self.network.load_state_dict(weights.tensors)
         arrived = checksum(self.network.state_dict())
@@ -55,7 +56,7 @@ class Rollout:
                 f"{self.name}: weights of version {weights.version} arrived with checksum {arrived}, published as {weights.checksum}"
             )
         self._staleness.check(weights.version, arrived, self._fingerprint())
-        self.version = weights.version
+        self.version, self._checksum = weights.version, weights.checksum
 
     @torch.no_grad()
     def _fingerprint(self) -> str:

@@ -75,11 +75,17 @@ def _worker_group(config: Config, name: str, roles: Mapping[str, str]) -> Worker
     )
 
 
-def build_runtime(config: Config, roles: Roles | None = None, say: Callable[[str], None] = log.info) -> Runtime:
+def build_runtime(
+    config: Config,
+    roles: Roles | None = None,
+    say: Callable[[str], None] = log.info,
+    previous: Runtime | None = None,
+) -> Runtime:
     """Start the roles where `config.runtime` says and load their models. Call from the main thread.
 
     roles: other classes with the same methods, by worker group; the configuration's own when None.
     say: takes one line of progress at a time; called from several threads.
+    previous: the runtime of an attempt that failed, after `end_attempt`; its pools live on if they can.
 
     Raises ValueError for impossible placements and unusable weights, WorkerError when workers do not come up in time.
     """
@@ -89,7 +95,8 @@ def build_runtime(config: Config, roles: Roles | None = None, say: Callable[[str
     use_loopback(os.environ)
     from flashdmd_ray.runtime.ray_runtime import RayRuntime
 
-    return RayRuntime(groups, say)
+    assert previous is None or isinstance(previous, RayRuntime)
+    return RayRuntime(groups, say, previous)
 
 
 def _build_local(config: Config, groups: Sequence[WorkerGroup], say: Callable[[str], None]) -> LocalRuntime:

@@ -76,6 +76,15 @@ class Cluster:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return [Node(cpus=resources.get("CPU", 0.0), gpus=int(resources.get("GPU", 0))) for resources in alive]
 
+    def is_alive(self) -> bool:
+        """Whether it can still be used: of a private one, whether its raylet runs."""
+        if not ray.is_initialized():
+            return False
+        children = psutil.Process().children() if self.private else []
+        return not self.private or any(
+            "raylet" in child.name() and child.status() != psutil.STATUS_ZOMBIE for child in children
+        )
+
     def leave(self) -> None:
         """Disconnect from a cluster that `join` connected to; a private one ends."""
         if self.joined and ray.is_initialized():

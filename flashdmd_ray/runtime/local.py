@@ -52,5 +52,10 @@ class LocalRuntime:
     def pool_metrics(self) -> dict[str, float]:
         return {}
 
+    def end_attempt(self) -> None:
+        """Forget the roles, so that there is memory for those of the next attempt."""
+        self.generator = self.score = self.discriminator = self.rollouts = None
+        self.rewards = {}
+
     def close(self) -> None:
         """Do nothing: there is only this process."""

@@ -17,7 +17,7 @@ from flashdmd_ray.config import PoolConfig
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.autoscale import Demand
 from flashdmd_ray.runtime.concurrency import in_thread
-from flashdmd_ray.runtime.errors import Call, RoleFailed, WorkerError
+from flashdmd_ray.runtime.errors import Call, PoolClosed, RoleFailed, WorkerError
 from flashdmd_ray.runtime.failures import reraise, translate
 from flashdmd_ray.runtime.members import Member, Members
 from flashdmd_ray.runtime.placement import WorkerGroup
@@ -29,27 +29,53 @@ POLL_S = 0.25
 """Between two looks at the queue of a growing pool."""
 
 
+class PoolLease:
+    """A pool for the calls of one attempt. A thread that the attempt has left behind can make no more of them when it is over."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._is_over = False
+
+    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """See `Pool.call`. Raises PoolClosed after `end`."""
+        if self._is_over:
+            raise PoolClosed("the attempt that this call belongs to is over")
+        return self._pool.call(role, method, args, kwargs)
+
+    def end(self) -> None:
+        """Refuse all further calls."""
+        self._is_over = True
+
+
 class Pool:
     """Calls to interchangeable workers, each to one that is idle. Callers on several threads share them; a caller that finds none waits."""
 
-    def __init__(
-        self,
-        group: WorkerGroup,
-        current_step: Callable[[], int | None],
-        check_size: Callable[[int], None],
-    ) -> None:
-        """check_size: raises ValueError when the cluster has no room for that many workers."""
+    def __init__(self, group: WorkerGroup) -> None:
+        """Start its workers; returns at once. `attach` it to a runtime before its first call."""
         placed = group.config.placement.of(group.name)
         assert isinstance(placed, PoolConfig)
         self._group = group
         self._deadlines = group.config.deadlines
-        self._current_step = current_step
-        self._check_size = check_size
+        self._current_step: Callable[[], int | None]
+        self._check_size: Callable[[int], None]
         self._low = placed.workers
         self._high = placed.max_workers or placed.workers
         self._members = Members(group)
         if self._high > self._low:
             in_thread(functools.partial(self._follow, Demand(placed.shrink_after_s)))
+
+    def attach(self, current_step: Callable[[], int | None], check_size: Callable[[int], None]) -> None:
+        """Serve a runtime, which may be that of another attempt than before.
+
+        check_size: raises ValueError when the cluster has no room for that many workers.
+        """
+        self._current_step = current_step
+        self._check_size = check_size
+
+    @property
+    def is_usable(self) -> bool:
+        """False once it was closed, or could not start."""
+        return self._members.failure is None
 
     def setup(self) -> None:
         """Wait until every worker is up; raises what a role raised, or a WorkerError."""

@@ -74,5 +74,8 @@ class Runtime(Protocol):
     def pool_metrics(self) -> dict[str, float]:
         """pool/<name>/<figure> of every pool since the last call, see `Usage.take_figures`; none in one process."""
 
+    def end_attempt(self) -> None:
+        """End what holds trained state, and every call under way. Pools may live on in the runtime that is built next."""
+
     def close(self) -> None:
         """End everything this runtime started. May be called twice."""

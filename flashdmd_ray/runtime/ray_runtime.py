@@ -15,7 +15,7 @@ from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
 from flashdmd_ray.runtime.placement import WorkerGroup, check_placement
-from flashdmd_ray.runtime.pools import Pool
+from flashdmd_ray.runtime.pools import Pool, PoolLease
 from flashdmd_ray.runtime.protocol import ScalablePool, Task
 from flashdmd_ray.runtime.wire import put_weights, register_tensors
 from flashdmd_ray.runtime.workers import RoleHandle, StatefulGroup
@@ -26,55 +26,66 @@ T = TypeVar("T")
 class RayRuntime:
     """Runtime over Ray actors. Use `build_runtime`, which prepares the process before Ray is imported."""
 
-    def __init__(self, groups: Sequence[WorkerGroup], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, groups: Sequence[WorkerGroup], say: Callable[[str], None], previous: RayRuntime | None = None
+    ) -> None:
         """Start or join a cluster, then start all workers at once, and wait until every role is loaded.
 
-        Raises ValueError for an impossible placement or what a role's constructor raises, WorkerError when workers do
-        not come up. Nothing is left running then. Call from the main thread: a private cluster ends with the thread
-        that started it.
+        previous: the runtime of an attempt that failed, after `end_attempt`: its cluster and its pools live on here if they can.
+
+        Raises NoRoom for a job that the cluster cannot hold, and leaves `previous` as it was; ValueError for an impossible placement or
+        what a role's constructor raises, WorkerError when workers do not come up. Nothing is left running then. Call from the main
+        thread: a private cluster ends with the thread that started it.
         """
         self.step: int | None = None
         self._groups: dict[str, StatefulGroup | Pool] = {}
         started = time.monotonic()
         workers = ", ".join(f"{group.workers} {group.name}" for group in groups)
-        say("starting Ray")
-        self._cluster = Cluster.join()
+        say("starting Ray" if previous is None else "starting anew what was lost")
+        self._cluster = _cluster_after(previous)
         try:
             check_placement(groups, self._cluster.nodes())
+        except BaseException:
+            if previous is None:
+                self._cluster.leave()
+            raise
+        try:
             say(f"starting workers: {workers} ({time.monotonic() - started:.0f} s)")
             register_tensors()
+            pools = {} if previous is None else previous._hand_over()
             for group in groups:
-                self._groups[group.name] = self._start(group, groups)
+                self._groups[group.name] = pools.get(group.name) or _start(group, lambda: self.step)
+            self.pools: Mapping[str, ScalablePool] = self._attach_pools(groups)
             run_parallel([functools.partial(self._setup, name, say, started) for name in self._groups])
         except BaseException:
             self.close()
             raise
-        handles = {
-            role: RoleHandle(self._groups[group.name], role)
-            for group in groups
-            for role in group.roles
-            if role != "rewards"
-        }
-        self.generator: Any = handles.get("generator")
-        self.score: Any = handles.get("score")
-        self.discriminator: Any = handles.get("discriminator")
-        self.rollouts: Any = handles.get("rollouts")
-        self.pools: Mapping[str, ScalablePool] = {n: pool for n, pool in self._groups.items() if isinstance(pool, Pool)}
+        self._leases = {name: PoolLease(pool) for name, pool in self._groups.items() if isinstance(pool, Pool)}
+        handles = {(group.name, role): self._handle(group.name, role) for group in groups for role in group.roles}
+        roles = {role: handle for (_, role), handle in handles.items()}
+        self.generator: Any = roles.get("generator")
+        self.score: Any = roles.get("score")
+        self.discriminator: Any = roles.get("discriminator")
+        self.rollouts: Any = roles.get("rollouts")
         self.rewards: Mapping[str, Any] = {
-            g.name: RoleHandle(self._groups[g.name], "rewards") for g in groups if "rewards" in g.roles
+            name: handle for (name, role), handle in handles.items() if role == "rewards"
         }
 
-    def _start(self, group: WorkerGroup, groups: Sequence[WorkerGroup]) -> StatefulGroup | Pool:
-        if group.stateful:
-            return StatefulGroup(group, lambda: self.step)
+    def _attach_pools(self, groups: Sequence[WorkerGroup]) -> dict[str, Pool]:
+        pools = {name: pool for name, pool in self._groups.items() if isinstance(pool, Pool)}
 
-        def check_size(workers: int) -> None:
-            sizes = {name: pool.size for name, pool in self._groups.items() if isinstance(pool, Pool)}
-            sizes[group.name] = workers
+        def check_size(name: str, workers: int) -> None:
+            sizes = {other: pool.size for other, pool in pools.items()} | {name: workers}
             resized = [dataclasses.replace(g, workers=sizes.get(g.name, g.workers)) for g in groups]
             check_placement(resized, self._cluster.nodes())
 
-        return Pool(group, lambda: self.step, check_size)
+        for name, pool in pools.items():
+            pool.attach(lambda: self.step, functools.partial(check_size, name))
+        return pools
+
+    def _handle(self, name: str, role: str) -> RoleHandle:
+        group = self._groups[name]
+        return RoleHandle(group if isinstance(group, StatefulGroup) else self._leases[name], role)
 
     def _setup(self, name: str, say: Callable[[str], None], started: float) -> None:
         self._groups[name].setup()
@@ -94,8 +105,43 @@ class RayRuntime:
         pools = {name: group for name, group in self._groups.items() if isinstance(group, Pool)}
         return {f"pool/{name}/{key}": value for name, pool in pools.items() for key, value in pool.figures().items()}
 
+    def end_attempt(self) -> None:
+        """End the groups that hold trained state, and all calls of the attempt. Pools stay, for the runtime that is built next."""
+        for lease in self._leases.values():
+            lease.end()
+        for group in self._groups.values():
+            if isinstance(group, StatefulGroup):
+                group.close()
+
+    def _hand_over(self) -> dict[str, Pool]:
+        """Its usable pools, which belong to the caller from now on; the others are closed."""
+        pools = {name: group for name, group in self._groups.items() if isinstance(group, Pool) and group.is_usable}
+        for name, group in self._groups.items():
+            if name not in pools:
+                group.close()
+        self._groups = {}
+        return pools
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the cluster, and so its pools, can still be used."""
+        return self._cluster.is_alive()
+
     def close(self) -> None:
         for group in self._groups.values():
             group.close()
         self._groups = {}
         self._cluster.leave()
+
+
+def _start(group: WorkerGroup, current_step: Callable[[], int | None]) -> StatefulGroup | Pool:
+    return StatefulGroup(group, current_step) if group.stateful else Pool(group)
+
+
+def _cluster_after(previous: RayRuntime | None) -> Cluster:
+    """The cluster of the attempt before, or, where that is gone or there was none, another one."""
+    if previous is not None and previous.is_alive:
+        return previous._cluster
+    if previous is not None:
+        previous.close()
+    return Cluster.join()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -65,25 +67,33 @@ class Supervisor:
         self._checkpoint = newest()
         self._faults: list[Fault] = []
 
-    def run(self, attempt: Attempt[T], build: Callable[[], Runtime]) -> T | None:
+    def run(self, attempt: Attempt[T], build: Callable[[Runtime | None], Runtime]) -> T | None:
         """Build a runtime and run `attempt` in it, and again after a fault; None when a stop was asked for meanwhile.
 
-        WorkerErrors and FloatingPointErrors lead to another attempt, at most `deadlines.attempts` without a new checkpoint; other errors,
-        about the configuration or a file, would come back, so they are raised at once. A fault that comes again and again at the same step
-        is raised too. The runtime is closed in every case, by Ctrl-C too.
+        build: gets the runtime of the attempt before, of which it may use what lives on. WorkerErrors and FloatingPointErrors lead to
+        another attempt, at most `deadlines.attempts` without a new checkpoint; other errors, about the configuration or a file, would come
+        back, so they are raised at once. A fault that comes again and again at the same step is raised too. Everything is closed in the
+        end, by Ctrl-C too.
         """
-        while True:
-            runtime: Runtime | None = None
-            try:
-                runtime = self._build(build)
-                return None if runtime is None else attempt(runtime, self._reporter())
-            except (WorkerError, FloatingPointError) as error:
-                fault = Fault(error, None if runtime is None else runtime.step)
-            finally:
+        runtime: Runtime | None = None
+        try:
+            while True:
+                try:
+                    built = self._build(functools.partial(build, runtime))
+                    if built is None:
+                        return None
+                    runtime = built
+                    return attempt(runtime, self._reporter())
+                except (WorkerError, FloatingPointError) as error:
+                    fault = Fault(error, None if runtime is None else runtime.step)
+                    traceback.clear_frames(error.__traceback__)  # they hold the roles of a local runtime
                 if runtime is not None:
-                    runtime.close()
-            self._admit(fault)
-            self._pause()
+                    runtime.end_attempt()
+                self._admit(fault)
+                self._pause()
+        finally:
+            if runtime is not None:
+                runtime.close()
 
     def _build(self, build: Callable[[], Runtime]) -> Runtime | None:
         """At the start a job without room is refused; after a fault a machine may come back within `deadlines.start_s`."""

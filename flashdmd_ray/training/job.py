@@ -85,7 +85,9 @@ def run_job(config: Config) -> int:
             return run.monitor.wants_stop
 
         supervisor = Supervisor(config.deadlines, lambda: latest_step(root), lambda: stop.requested)
-        hacked = done < config.steps and supervisor.run(attempt, lambda: build_runtime(config, say=progress.say))
+        hacked = done < config.steps and supervisor.run(
+            attempt, lambda previous: build_runtime(config, say=progress.say, previous=previous)
+        )
         if latest_step(root) < config.steps:
             tracker.finish("interrupted")
             if hacked:

@@ -20,5 +20,7 @@ def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> None:
         time.sleep(0.1)
 
 
-Supervisor(toy_config(deadlines__attempts=1).deadlines).run(attempt, lambda: build_runtime(toy_config(), roles))
+Supervisor(toy_config(deadlines__attempts=1).deadlines).run(
+    attempt, lambda previous: build_runtime(toy_config(), roles)
+)
 print("closed", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from toy_roles import TOYS, toy_config
 
 from flashdmd_ray.runtime import DeadlineExceeded, RoleFailed, Runtime, Supervisor, WorkerLost, build_runtime
 from flashdmd_ray.runtime import supervisor as supervisor_module
-from flashdmd_ray.runtime.errors import NoRoom
+from flashdmd_ray.runtime.errors import NoRoom, PoolClosed
 from flashdmd_ray.training.checkpoint_saver import CheckpointError
 
 STEPS, EVERY = 6, 2
@@ -41,20 +42,28 @@ def train(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_dead_learner_is_rebuilt_and_resumes_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = toy_config(preference__updates=0)
-    roles = {"learner": TOYS["learner"]}
+    config = toy_config()
+    roles = {name: TOYS[name] for name in ("learner", "reward")}
     (tmp_path / "quiet").mkdir()
     (tmp_path / "struck").mkdir()
-    local = build_runtime(toy_config("local", preference__updates=0), roles)
+    local = build_runtime(toy_config("local"), roles)
     expected = train(local, tmp_path / "quiet", die_at=None)
 
+    rewards: list[Any] = []
+    workers: list[int] = []
+
     def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> torch.Tensor:
+        rewards.append(runtime.rewards["reward"])
+        workers.append(rewards[-1].pids().item())
         return train(runtime, tmp_path / "struck", die_at=3, loaded=loaded)
 
-    result = Supervisor(config.deadlines).run(attempt, lambda: build_runtime(config, roles))
+    result = Supervisor(config.deadlines).run(attempt, lambda previous: build_runtime(config, roles, previous=previous))
     assert result is not None
     assert torch.equal(result, expected)
     assert "attempt 1 of 3 since the last checkpoint failed: generator.dies at step 3: learner-0 is gone" in caplog.text
+    assert workers == [workers[0]] * 2, "pools live on"
+    with pytest.raises(PoolClosed, match="the attempt that this call belongs to is over"):
+        rewards[0].pids()
     assert "Its log ends: " in caplog.text
     assert "last words of generator" in caplog.text
     line = r"recovered from: generator\.dies at step 3: .*; steps 3 to 4 made again; detected in .* s, rebuilt in .* s, loaded in .* s"
@@ -65,8 +74,11 @@ class Recorder:
     """Stands for a runtime where only its end and its step are of interest."""
 
     def __init__(self) -> None:
-        self.closed = 0
+        self.closed = self.ended = 0
         self.step: int | None = None
+
+    def end_attempt(self) -> None:
+        self.ended += 1
 
     def close(self) -> None:
         self.closed += 1
@@ -80,7 +92,8 @@ class Script:
         self.built: list[Recorder] = []
         self.checkpoint = 0
 
-    def build(self) -> Recorder:
+    def build(self, previous: Recorder | None = None) -> Recorder:
+        assert previous is (self.built[-1] if self.built else None)
         self.built.append(Recorder())
         return self.built[-1]
 
@@ -112,7 +125,9 @@ def test_which_errors_lead_to_another_attempt(error: type[Exception], attempts: 
     script = Script(*[(step, error("struck")) for step in (5, 6, 7, 8, 9)])
     with pytest.raises(error, match="struck"):
         script.run(attempts=4)
-    assert [runtime.closed for runtime in script.built] == [1] * attempts
+    assert len(script.built) == attempts
+    assert script.built[-1].closed == 1
+    assert all(runtime.ended == 1 for runtime in script.built[:-1])
 
 
 def test_faults_are_counted_anew_after_a_checkpoint() -> None:
@@ -145,23 +160,26 @@ def test_a_job_without_room_is_refused_at_the_start_and_waits_after_a_fault() ->
     script = Script((3, WorkerLost("a machine left")))
     full = iter([False, True, True, False])
 
-    def build() -> Recorder:
+    def build(previous: Recorder | None) -> Recorder:
         if next(full):
             raise NoRoom("no room")
-        return script.build()
+        return script.build(previous)
 
     limits = toy_config(deadlines__attempts=3).deadlines
     assert Supervisor(limits).run(script.attempt, build) == "done"
     assert len(script.built) == 2
 
-    def never() -> Recorder:
+    def never(previous: Recorder | None) -> Recorder:
         raise NoRoom("no room")
 
     with pytest.raises(NoRoom):
         Supervisor(limits).run(script.attempt, never)
-    script.faults, first = [(3, WorkerLost("a machine left"))], iter([script.build])
+    script = Script((3, WorkerLost("a machine left")))
+    first = iter([script.build])
     with pytest.raises(WorkerLost, match=r"no room within 0\.05 s: no room"):
-        Supervisor(toy_config(deadlines__start_s=0.05).deadlines).run(script.attempt, lambda: next(first, never)())
+        Supervisor(toy_config(deadlines__start_s=0.05).deadlines).run(
+            script.attempt, lambda previous: next(first, never)(previous)
+        )
 
 
 def test_a_job_that_is_asked_to_stop_is_not_rebuilt() -> None:
