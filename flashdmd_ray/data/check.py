@@ -15,7 +15,7 @@ from flashdmd_ray.data.formats import ImageFormat, TextFormat
 from flashdmd_ray.data.index import Index
 from flashdmd_ray.data.order import Integers
 from flashdmd_ray.data.pixels import decode
-from flashdmd_ray.data.sample import CUT_ARCHIVE, Bad, BadSample
+from flashdmd_ray.data.sample import UNKNOWN_LOSS, Bad, BadSample
 from flashdmd_ray.data.tally import Tally
 
 DECODED = (64, 64)
@@ -49,7 +49,7 @@ def check_images(config: DataConfig, executor: Executor) -> CheckResult:
     make_worker = partial(Decoding, format, config)
     for damaged in executor(make_worker, ranges(len(index), AT_ONCE), config.workers):
         for bad in damaged:
-            tally.note_bad(bad)
+            tally.spoil(bad)
     return CheckResult(format.kind, index, tally)
 
 
@@ -80,38 +80,45 @@ class Decoding:
 def table(checked: CheckResult, size: tuple[int, int] | None, max_bad_fraction: float) -> list[str]:
     """What `--check` prints. size: (H, W) of the run, None where it is not known; then nothing is said about enlarging."""
     tally, index = checked.tally, checked.index
-    lines = [f"format      {checked.kind}", f"samples     {tally.seen:,}, of which {tally.bad_count:,} bad"]
+    lines = [f"format      {checked.kind}", f"samples     {tally.samples:,}, of which {tally.bad_count:,} bad"]
     sizes = index.sizes()
     if sizes.any():
         lines += _pictures(sizes, size)
-    lengths = index.caption_lengths()
-    long = sum(named.count for named in tally.notes.values())
+    long = sum(named.count for note, named in tally.notes.items() if note.startswith("caption longer"))
     lines.append(
-        f"captions    {_spread(lengths)} characters" + (f"; {long:,} long ones, which tokenizers cut" if long else "")
+        f"captions    {_range(index.caption_lengths())} characters"
+        + (f"; {long:,} long ones, which tokenizers cut" if long else "")
     )
     lines += [f"bad         {line}" for line in tally.lines()]
+    lines += [f"ignored     {line}" for line in tally.ignored_lines()]
+    lines += [f"note        {line}" for line in tally.note_lines()]
     lines.append(f"verdict     {verdict(checked, max_bad_fraction)}")
     return lines
 
 
 def is_accepted(checked: CheckResult, max_bad_fraction: float) -> bool:
-    """Whether a run would take it. A cut archive is refused here, because nobody knows how much it lost."""
-    return checked.tally.bad_count <= max_bad_fraction * checked.tally.seen and CUT_ARCHIVE not in checked.tally.bad
+    """True where a run would take it."""
+    tally = checked.tally
+    return tally.bad_count <= max_bad_fraction * tally.samples and not any(
+        reason in tally.bad for reason in UNKNOWN_LOSS
+    )
 
 
 def verdict(checked: CheckResult, max_bad_fraction: float) -> str:
     """One line."""
-    bad, seen = checked.tally.bad_count, checked.tally.seen
-    if CUT_ARCHIVE in checked.tally.bad:
-        return "refused: an archive is cut short and nobody knows how much it lost; fetch it again"
+    tally = checked.tally
+    if any(reason in tally.bad for reason in UNKNOWN_LOSS):
+        reasons = " and ".join(reason for reason in UNKNOWN_LOSS if reason in tally.bad)
+        return f"refused: {reasons}: nobody knows how much is lost; make or fetch it again"
     if not is_accepted(checked, max_bad_fraction):
-        return f"refused: {bad / seen:.1%} bad, allowed {max_bad_fraction:.1%}; mend or remove them, or raise data.max_bad_fraction"
-    return "usable" + (f": {bad:,} bad samples will be left out or replaced" if bad else "")
+        share = tally.bad_count / tally.samples
+        return f"refused: {share:.1%} bad, allowed {max_bad_fraction:.1%}; mend or remove them, or raise data.max_bad_fraction"
+    return "usable" + (f": {tally.bad_count:,} bad samples will be left out or replaced" if tally.bad_count else "")
 
 
 def _pictures(sizes: Integers, size: tuple[int, int] | None) -> list[str]:
     width, height = sizes[:, 0], sizes[:, 1]
-    lines = [f"width       {_spread(width)} pixels", f"height      {_spread(height)} pixels"]
+    lines = [f"width       {_range(width)} pixels", f"height      {_range(height)} pixels"]
     ratio = width / height
     counts, below = [], 0
     for name, limit in SHAPES:
@@ -130,6 +137,6 @@ def _pictures(sizes: Integers, size: tuple[int, int] | None) -> list[str]:
     return lines
 
 
-def _spread(values: Integers | Sequence[int]) -> str:
+def _range(values: Integers | Sequence[int]) -> str:
     low, middle, high = np.percentile(np.asarray(values), [0, 50, 100])
     return f"{low:,.0f} to {high:,.0f}, median {middle:,.0f}"

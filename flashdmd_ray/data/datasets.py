@@ -19,7 +19,7 @@ def named_datasets(config: DataConfig) -> dict[str, TextFormat]:
     if config.source != "demo":
         found["source"] = image_format(config)
     if config.prompts is not None:
-        found["prompts"] = open_prompts(config.prompts, columns(config))
+        found["prompts"] = open_prompts(config.prompts, Columns(config.caption))
     return found
 
 
@@ -34,8 +34,8 @@ def image_format(config: DataConfig) -> ImageFormat:
 
 
 def columns(config: DataConfig) -> Columns:
-    """What the caption and the image are called."""
-    return Columns(config.caption, config.image)
+    """Names of the caption and the image; images need no captions where the prompts are others."""
+    return Columns(config.caption, config.image, captionless=config.prompts is not None)
 
 
 def open_indexed(config: DataConfig, format: TextFormat, executor: Executor = in_threads) -> Index:

@@ -42,8 +42,9 @@ class FileSource:
         self._prompts = prompts
         self._prompt_order = Order([len(prompts)], images.order.seed)
         self._max_bad_fraction = max_bad_fraction
-        self._met = Tally()
-        self._known: set[Bad] = set()
+        self._decoded = 0
+        self._damaged = Tally()
+        self._reported: set[Bad] = set()
         self._replaced = 0
 
     def __len__(self) -> int:
@@ -70,19 +71,19 @@ class FileSource:
         return RealLatents(values, self.images.index.captions(samples), replaced)
 
     def report(self) -> Tally:
-        return self._met
+        return self._damaged
 
     def _count(self, decoded: Sequence[Decoded]) -> None:
-        self._met.seen += len(decoded)
+        self._decoded += len(decoded)
         self._replaced += sum(bool(one.bad) for one in decoded)
-        for bad in (bad for one in decoded for bad in one.bad if bad not in self._known):
-            self._known.add(bad)
-            self._met.note_bad(bad)
-            if bad.key in self._met.bad[bad.reason].names:
+        for bad in (bad for one in decoded for bad in one.bad if bad not in self._reported):
+            self._reported.add(bad)
+            self._damaged.add(bad)
+            if bad.key in self._damaged.bad[bad.reason].names:
                 log.warning("%s: %s; the next image takes its place", bad.key, bad.reason)
-        if self._met.seen >= ENOUGH and self._replaced > self._max_bad_fraction * self._met.seen:
+        if self._decoded >= ENOUGH and self._replaced > self._max_bad_fraction * self._decoded:
             raise ValueError(
-                f"data.source: {self._replaced} of {self._met.seen} images could not be decoded "
-                f"({self._replaced / self._met.seen:.1%}, allowed {self._max_bad_fraction:.1%}): {'; '.join(self._met.lines())}; "
+                f"data.source: {self._replaced} of {self._decoded} images could not be decoded "
+                f"({self._replaced / self._decoded:.1%}, allowed {self._max_bad_fraction:.1%}): {'; '.join(self._damaged.lines())}; "
                 "mend or remove them, or raise data.max_bad_fraction"
             )

@@ -23,8 +23,7 @@ from flashdmd_ray.data.sample import Bad, Sample, is_text
 from flashdmd_ray.data.tally import Tally
 from flashdmd_ray.run.files import check_writable, new_file, write_atomically
 
-VERSION = 1
-META = b"flashdmd_ray"
+VERSION = 2
 
 Scanned = tuple[list[Sample], Tally]
 ScanAll = Callable[[TextFormat], Iterable[Scanned]]
@@ -64,21 +63,18 @@ class Index:
         return pyarrow.compute.utf8_length(self.table.column("caption")).to_numpy().astype(np.int64)
 
 
-_NAMES = tuple(field.name for field in fields(Sample))
+_NAMES = tuple(field.name for field in fields(Sample) if field.name != "remarks")
 
 
 def scan_piece(format: TextFormat, piece: int) -> Scanned:
     """The good samples of one piece and the count of all. Runs anywhere: both sides are plain values."""
     good, tally = [], Tally()
-    for found in format.scan(piece):
-        tally.seen += 1
-        if isinstance(found, Sample) and not is_text(found.key):
-            found = Bad(found.key, "name is not text")
-        if isinstance(found, Bad):
-            tally.note_bad(found)
-        else:
-            tally.note_good(found)
-            good.append(found)
+    for entry in format.scan(piece):
+        if isinstance(entry, Sample) and not is_text(entry.key):
+            entry = Bad(entry.key, "name is not text")
+        tally.add(entry)
+        if isinstance(entry, Sample):
+            good.append(entry)
     return good, tally
 
 
@@ -97,8 +93,8 @@ def open_index(format: TextFormat, cache: Path, scan_all: ScanAll = scan_here) -
         _write(path, scan_all(format))
     index = _read(path)
     if not len(index):
-        found = "; ".join(index.tally.lines()) or "nothing there"
-        raise ValueError(f"no usable sample in this {format.kind}: {found}")
+        contents = "; ".join([*index.tally.lines(), *index.tally.ignored_lines()]) or "nothing there"
+        raise ValueError(f"no usable sample in this {format.kind}: {contents}")
     return index
 
 

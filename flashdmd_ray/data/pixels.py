@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from flashdmd_ray.data.sample import BadSample
 
@@ -17,7 +17,26 @@ MAX_PIXELS = 89_478_485
 LARGEST_FILE = 256 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 """What is opened, whatever a file is called. Formats that run other programs (EPS) or are rarely photographs stay out."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".apng",
+    ".webp",
+    ".avif",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+)
+
+LARGEST_METADATA = 64 * 2**20
+"""Text and colour profiles of one PNG, unpacked: nobody needs them, and picture generators store whole workflows there."""
+STRIP = 256
+"""Rows that are converted to RGB at a time, so that a large image is not held in three forms."""
 
 Pixels = NDArray[np.uint8]
 _ROTATED = (5, 6, 7, 8)
@@ -25,6 +44,7 @@ _ORIENTATION = 0x0112
 
 # The limit is checked below, for every image; Pillow would warn at the same number and refuse at twice as much.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_METADATA
 
 
 def image_size(file: IO[bytes], length: int) -> tuple[int, int]:
@@ -52,7 +72,7 @@ def decode(data: bytes, size: tuple[int, int]) -> Pixels:
     except BadSample:
         raise
     except Exception as error:  # libraries raise almost anything on damaged bytes
-        raise BadSample("truncated or damaged image") from error
+        raise BadSample(_reason(error, "truncated or damaged image")) from error
 
 
 def _open(file: IO[bytes], length: int) -> Image.Image:
@@ -64,13 +84,27 @@ def _open(file: IO[bytes], length: int) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
         raise BadSample(f"image above {MAX_PIXELS:,} pixels") from None
-    except Exception:  # not only UnidentifiedImageError: parsers of headers raise almost anything
-        raise BadSample("not an image") from None
+    except Exception as error:  # not only UnidentifiedImageError: parsers of headers raise almost anything
+        raise BadSample(_reason(error, _content(file))) from None
     if image.width * image.height > MAX_PIXELS:
         raise BadSample(f"image above {MAX_PIXELS:,} pixels")
     if not image.width or not image.height:
         raise BadSample("not an image")
     return image
+
+
+def _reason(error: Exception, otherwise: str) -> str:
+    """Why an image cannot be read: its metadata is too large, or what else it is called."""
+    large = "MAX_TEXT_CHUNK" in str(error) or "MAX_TEXT_MEMORY" in str(error)
+    return f"image metadata above {LARGEST_METADATA // 2**20} MiB" if large else otherwise
+
+
+def _content(file: IO[bytes]) -> str:
+    """What a file is that is no image."""
+    file.seek(0)
+    return (
+        "Git LFS pointer instead of the image" if file.read(20).startswith(b"version https://git") else "not an image"
+    )
 
 
 def _read_small(image: Image.Image, side: int) -> None:
@@ -83,12 +117,24 @@ def _read_small(image: Image.Image, side: int) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # damaged EXIF: as stored
         return image
+    return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """RGB, converted in strips of rows: 89 million pixels are 268 MB once."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP):
+        rows = image.crop((0, top, image.width, min(top + STRIP, image.height)))
+        result.paste(_strip_rgb(rows), (0, top))
+    return result
+
+
+def _strip_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

@@ -38,9 +38,11 @@ def start_report(folder: Path, config: DataConfig) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for key, entry in found.items():
         tally = Tally.from_json(entry)
-        metrics |= {f"data/{key}_samples": tally.seen - tally.bad_count, f"data/{key}_bad": tally.bad_count}
+        metrics |= {f"data/{key}_samples": tally.good, f"data/{key}_bad": tally.bad_count}
         for line in tally.lines():
             log.warning("data.%s: left out: %s", key, line)
+        for line in tally.ignored_lines():
+            log.warning("data.%s: no sample: %s", key, line)
     return metrics
 
 

@@ -153,7 +153,15 @@ def test_prompts_from_files(tmp_path, cache, written, kind):
         (lambda p: _touched(p / "data.tar.gz"), "is compressed.*unpack it"),
         (lambda p: _touched(p / "shards" / "0.tgz").parent, "is compressed"),
         (lambda p: _touched(p / "list.txt"), "belong in data.prompts"),
-        (lambda p: _touched(p / "images" / "a.jpg").parent, r"holds no metadata.jsonl, no .tar and no .parquet"),
+        (
+            lambda p: _touched(p / "images" / "a.jpg").parent,
+            r"no usable sample in this image folder: missing caption: 1 \(a.jpg",
+        ),
+        (lambda p: _touched(p / "notes" / "a.md").parent, r"holds no image, no .tar and no .parquet"),
+        (
+            lambda p: _touched(_touched(p / "two" / "a.tar").parent / "b.parquet").parent,
+            "1 .tar files, 1 .parquet files; name a",
+        ),
         (lambda p: _touched(p / "broken.parquet", b"PAR1 no"), "not a whole parquet file"),
     ],
 )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flashdmd_ray.data.formats.base import Columns
+from flashdmd_ray.data.formats.base import CAPTIONS, Columns
+from flashdmd_ray.data.formats.lines import HEAD
 from flashdmd_ray.data.formats.row import Row, captioned
-from flashdmd_ray.data.sample import LEAVES_FOLDER, MISSING_IMAGE, Bad, BadSample, Sample
+from flashdmd_ray.data.sample import LEAVES_FOLDER, MISSING_IMAGE, BadSample, Entry, Sample
 
 PREFIX = "hf:"
 PIECE = 1024
@@ -25,7 +26,7 @@ class HubRows(ABC):
     shuffle_blocks = None
 
     @abstractmethod
-    def row(self, present: Sequence[str]) -> Row:
+    def row(self, present: Sequence[str], head: Sequence[Mapping[str, Any]]) -> Row:
         """Which of the columns are read."""
 
     def files(self) -> Iterable[Path]:
@@ -34,7 +35,7 @@ class HubRows(ABC):
     def pieces(self) -> int:
         return max(1, -(-len(self.rows) // PIECE))
 
-    def scan(self, piece: int) -> Iterator[Sample | Bad]:
+    def scan(self, piece: int) -> Iterator[Entry]:
         for number in range(piece * PIECE, min((piece + 1) * PIECE, len(self.rows))):
             yield self._row.sample(f"row {number}", self.rows[number], 0, number, image_bytes)
 
@@ -45,13 +46,13 @@ class HubRows(ABC):
 
     @cached_property
     def _row(self) -> Row:
-        return self.row(self.rows.column_names)
+        return self.row(self.rows.column_names, _head(self.rows))
 
     @cached_property
     def rows(self) -> Any:
         """The columns that are read, images undecoded."""
         rows = load_rows(self.source)
-        row = self.row(rows.column_names)
+        row = self.row(rows.column_names, _head(rows))
         from datasets import Image
 
         for name in row.images:
@@ -70,8 +71,8 @@ class HubImages(HubRows):
     columns: Columns
     kind = "hugging face dataset"
 
-    def row(self, present: Sequence[str]) -> Row:
-        return captioned(self.columns, present, self.source)
+    def row(self, present: Sequence[str], head: Sequence[Mapping[str, Any]]) -> Row:
+        return captioned(self.columns, present, self.source, head)
 
     def read(self, sample: Sample) -> bytes:
         (encoded,) = self.encoded(sample)
@@ -100,6 +101,12 @@ def load_rows(source: str) -> Any:
     if isinstance(found, dict):
         raise ValueError(f"data.source: {source} holds the splits {', '.join(found)}; name the folder of one of them")
     return found
+
+
+def _head(rows: Any) -> list[Mapping[str, Any]]:
+    """The first rows, without images: which columns hold something."""
+    names = [name for name in rows.column_names if name in CAPTIONS]
+    return list(rows.select_columns(names).select(range(min(len(rows), HEAD)))) if names else []
 
 
 def image_bytes(value: Any) -> bytes:

@@ -5,15 +5,16 @@ A label is 1 for the better image and 0 for the other, 0.5 for both in a tie. A 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from flashdmd_ray.data.formats.hub import PREFIX, HubRows
+from flashdmd_ray.data.formats.names import files_below
 from flashdmd_ray.data.formats.parquet import RowGroups, open_table
 from flashdmd_ray.data.formats.row import Row
-from flashdmd_ray.data.sample import Bad, Sample
+from flashdmd_ray.data.sample import Entry, Sample
 
 CAPTION, IMAGES, LABELS = "caption", ("jpg_0", "jpg_1"), ("label_0", "label_1")
 PAIR = Row(CAPTION, IMAGES, LABELS)
@@ -37,7 +38,7 @@ class PairFormat(Protocol):
 
     def pieces(self) -> int: ...
 
-    def scan(self, piece: int) -> Iterator[Sample | Bad]: ...
+    def scan(self, piece: int) -> Iterator[Entry]: ...
 
     def read(self, sample: Sample) -> Pair:
         """Both encoded images. Raises BadSample when they cannot be had any more."""
@@ -53,7 +54,7 @@ def open_pairs(source: str) -> PairFormat:
     path = Path(source)
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return HubPairs(str(path))
-    tables = (path,) if path.suffix == ".parquet" and path.is_file() else tuple(sorted(path.rglob("*.parquet")))
+    tables = (path,) if path.suffix == ".parquet" and path.is_file() else files_below(path, (".parquet",))
     if not tables:
         raise ValueError(
             f"pairs.source: {source} is no .parquet file, no folder of them, no folder of save_to_disk; hf:owner/name names a dataset"
@@ -97,7 +98,7 @@ def _labels_of(path: Path, group: int) -> tuple[list[float], list[float]]:
 class HubPairs(HubRows):
     kind = "hugging face pairs"
 
-    def row(self, present: Sequence[str]) -> Row:
+    def row(self, present: Sequence[str], head: Sequence[Mapping[str, Any]]) -> Row:
         _check_columns(present, self.source)
         return PAIR
 

@@ -11,13 +11,13 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from flashdmd_ray.data.formats.base import Columns
+from flashdmd_ray.data.formats.base import CAPTIONS, IMAGES, Columns, choose, is_filled
 from flashdmd_ray.data.formats.row import Row, captioned
-from flashdmd_ray.data.sample import MISSING_IMAGE, Bad, BadSample, Sample
+from flashdmd_ray.data.sample import MISSING_IMAGE, Bad, BadSample, Entry, Sample
 
 GROUPS_SHUFFLED = 8
 ROWS = 64
@@ -64,7 +64,7 @@ class RowGroups(ABC):
     def pieces(self) -> int:
         return len(self.blocks)
 
-    def scan(self, piece: int) -> Iterator[Sample | Bad]:
+    def scan(self, piece: int) -> Iterator[Entry]:
         path, group = self.blocks[piece]
         table, row, number = open_table(path), self.row(path), 0
         try:
@@ -101,7 +101,7 @@ class ParquetImages(RowGroups):
     kind = "parquet"
 
     def row(self, path: Path) -> Row:
-        return captioned(self.columns, open_table(path).schema_arrow.names, path)
+        return captioned(self.columns, open_table(path).schema_arrow.names, path, table_head(path))
 
     def read(self, sample: Sample) -> bytes:
         (encoded,) = self.encoded(sample)
@@ -109,17 +109,55 @@ class ParquetImages(RowGroups):
 
 
 def open_table(path: Path) -> Any:
-    """A pyarrow ParquetFile. Raises ValueError when it is none."""
+    """A pyarrow ParquetFile. Raises ValueError when it is none, or several joined into one file."""
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        table = pyarrow.parquet.ParquetFile(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file ({str(error)[:100]}); make or fetch it again") from None
+    _refuse_joined(path, table.metadata)
+    return table
+
+
+def _refuse_joined(path: Path, metadata: Any) -> None:
+    """Raises ValueError where another table ends inside the file: only the last one's footer would be read."""
+    ends = [0]
+    for group in range(metadata.num_row_groups):
+        for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+            start = column.dictionary_page_offset or column.data_page_offset
+            ends.append(start + column.total_compressed_size)
+    with path.open("rb") as file:
+        file.seek(max(ends))
+        if b"PAR1PAR1" in file.read():
+            raise ValueError(f"{path} is several parquet files joined into one; keep them apart")
+
+
+@lru_cache(maxsize=4096)
+def table_head(path: Path) -> tuple[dict[str, Any], ...]:
+    """The first rows of a table, without its images' bytes: which columns hold something."""
+    table = open_table(path)
+    names = [name for name in table.schema_arrow.names if name in (*CAPTIONS, *IMAGES)]
+    if not names:
+        return ()
+    try:
+        batch = next(table.iter_batches(batch_size=ROWS, columns=names), None)
+    except (ValueError, OSError):  # a damaged page: found by scanning
+        return ()
+    rows = [] if batch is None else batch.to_pylist()
+    return tuple(
+        {name: True if name in IMAGES and value is not None else value for name, value in row.items()} for row in rows
+    )
+
+
+def caption_column(columns: Columns, path: Path) -> str:
+    """The text column of a table of prompts. Raises ValueError naming the columns there are."""
+    filled = {name for row in table_head(path) for name, value in row.items() if is_filled(value)}
+    return choose(columns.caption, CAPTIONS, open_table(path).schema_arrow.names, "data.caption", path, filled)
 
 
 def image_bytes(value: object) -> bytes:
     encoded = value.get("bytes") if isinstance(value, Mapping) else value
     if not isinstance(encoded, bytes):
-        raise BadSample(MISSING_IMAGE)  # none, or a path to somewhere else
+        raise BadSample(MISSING_IMAGE if value is None or isinstance(value, Mapping) else "image column holds no bytes")
     return encoded

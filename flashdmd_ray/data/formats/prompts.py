@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from flashdmd_ray.data.formats.base import CAPTIONS, Columns, choose
-from flashdmd_ray.data.sample import BROKEN_LINE, Bad, BadSample, Sample, check_caption
+from flashdmd_ray.data.formats.base import Columns, choose_caption
+from flashdmd_ray.data.formats.lines import HEAD, json_rows, text_lines
+from flashdmd_ray.data.formats.parquet import caption_column, open_table
+from flashdmd_ray.data.sample import BROKEN_LINE, Bad, BadSample, Entry, Ignored, Sample, read_caption
 
 
 @dataclass(frozen=True)
 class TextPrompts:
-    """One prompt on each line of a UTF-8 file; empty lines are no prompts."""
+    """One prompt on each line of a UTF-8 or UTF-16 file; blank lines are no prompts."""
 
     path: Path
     kind = "text prompts"
@@ -24,12 +26,18 @@ class TextPrompts:
     def pieces(self) -> int:
         return 1
 
-    def scan(self, piece: int) -> Iterator[Sample | Bad]:
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if text.strip():
-                    yield _prompt(f"{self.path.name} line {number}", text)
+    def scan(self, piece: int) -> Iterator[Entry]:
+        for number, line in enumerate(text_lines(self.path), 1):
+            name = f"{self.path.name} line {number}"
+            if line.strip():
+                remarks = (
+                    ("prompt that begins with '#'; a .txt file has no comments",)
+                    if line.lstrip().startswith("#")
+                    else ()
+                )
+                yield _prompt(name, line, remarks)
+            else:
+                yield Ignored(name, "blank line")
 
 
 @dataclass(frozen=True)
@@ -46,26 +54,16 @@ class JsonPrompts:
     def pieces(self) -> int:
         return 1
 
-    def scan(self, piece: int) -> Iterator[Sample | Bad]:
-        field: str | None = None
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                name = f"{self.path.name} line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    tree = json.loads(line)
-                except (ValueError, RecursionError):
-                    tree = None
-                if isinstance(tree, str):
-                    yield _prompt(name, tree)
-                    continue
-                if not isinstance(tree, dict):
-                    yield Bad(name, BROKEN_LINE)
-                    continue
-                if field is None:
-                    field = choose(self.columns.caption, CAPTIONS, list(tree), "data.caption", self.path)
-                yield _prompt(name, tree.get(field))
+    def scan(self, piece: int) -> Iterator[Entry]:
+        head = [row for _, row in islice(json_rows(self.path), HEAD) if isinstance(row, dict)]
+        column = choose_caption(self.columns, head, self.path) if any(head) else ""
+        for name, row in json_rows(self.path):
+            if isinstance(row, str):
+                yield _prompt(name, row)
+            elif isinstance(row, dict):
+                yield _prompt(name, row.get(column))
+            else:
+                yield Bad(name, BROKEN_LINE)
 
 
 @dataclass(frozen=True)
@@ -82,21 +80,19 @@ class ParquetPrompts:
     def pieces(self) -> int:
         return len(self.tables)
 
-    def scan(self, piece: int) -> Iterator[Sample | Bad]:
-        from flashdmd_ray.data.formats.parquet import open_table
-
+    def scan(self, piece: int) -> Iterator[Entry]:
         path = self.tables[piece]
         table = open_table(path)
-        column = choose(self.columns.caption, CAPTIONS, table.schema_arrow.names, "data.caption", path)
-        number = 0
+        column, number = caption_column(self.columns, path), 0
         for batch in table.iter_batches(columns=[column]):
             for value in batch.column(0).to_pylist():
                 yield _prompt(f"{path.name} row {number}", value)
                 number += 1
 
 
-def _prompt(name: str, value: object) -> Sample | Bad:
+def _prompt(name: str, value: object, remarks: tuple[str, ...] = ()) -> Sample | Bad:
     try:
-        return Sample(name, check_caption(value))
+        text, more = read_caption(value, optional=False)
+        return Sample(name, text, remarks=(*remarks, *more))
     except BadSample as bad:
         return Bad(name, bad.reason)

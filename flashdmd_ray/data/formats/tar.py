@@ -1,29 +1,34 @@
-"""WebDataset: plain tar archives in which a sample is an image and a .txt or .json of the same name, one after the other.
+"""WebDataset: plain tar archives in which a sample is an image and a .txt or .json of the same name, in any order.
 
 Images are read in place, by offset; nothing is ever unpacked.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
-from flashdmd_ray.data.formats.base import CAPTIONS, Columns
-from flashdmd_ray.data.pixels import SUFFIXES, image_size
+from flashdmd_ray.data.formats.base import Columns
+from flashdmd_ray.data.formats.captions import caption_in
+from flashdmd_ray.data.formats.names import Group, group_files
+from flashdmd_ray.data.pixels import image_size
 from flashdmd_ray.data.sample import (
+    AFTER_END,
     CUT_ARCHIVE,
-    DUPLICATE,
-    LARGEST_CAPTION,
     LEAVES_FOLDER,
-    MISSING_IMAGE,
     Bad,
     BadSample,
+    Entry,
     Sample,
-    check_caption,
+    read_caption,
 )
+
+SPECIAL = "link or special file in the archive"
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 @dataclass(frozen=True)
@@ -41,41 +46,34 @@ class TarImages:
     def pieces(self) -> int:
         return len(self.archives)
 
-    def scan(self, piece: int) -> Iterator[Sample | Bad]:
-        path = self.archives[piece]
-        seen: set[str] = set()
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for key, members in _groups(archive):
-                    if key in seen:
-                        yield Bad(f"{path.name}:{key}", DUPLICATE)
-                        continue
-                    seen.add(key)
-                    yield self._sample(archive, piece, key, members)
-                if _is_cut(archive, path):
-                    yield Bad(path.name, CUT_ARCHIVE)
-        except tarfile.TarError:  # raised where the data of a member ends early, and by an archive that is none
-            yield Bad(path.name, CUT_ARCHIVE)
+    def name(self, piece: int) -> str:
+        """The archive as reports call it: its path below the folder that holds all archives."""
+        folder = os.path.commonpath([archive.parent for archive in self.archives])
+        return str(self.archives[piece].relative_to(folder))
 
-    def _sample(
-        self, archive: tarfile.TarFile, piece: int, key: str, members: dict[str, tarfile.TarInfo]
-    ) -> Sample | Bad:
-        name = f"{self.archives[piece].name}:{key}"
+    def scan(self, piece: int) -> Iterator[Entry]:
+        archive = self.name(piece)
+        with self.archives[piece].open("rb") as file:
+            members, damage = read_members(file)
+            for entry in group_files([member.info.name for member in members], self.columns.image):
+                if isinstance(entry, Group):
+                    yield self._sample(piece, f"{archive}:{entry.key}", entry, members)
+                else:
+                    yield type(entry)(f"{archive}:{entry.key}", entry.reason)
+        if damage is not None:
+            yield Bad(archive, damage)
+
+    def _sample(self, piece: int, name: str, group: Group, members: list[Member]) -> Entry:
         try:
-            if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
+            if PurePosixPath(group.key).is_absolute() or ".." in PurePosixPath(group.key).parts:
                 raise BadSample(LEAVES_FOLDER)
-            caption = check_caption(_caption(archive, members, self.columns.caption))
-            image = next((m for suffix, m in members.items() if f".{suffix.split('.')[-1]}" in SUFFIXES), None)
-            if image is None:
-                raise BadSample(MISSING_IMAGE)
-            if not image.isreg() or image.sparse is not None:
-                raise BadSample("link or special file in the archive")
-            file = archive.extractfile(image)
-            assert file is not None, "a regular member has a file"
-            width, height = image_size(file, image.size)
+            texts = {suffix: members[position].plain().open for suffix, position in group.captions.items()}
+            caption, remarks = read_caption(caption_in(texts, self.columns.caption), self.columns.captionless)
+            image = members[group.image].plain()
+            width, height = image_size(image.open(), image.info.size)
         except BadSample as bad:
             return Bad(name, bad.reason)
-        return Sample(name, caption, piece, image.offset_data, image.size, width, height)
+        return Sample(name, caption, piece, image.info.offset_data, image.info.size, width, height, remarks)
 
     def read(self, sample: Sample) -> bytes:
         with self.archives[sample.block].open("rb") as file:
@@ -83,47 +81,64 @@ class TarImages:
             return file.read(sample.length)
 
 
-def _groups(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """(key, members by suffix) of samples whose members follow each other. A key ends at the first dot of its name."""
-    current: str | None = None
-    members: dict[str, tarfile.TarInfo] = {}
-    for member in archive:
-        if member.isdir():
-            continue
-        folder, slash, name = member.name.removeprefix("./").rpartition("/")
-        stem, _, suffix = name.partition(".")
-        key, suffix = f"{folder}{slash}{stem}", suffix.lower()
-        if current is not None and (key != current or suffix in members):
-            yield current, members
-            members = {}
-        current = key
-        members[suffix] = member
-    if current is not None:
-        yield current, members
+@dataclass(frozen=True)
+class Member:
+    """A file in an archive."""
+
+    archive: tarfile.TarFile
+    info: tarfile.TarInfo
+
+    def plain(self) -> Member:
+        """The member whose bytes lie in the archive in one piece; a hard link's target. Raises BadSample."""
+        info = self.info
+        if info.islnk():
+            try:
+                info = self.archive.getmember(info.linkname)
+            except KeyError:
+                raise BadSample(SPECIAL) from None
+        if not info.isreg() or info.sparse is not None:
+            raise BadSample(SPECIAL)
+        return Member(self.archive, info)
+
+    def open(self) -> IO[bytes]:
+        file = self.archive.extractfile(self.info)
+        assert file is not None, "a regular member has a file"
+        return file
 
 
-def _caption(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str | None) -> object:
-    if column is None and "txt" in members:
-        return _text(archive, members["txt"])
-    if "json" not in members:
-        return None
-    try:
-        tree = json.loads(_text(archive, members["json"]))
-    except ValueError:
-        raise BadSample("caption is not text") from None
-    names = CAPTIONS if column is None else (column,)
-    return next((tree[name] for name in names if name in tree), None) if isinstance(tree, dict) else None
-
-
-def _text(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member) if member.isreg() else None
-    if file is None:
-        raise BadSample("link or special file in the archive")
-    return file.read(16 * LARGEST_CAPTION)  # a .json beside an image may hold more than the caption
-
-
-def _is_cut(archive: tarfile.TarFile, path: Path) -> bool:
-    """An archive ends with blocks of zeros; after the last member that was found there must be one."""
-    with path.open("rb") as file:
+def read_members(file: IO[bytes]) -> tuple[list[Member], str | None]:
+    """The files of an archive, or of several that were joined into one file; and what is wrong with its end, if anything."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(6)
+    if packed := next((name for magic, name in MAGIC.items() if head.startswith(magic)), None):
+        return [], f"{packed} file called .tar; unpack it to a plain .tar"
+    members: list[Member] = []
+    start: int | None = 0
+    while start is not None:
+        file.seek(start)
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the caller closes the file)
+            for info in archive:
+                if info.isreg() and info.offset_data + info.size > size and info.sparse is None:
+                    return members, CUT_ARCHIVE
+                if not info.isdir():
+                    members.append(Member(archive, info))
+        except (tarfile.TarError, OSError, ValueError, OverflowError):  # no archive, a member cut short, absurd sizes
+            return members, CUT_ARCHIVE
         file.seek(archive.offset)
-        return file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # an archive ends with blocks of zeros
+            return members, CUT_ARCHIVE if archive.offset > start or not start else AFTER_END
+        start = _next_block(file, archive.offset)
+    return members, None
+
+
+def _next_block(file: IO[bytes], start: int) -> int | None:
+    """The first block from there on that is not zeros: another archive, or bytes that are none."""
+    file.seek(start)
+    while chunk := file.read(2**20):
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            position = file.tell() - len(rest)
+            return position - (position - start) % tarfile.BLOCKSIZE
+    return None

@@ -1,0 +1,125 @@
+"""The rule that puts files together: an image and the caption of the same name, in archives and in folders alike."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flashdmd_ray.data.pixels import SUFFIXES
+from flashdmd_ray.data.sample import DUPLICATE, MISSING_IMAGE, SYSTEM_FILE, Bad, Ignored
+
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
+"""The likeliest first."""
+SEVERAL_IMAGES = "several images for one caption; data.image names the suffix of the right one"
+FURTHER_IMAGE = "further image of a sample"
+NOT_WANTED = "image of another suffix than data.image"
+_SYSTEM = (
+    "__macosx",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+    "@eadir",
+    "$recycle.bin",
+    "system volume information",
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One sample. image, captions: positions in the list of names; captions by suffix."""
+
+    key: str
+    image: int
+    captions: dict[str, int] = field(default_factory=dict)
+
+
+def is_system_file(name: str) -> bool:
+    """True for what operating systems leave in folders and archives: hidden files, ._x.jpg of a Mac, Thumbs.db, __MACOSX/..."""
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    return any(part.startswith(".") or part.lower() in _SYSTEM for part in parts)
+
+
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
+    """Files with one of these suffixes, in any letter case, anywhere below a folder; sorted, without those of operating systems."""
+    paths = (path for path in folder.rglob("*") if path.name.lower().endswith(suffixes) and path.is_file())
+    return tuple(sorted(path for path in paths if not is_system_file(str(path.relative_to(folder)))))
+
+
+def same_name(name: str) -> str:
+    """Equal for names that look equal: letters with accents are one character or two, depending on who wrote them."""
+    return unicodedata.normalize("NFC", name)
+
+
+def group_files(names: Sequence[str], image_suffix: str | None = None) -> Iterator[Group | Bad | Ignored]:
+    """Samples among files, in the order of their images; what is left over, and why.
+
+    An image goes with the caption of its own name up to the last dot: shot.01.jpg with shot.01.txt. One without takes the caption of a
+    shorter name, as in WebDataset: y.seg.png takes y.json, unless there is y.jpg. image_suffix: only images that end so are samples.
+    """
+    captions: dict[tuple[str, int], dict[str, int]] = {}
+    images: list[
+        tuple[int, str, int]
+    ] = []  # position, name without the last suffix, how many of the same name came before
+    copies: Counter[str] = Counter()
+    for position, name in enumerate(names):
+        stem, suffix = _split(name)
+        if is_system_file(name):
+            yield Ignored(name, SYSTEM_FILE)
+        elif suffix in CAPTION_SUFFIXES:
+            captions.setdefault((stem, copies[name]), {})[suffix] = position
+        elif suffix not in SUFFIXES:
+            yield Ignored(name, f"neither image nor caption ({suffix or 'no suffix'})")
+        elif image_suffix is not None and not name.lower().endswith(f".{image_suffix.lower().lstrip('.')}"):
+            yield Ignored(name, NOT_WANTED)
+        else:
+            images.append((position, stem, copies[name]))
+        copies[name] += 1
+    owners: dict[tuple[str, int], list[tuple[int, str]]] = {}
+    for position, stem, copy in images:
+        owner = next((name for name in _caption_names(names[position]) if (name, copy) in captions), stem)
+        owners.setdefault((owner, copy), []).append((position, stem))
+    for (owner, copy), members in owners.items():
+        yield from _group(owner, copy, members, captions.pop((owner, copy), {}), names)
+    for (stem, copy), texts in captions.items():
+        yield Bad(stem, MISSING_IMAGE if not copy else DUPLICATE)
+        del texts
+
+
+def _group(
+    owner: str, copy: int, members: Sequence[tuple[int, str]], captions: dict[str, int], names: Sequence[str]
+) -> Iterator[Group | Bad | Ignored]:
+    """The images that go with one caption: one of them is the sample, or nobody knows which."""
+    exact = [position for position, stem in members if stem == owner]
+    chosen = exact or [position for position, _ in members]
+    for position, _ in members:
+        if position not in chosen:
+            yield Ignored(names[position], FURTHER_IMAGE)
+    if len(chosen) > 1:
+        yield from (Bad(names[position], SEVERAL_IMAGES) for position in chosen)
+    elif copy:
+        yield Bad(owner, DUPLICATE)
+    else:
+        yield Group(owner, chosen[0], captions)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """("a/shot.01", ".jpg") of "./a/shot.01.JPG"."""
+    folder, slash, base = same_name(name).removeprefix("./").rpartition("/")
+    stem, dot, suffix = base.rpartition(".")
+    return (f"{folder}{slash}{stem}", f".{suffix.lower()}") if dot else (f"{folder}{slash}{base}", "")
+
+
+def _caption_names(name: str) -> Iterator[str]:
+    """Names that the caption of an image may have, the likeliest first: all of it but the last suffix, all of it, shorter ones."""
+    stem, _ = _split(name)
+    yield stem
+    yield same_name(name).removeprefix("./")
+    folder, slash, base = stem.rpartition("/")
+    while "." in base:
+        base = base.rpartition(".")[0]
+        if base:
+            yield f"{folder}{slash}{base}"

@@ -1,0 +1,370 @@
+"""Data as people have it: every image is good, bad for a reason, or ignored for a reason; none is lost and none gets another's caption."""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import os
+import tarfile
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+from scenes_on_disk import write_tar
+
+from flashdmd_ray.config import DataConfig, load_config
+from flashdmd_ray.data.build import build_images, open_reals
+from flashdmd_ray.data.datasets import accepted_index, image_format
+from flashdmd_ray.data.formats import Columns, open_images, open_prompts
+from flashdmd_ray.data.index import scan_here
+from flashdmd_ray.data.pixels import decode
+from flashdmd_ray.data.sample import AFTER_END, NOT_UTF8, SYSTEM_FILE
+from flashdmd_ray.data.tally import Tally
+
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def picture(shade=0, **options):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), shade % 256, np.uint8)).save(file, "PNG", **options)
+    return file.getvalue()
+
+
+IMAGE = picture()
+
+
+def judge(path, columns=None, opened=open_images):
+    """({key: caption}, tally) of a data set."""
+    captions, tally = {}, Tally()
+    for samples, counts in scan_here(opened(str(path), columns or Columns())):
+        tally.merge(counts)
+        captions |= {sample.key: sample.caption for sample in samples}
+    assert tally.good == len(captions), "keys are unique"
+    return captions, tally
+
+
+def counts(kind):
+    return {reason: named.count for reason, named in kind.items()}
+
+
+def folder(root, **files):
+    return write_files(root, {name.replace("__", "."): content for name, content in files.items()})
+
+
+def write_files(root, files):
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def test_dots_in_names_join_nothing(tmp_path):
+    members = [(f"{n:03}.{s}", c) for n in range(5) for s, c in (("png", IMAGE), ("txt", b"plain"))]
+    members += [(f"shot.{n:03}.{s}", c) for n in range(20) for s, c in (("png", IMAGE), ("txt", f"shot {n}".encode()))]
+    captions, tally = judge(write_tar(tmp_path / "a.tar", members))
+    assert (tally.good, tally.bad, tally.ignored) == (25, {}, {})
+    assert captions["a.tar:shot.007"] == "shot 7"
+    _, tally = judge(
+        write_tar(tmp_path / "b.tar", [*((f"shot.{n}.png", IMAGE) for n in range(20)), ("shot.txt", b"x")])
+    )
+    assert (tally.good, tally.bad_count) == (0, 20)
+
+
+def test_members_of_a_webdataset_sample(tmp_path):
+    text = json.dumps({"caption": None, "text": "a mask"}).encode()
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            *(("x.seg.png", IMAGE), ("x.cls", b"3"), ("x.JPG", IMAGE), ("x.json", text)),
+            *(("y.seg.png", IMAGE), ("y.json", b'{"caption": ["one", "two"]}')),
+            *(("z.png", IMAGE), ("z.jpg", IMAGE), ("z.txt", b"which?")),
+            *(("deep.png", IMAGE), ("deep.json", b"[" * 50_000)),
+            ("z.late.txt", b"nothing's"),
+        ],
+    )
+    captions, tally = judge(path)
+    assert captions == {"a.tar:x": "a mask", "a.tar:y": "one"}
+    assert sorted(counts(tally.bad).values()) == [1, 1, 2]
+    assert counts(tally.ignored) == {"further image of a sample": 1, "neither image nor caption (.cls)": 1}
+    assert [note.split(",")[0] for note in tally.notes] == ["list of captions"]
+    captions, _ = judge(path, Columns(image="jpg"))
+    assert captions == {"a.tar:x": "a mask", "a.tar:z": "which?"}
+
+
+def test_members_in_any_order(tmp_path):
+    members = [*((f"{n}.txt", f"text {n}".encode()) for n in range(4)), *((f"{n}.png", IMAGE) for n in range(4))]
+    captions, tally = judge(write_tar(tmp_path / "a.tar", members))
+    assert captions == {f"a.tar:{n}": f"text {n}" for n in range(4)}
+    assert not tally.bad
+
+
+def tar_bytes(tmp_path, prefix, count):
+    return write_tar(
+        tmp_path / "one" / "part.tar",
+        [(f"{prefix}{n}.{s}", c) for n in range(count) for s, c in (("png", IMAGE), ("txt", b"t"))],
+    ).read_bytes()
+
+
+def test_archives_joined_into_one_file_are_all_read(tmp_path):
+    (tmp_path / "cat.tar").write_bytes(b"".join(tar_bytes(tmp_path, prefix, 3) for prefix in "abc"))
+    assert judge(tmp_path / "cat.tar")[1].good == 9
+
+
+def test_bytes_after_the_end_are_refused_whatever_their_share(tmp_path):
+    path = tmp_path / "rest.tar"
+    path.write_bytes(tar_bytes(tmp_path, "a", 3) + b"no archive" * 100)
+    _, tally = judge(path)
+    assert (tally.good, counts(tally.bad)) == (3, {AFTER_END: 1})
+    config = DataConfig(source=str(path), cache=tmp_path / "cache", max_bad_fraction=1.0)
+    with pytest.raises(ValueError, match="nobody knows how much is lost"):
+        accepted_index(config, "source", image_format(config))
+
+
+def test_a_packed_archive_under_a_plain_name_is_called_so(tmp_path):
+    (tmp_path / "a.tar").write_bytes(gzip.compress(tar_bytes(tmp_path, "a", 3)))
+    assert list(judge(tmp_path / "a.tar")[1].bad) == ["gzip file called .tar; unpack it to a plain .tar"]
+
+
+def test_absurd_sizes_in_an_archive_are_a_cut(tmp_path):
+    info = tarfile.TarInfo("x.png")
+    info.size = 2**62
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert counts(judge(tmp_path / "a.tar")[1].bad) == {"archive cut short": 1}
+
+
+SYSTEM = [
+    ".DS_Store",
+    "._0.png",
+    "sub/._0.txt",
+    "__MACOSX/0.png",
+    "Thumbs.db",
+    "desktop.ini",
+    ".ipynb_checkpoints/0.png",
+]
+
+
+def test_files_of_operating_systems_are_no_samples(tmp_path):
+    good = {f"{n}.{s}": c for n in range(3) for s, c in (("png", IMAGE), ("txt", b"t"))}
+    files = good | dict.fromkeys(SYSTEM, b"system")
+    members = [m for pair in zip([(f"./{n}", c) for n, c in files.items()], strict=True) for m in pair]
+    _, tally = judge(write_tar(tmp_path / "tars" / "a.tar", members))
+    assert (tally.good, tally.bad, counts(tally.ignored)) == (3, {}, {SYSTEM_FILE: len(SYSTEM)})
+    _, tally = judge(write_files(tmp_path / "folder", files))
+    assert (tally.good, tally.bad) == (3, {})
+    (tmp_path / "tars" / "._a.tar").write_bytes(b"system")
+    assert judge(tmp_path / "tars")[1].good == 3
+
+
+def test_text_files_beside_images(tmp_path):
+    root = folder(
+        tmp_path / "f",
+        a__jpg=IMAGE,
+        a__txt="\ufeffwindows\r\n",
+        b__PNG=IMAGE,
+        b__TXT="upper case",
+        c__webp=IMAGE,
+        c__caption="kohya",
+        d__png=IMAGE,
+        d__json='{"prompt": "a field"}',
+        e__png=IMAGE,
+        e__png__txt="whole name",
+        f__png=IMAGE,
+        g__txt="no image",
+        h__heic=b"apple",
+        h__txt="of an image that is not read",
+        i__png=IMAGE,
+        i__txt=b"\xff\xfe" + "utf-16".encode("utf-16-le"),
+        j__png=IMAGE,
+        j__txt="größe".encode("latin-1"),
+    )
+    os.mkfifo(root / "pipe.png")
+    (root / "pipe.txt").write_text("a pipe")
+    captions, tally = judge(root)
+    assert captions == {
+        "a.jpg": "windows",
+        "b.PNG": "upper case",
+        "c.webp": "kohya",
+        "d.png": "a field",
+        "e.png": "whole name",
+        "i.png": "utf-16",
+    }
+    assert counts(tally.bad) == {"missing caption": 1, "missing image": 2, NOT_UTF8: 1, "not a plain file": 1}
+    assert counts(tally.ignored) == {"neither image nor caption (.heic)": 1}
+
+
+def test_names_that_look_equal_are_equal(tmp_path):
+    """A Mac writes letters with accents as two characters, everyone else as one."""
+    one, two = (unicodedata.normalize(form, "größe") for form in ("NFC", "NFD"))
+    root = write_files(tmp_path / "side", {f"{one}.png": IMAGE, f"{two}.txt": "beside"})
+    assert list(judge(root)[0].values()) == ["beside"]
+    lines = json.dumps({"file_name": f"{one}.png", "text": "listed"})
+    root = write_files(tmp_path / "list", {f"{two}.png": IMAGE, "metadata.jsonl": lines})
+    captions, tally = judge(root)
+    assert captions == {f"{two}.png": "listed"}
+    assert not tally.bad
+
+
+def test_names_in_metadata(tmp_path):
+    root = tmp_path / "f"
+    rows = [
+        {"file_name": "train\\0.png"},
+        {"file_name": "train\\1.png", "caption": None, "text": "windows"},
+        {"file_name": str(root / "train/2.png"), "text": ["a list", "of captions"]},
+        {"file_name": "./train/3.png", "text": "dots"},
+    ]
+    text = "\ufeff" + "\r\n\r\n".join(map(json.dumps, rows))
+    write_files(root, {"metadata.jsonl": text} | {f"train/{n}.png": IMAGE for n in range(4)})
+    captions, tally = judge(root)
+    assert captions == {"train/1.png": "windows", "train/2.png": "a list", "train/3.png": "dots"}
+    assert counts(tally.bad) == {"missing caption": 1}
+
+
+def test_metadata_in_every_split(tmp_path):
+    files = {f"{split}/metadata.csv": f"file_name,text\n0.png,of {split}\n" for split in ("train", "test")}
+    captions, _ = judge(write_files(tmp_path, files | {f"{split}/0.png": IMAGE for split in ("train", "test")}))
+    assert captions == {"test/0.png": "of test", "train/0.png": "of train"}
+
+
+def test_rows_of_a_csv_are_whole_or_broken(tmp_path):
+    text = (
+        'file_name;text\n0.png;"a ""word""\nand a line"\n1.png;too;many\n2.png\n\n3.png;fine\n4.png;"open\n5.png;lost\n'
+    )
+    root = write_files(tmp_path, {"metadata.csv": text} | {f"{n}.png": IMAGE for n in range(6)})
+    captions, tally = judge(root)
+    assert captions == {"0.png": 'a "word"\nand a line', "3.png": "fine"}
+    assert counts(tally.bad) == {"broken line": 3, "missing caption": 4}
+
+
+def test_images_without_captions_where_prompts_are_others(tmp_path):
+    root = write_files(tmp_path / "f", {f"{n}.png": picture(n) for n in range(4)} | {"0.txt": "one"})
+    (tmp_path / "p.txt").write_text("a prompt\n")
+    alone = DataConfig(source=str(root), cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match="missing caption: 3"):
+        build_images(alone, 0)
+    settings = [
+        f"data.source={root}",
+        f"data.cache={tmp_path / 'cache'}",
+        f"data.prompts={tmp_path / 'p.txt'}",
+        "runtime=local",
+    ]
+    config = load_config(None, settings)
+    assert len(build_images(config.data, 0)) == 4
+    with pytest.raises(ValueError, match=r"3 of 4 images have no caption, which adversarial\.prompt_projection needs"):
+        open_reals(load_config(None, [*settings, "adversarial.prompt_projection=true"]), None)
+
+
+def test_a_snapshot_of_the_hub_reads_its_blobs(tmp_path):
+    snapshot = write_files(tmp_path / "datasets--me--x/snapshots/abc", {"0.txt": "linked"})
+    write_files(tmp_path / "datasets--me--x/blobs", {"f00": IMAGE})
+    (snapshot / "0.png").symlink_to("../../blobs/f00")
+    assert judge(snapshot)[0] == {"0.png": "linked"}
+
+
+def test_the_column_is_the_one_that_holds_texts(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": [IMAGE] * 3, "caption": pa.nulls(3, pa.string()), "text": ["a", None, "c"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    captions, tally = judge(tmp_path / "t.parquet")
+    assert sorted(captions.values()) == ["a", "c"]
+    assert counts(tally.bad) == {"missing caption": 1}
+    captions, _ = judge(tmp_path / "t.parquet", opened=open_prompts)
+    assert sorted(captions.values()) == ["a", "c"]
+    data = (tmp_path / "t.parquet").read_bytes()
+    (tmp_path / "joined.parquet").write_bytes(data + data)
+    with pytest.raises(ValueError, match="several parquet files joined into one"):
+        judge(tmp_path / "joined.parquet")
+
+
+def test_prompts_of_windows(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes("größe\r\n\r\n# one\rtwo".encode("utf-16"))
+    captions, tally = judge(path, opened=open_prompts)
+    assert list(captions.values()) == ["größe", "# one", "two"]
+    assert counts(tally.ignored) == {"blank line": 1}
+    assert [note[:30] for note in tally.notes] == ["prompt that begins with '#'; a"]
+    path.write_bytes("größe\nfine\n".encode("latin-1"))
+    assert counts(judge(path, opened=open_prompts)[1].bad) == {NOT_UTF8: 1}
+
+
+def test_metadata_of_a_picture_is_no_reason_to_lose_it(tmp_path):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("workflow", "x" * 3_000_000, zip=True)
+    notes.add_itxt("xmp", "y" * 2_000_000)
+    assert decode(picture(200, pnginfo=notes, icc_profile=os.urandom(1_500_000)), (8, 8)).mean() == 200
+    (tmp_path / "lfs.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "lfs.txt").write_text("a pointer")
+    assert list(judge(tmp_path)[1].bad) == ["Git LFS pointer instead of the image"]
+
+
+STEMS = st.sampled_from(["0", "1", "a.b", "a.c", "a", "sub/0", "x.y.z", "é"])
+SUFFIXES = st.sampled_from(["png", "PNG", "jpg", "seg.png", "txt", "caption", "json", "cls", "JSON"])
+NAMES = st.builds("{}.{}".format, STEMS, SUFFIXES) | st.sampled_from(SYSTEM)
+IMAGES = (".png", ".jpg")
+
+
+@given(names=st.lists(NAMES, max_size=12, unique_by=str.lower), optional=st.booleans())
+@quick
+def test_every_image_is_counted_once_in_archives_and_folders(tmp_path_factory, names, optional):
+    """Whatever files lie together, in an archive and in a folder: the same samples, and each image in one of three counts."""
+    root = tmp_path_factory.mktemp("any")
+    contents = {n: IMAGE if n.lower().endswith(IMAGES) else json.dumps({"text": n}) for n in names}
+    archive = write_tar(root / "a.tar", [(n, c if isinstance(c, bytes) else c.encode()) for n, c in contents.items()])
+    in_archive, tally = judge(archive, Columns(captionless=optional))
+    images = sum(n.lower().endswith(IMAGES) for n in names)
+    lone = counts(tally.bad).get("missing image", 0)
+    others = sum(count for reason, count in counts(tally.ignored).items() if reason.startswith("neither"))
+    system = sum(n in SYSTEM and not n.endswith(IMAGES) for n in names)
+    assert tally.good + tally.bad_count - lone + sum(counts(tally.ignored).values()) - others - system == images
+    texts = {caption for caption in in_archive.values() if caption}
+    assert len(texts) == sum(bool(caption) for caption in in_archive.values()), "no caption is used twice"
+    if any(n.lower().endswith(IMAGES) for n in names):
+        in_folder, _ = judge(write_files(root / "f", contents), Columns(captionless=optional))
+        assert sorted(in_folder.values()) == sorted(in_archive.values())
+
+
+@given(cut=st.integers(0, 12_000), junk=st.binary(max_size=700), flips=st.lists(st.integers(0, 8000), max_size=4))
+@quick
+def test_a_damaged_archive_never_ends_in_a_traceback_or_in_silence(tmp_path_factory, cut, junk, flips):
+    root = tmp_path_factory.mktemp("any")
+    data = bytearray(tar_bytes(root, "a", 4))
+    for flip in flips:
+        data[flip] ^= 0x55
+    (root / "a.tar").write_bytes(bytes(data[:cut]) + junk)
+    _, tally = judge(root / "a.tar")
+    assert tally.good + tally.bad_count + sum(counts(tally.ignored).values()) > 0
+
+
+CELLS = st.text(st.sampled_from('ab ,;"\n\r\t\\ü\x00#'), max_size=8)
+
+
+@given(
+    rows=st.lists(st.tuples(CELLS, CELLS), max_size=6),
+    raw=st.binary(max_size=60),
+    kind=st.sampled_from(["csv", "jsonl"]),
+)
+@quick
+def test_any_metadata_file_is_read_or_named(tmp_path_factory, rows, raw, kind):
+    """What a correct writer wrote comes back; after that any bytes may follow, and every image is still counted."""
+    root = tmp_path_factory.mktemp("any")
+    names = [f"{n}.png" for n in range(len(rows) + 1)]
+    write_files(root, dict.fromkeys(names, IMAGE))
+    text = io.StringIO(newline="")
+    if kind == "csv":
+        csv.writer(text).writerows([("file_name", "text"), *((f"{n}.png", row[0]) for n, row in enumerate(rows))])
+    else:
+        text.write("".join(json.dumps({"file_name": f"{n}.png", "text": row[0]}) + "\n" for n, row in enumerate(rows)))
+    path = root / f"metadata.{kind}"
+    path.write_bytes(text.getvalue().encode())
+    captions, tally = judge(root)
+    expected = {f"{n}.png": row[0].strip() for n, row in enumerate(rows) if row[0].strip() and "\0" not in row[0]}
+    assert captions == expected
+    assert tally.samples == len(names)
+    path.write_bytes(path.read_bytes() + raw)
+    with contextlib.suppress(ValueError):  # one line, when the header or the caption's name cannot be told any more
+        assert judge(root)[1].samples >= len(names)
