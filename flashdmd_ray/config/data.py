@@ -11,16 +11,19 @@ from flashdmd_ray.config.section import Fraction, LocalPath, MayChange, PathOrNa
 
 class DataConfig(Section):
     source: PathOrName = "demo"
-    """Captioned real images: 'demo' composes digit scenes of the train split; else a .tar or .parquet file, a folder of them, an image
-    folder with metadata.jsonl, a folder of datasets.save_to_disk, or hf:owner/name[:split]. See docs/data.md."""
+    """Captioned real images: 'demo' composes digit scenes of the train split; else a .tar or .parquet file, a folder of them, a folder of
+    images with text files beside them or with metadata.jsonl or metadata.csv, a folder of datasets.save_to_disk, or
+    hf:owner/name[:split]. See docs/data.md."""
     prompts: PathOrName | None = None
-    """Prompts to train on: a .txt, .jsonl or .parquet file; null takes the captions of `source`."""
+    """Prompts to train on: a .txt, .jsonl or .parquet file; null takes the captions of `source`. With prompts of their own, images need no
+    captions."""
     scenes: PositiveInt = 20_000
     """How many distinct scenes the demo source holds."""
     caption: str | None = None
-    """Column or JSON field of the caption; null is the first of caption, text, prompt that is there."""
+    """Column or JSON field of the caption, or suffix of the text file; null is the first of caption, text, prompt, txt with a text."""
     image: str | None = None
-    """Column of the image, in tables; null is the first usual one (image, jpg, ...)."""
+    """Column of the image in tables, suffix of the right image in archives and folders, column of file names in metadata files; null is the
+    first usual one (image, jpg, ...), any image, file_name."""
     shuffle_blocks: PositiveInt | None = None
     """Shuffle this many blocks (archives, row groups) at a time, so that reading stays within them. null mixes everything, in parquet
     8 row groups, whose rows cannot be read alone."""

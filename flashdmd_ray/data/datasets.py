@@ -65,7 +65,10 @@ def describe_data(config: DataConfig) -> list[str]:
         cache = cache_folder(config)
         if is_indexed(format, cache):
             index = open_indexed(config, format)
-            state = f"{len(index):,} samples, {index.tally.bad_count:,} bad"
+            ignored = sum(named.count for named in index.tally.ignored.values())
+            state = f"{len(index):,} samples, {index.tally.bad_count:,} bad" + (
+                f", {ignored:,} ignored" if ignored else ""
+            )
         else:
             state = "not indexed yet; jobs/prepare_data.py --check judges it"
         lines.append(f"{key}: {getattr(config, key)} ({format.kind}, {state})")
