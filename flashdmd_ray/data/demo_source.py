@@ -30,7 +30,7 @@ class DemoScenes:
         return len(self._scenes)
 
     def prompts(self, stream: str, positions: Tensor) -> tuple[str, ...]:
-        chosen = self._prompt_order.samples(stream, positions.numpy()).tolist()
+        chosen = self._prompt_order.samples(stream, positions.cpu().numpy()).tolist()
         if self._prompts is not None:
             return self._prompts.captions(chosen)
         return tuple(self._scenes[i].caption for i in chosen)
@@ -38,7 +38,7 @@ class DemoScenes:
     def reals(self, positions: Tensor, size: tuple[int, int]) -> Reals:
         from flashdmd_ray.demo.scenes import CANVAS, render
 
-        scenes = [self._scenes[i] for i in self._order.samples(REALS, positions.numpy()).tolist()]
+        scenes = [self._scenes[i] for i in self._order.samples(REALS, positions.cpu().numpy()).tolist()]
         images = render(scenes)[0]
         if size != (CANVAS, CANVAS):
             images = F.interpolate(images, size, mode="bilinear", antialias=True)

@@ -1,0 +1,107 @@
+"""Every verb of every role with its networks on a GPU, where none is needed: what would mix devices is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashdmd_ray.batch import Prompts
+from flashdmd_ray.config import Config, load_config
+from flashdmd_ray.data import build_images
+from flashdmd_ray.driver import train
+from flashdmd_ray.roles import networks, reward
+from flashdmd_ray.runtime.border import RoleOnDevice
+from flashdmd_ray.runtime.build import build_runtime
+from tests import tiny
+from tests.simulated_gpu import CPU, GPU, SimulatedGpu, device_of
+
+CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
+GROUPS = ("learner", "discriminator", "rollout", "reward")
+SMALL = [
+    *("runtime=local", "steps=1", "batch=2", "preference.updates=1", "preference.batch=2", "preference.candidates=2"),
+    *("preference.threshold=0", "evaluation.ema=0.9", *(f"placement.{group}.gpus=1" for group in GROUPS)),
+]
+BFLOAT = ["engine.precision=bfloat16", "model.dtype=bfloat16"]
+CASES: dict[str, tuple[str | None, list[str]]] = {
+    "sdxl": (None, []),
+    "sdxl in bfloat16 with everything": (
+        None,
+        [
+            *(*BFLOAT, "engine.accumulation=2", "engine.gradient_checkpointing=true", "ttur=2"),
+            *("adversarial.real_through_vae=true", "adversarial.prompt_projection=true", "adversarial.balance=0.5"),
+            "preference.candidate_image=remaining_steps",
+        ],
+    ),
+    "sdxl lora": (None, [*BFLOAT, "lora.networks=[generator, score]", "engine.offload_optimizer=true"]),
+    "sd15": (None, ["model.family=sd15", "model.teacher=TINY", "rewards=[{kind: pickscore}]"]),
+    "sd3 lora": ("demo_sd3.yaml", BFLOAT),
+    "dmd2": ("demo_dmd2.yaml", ["ttur=2"]),
+}
+
+
+class OneStep:
+    """A run of one step that keeps its metrics."""
+
+    preference_rate = 1.0
+    metrics: dict[str, float]
+
+    def steps(self) -> range:
+        return range(1)
+
+    def finish(self, step: int, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roles that ask for a GPU get the simulated one."""
+
+    def device(config: Config, group: str) -> torch.device:
+        return GPU if config.placed(group).gpus else CPU
+
+    monkeypatch.setattr(networks, "device_of", device)
+    monkeypatch.setattr(reward, "device_of", device)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_role_mixes_devices(case: str, gpus: None, tmp_path: Path) -> None:
+    name, changes = CASES[case]
+    if case == "sd15":
+        changes = [change.replace("TINY", str(tiny.save_sd15(tmp_path / "teacher"))) for change in changes]
+    config = load_config(None if name is None else CONFIGS / name, [*SMALL, *changes])
+    networks._shared_family.cache_clear()
+    run = OneStep()
+    with SimulatedGpu():
+        runtime = build_runtime(config)
+        train(config, runtime, build_images(config.data, config.seed), run)
+        prompts = Prompts(("a red 4 on a gray background", "a blue 3 on a white background"), torch.arange(2))
+        pictures = runtime.generator.generate_images(prompts, config.sampling.timesteps, 0)
+        teachers = runtime.score.generate_teacher_images(prompts, 2, 3.0, 0)
+        assert device_of(pictures) == device_of(teachers) == CPU
+        roles = (runtime.generator, runtime.score, runtime.discriminator)
+        assert all(isinstance(role, RoleOnDevice) for role in (*roles, runtime.rollouts, *runtime.rewards.values()))
+        for role in roles:
+            role.save(tmp_path)
+        for role in roles:
+            role.load(tmp_path)
+    networks._shared_family.cache_clear()
+    assert {"matching/gradient_norm", "score/loss", "discriminator/accuracy_real"} <= run.metrics.keys()
+    assert run.metrics["preference/updates"] == 1
+
+
+def test_the_simulated_gpu_refuses_what_cuda_refuses() -> None:
+    here = torch.ones(2)
+    with SimulatedGpu():
+        there = torch.ones(2, device="cuda")
+        assert device_of((2 * there).relu()) == GPU
+        assert device_of(there.cpu() + here) == CPU
+        linear = torch.nn.Linear(2, 2).to("cuda")
+        linear(there).sum().backward()
+        assert device_of(linear.weight.grad) == GPU
+        for call in (lambda: here + there, lambda: linear(here), lambda: here[there.long()]):
+            with pytest.raises(RuntimeError, match="device"):
+                call()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
