@@ -37,7 +37,7 @@ class ModelConfig(Section):
     crop: tuple[Count, Count] | None = None
     """SDXL only: [top, left] of the crop that micro-conditioning states; null is [0, 0], no crop."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Weights and activations of the frozen networks: teacher, VAE and text encoders. What is trained: see engine.precision."""
+    """Weights and activations of the frozen networks: teacher, VAE, text encoders and SAM. What is trained: see engine.precision."""
     sam: PathOrName = "demo"
     """'demo', a directory with config.json and model.safetensors, or an official sam_vit_*.pth file."""
 

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flashdmd_ray.catalog.families import FAMILIES, latent_size
 from flashdmd_ray.config import ModelConfig
@@ -103,7 +102,6 @@ class Family(ABC):
             self.path, "the scheduler", lambda: schedule_from_config(self.scheduler_config)
         )
         self.device = torch.device("cpu")
-        self.checkpoint_decoder = False  # recompute the decoder in the backward pass: less memory at 1024 pixels
         network = source.config(FAMILIES[self.name].denoiser)
         vae = source.config("vae") if model.vae is None else _config_of_vae(model.vae, int(network["in_channels"]))
         height, width, pixels = latent_size(model.resolution, network, vae)
@@ -215,14 +213,13 @@ class Family(ABC):
 
         Values just outside the range are not clamped, because a clamp would stop the gradient there.
         """
-        if self.checkpoint_decoder and torch.is_grad_enabled():
-            return checkpoint(self._decode, latents, use_reentrant=False)
-        return self._decode(latents)
-
-    def _decode(self, latents: Tensor) -> Tensor:
         config = self.vae.config
         scaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
+
+    def checkpoint_decoder(self) -> None:
+        """From now on, compute each block of the decoder again in the backward pass: less memory at 1024 pixels."""
+        self.vae.enable_gradient_checkpointing()
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:

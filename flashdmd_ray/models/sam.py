@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from segment_anything.modeling import ImageEncoderViT
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 # The mean and deviation of pixels in 0..255 that Segment Anything was trained with.
@@ -27,8 +27,8 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 _PREFIX = "image_encoder."
 
 
-def load_sam_encoder(path: Path | str, image_size: int) -> ImageEncoderViT:
-    """The frozen encoder in eval mode for square images of `image_size` pixels, float32.
+def load_sam_encoder(path: Path | str, image_size: int, dtype: torch.dtype = torch.float32) -> ImageEncoderViT:
+    """The frozen encoder in eval mode for square images of `image_size` pixels, with fused attention.
 
     `path` is a directory with `config.json` and `model.safetensors` (the keys of `segment_anything.Sam`), or an
     official checkpoint such as `sam_vit_b_01ec64.pth`. The architecture follows from the shapes of the weights.
@@ -45,18 +45,61 @@ def load_sam_encoder(path: Path | str, image_size: int) -> ImageEncoderViT:
         raise ValueError(f"image_size {image_size} is not a positive multiple of the encoder's patch size {patch}")
     encoder = _build(encoder_state, image_size)
     encoder.load_state_dict(_resize_tables(encoder_state, image_size // patch, encoder))
-    return encoder.eval().requires_grad_(False)
+    return fuse_attention(encoder.to(dtype)).eval().requires_grad_(False)
+
+
+class FusedAttention(nn.Module):
+    """Segment Anything's attention with the weights of its own module, through torch's fused kernels.
+
+        softmax(q k^T / sqrt(d) + r_h + r_w) v,   r_h[q, k] = <q, R_h[row of q - row of k]>, r_w the same of columns
+
+    The relative positions go in as the bias. The official module writes all scores, their sums with r_h and r_w and their softmax,
+    each (B, heads, HW, HW), and reads its tables at indices made on the CPU at every call.
+    """
+
+    def __init__(self, written: nn.Module) -> None:
+        """written: segment_anything's `Attention`, its position tables of the size it will see. Its parameters are shared."""
+        super().__init__()
+        self.heads = int(written.num_heads)
+        self.qkv, self.proj = written.qkv, written.proj
+        self.rel_pos_h, self.rel_pos_w = written.rel_pos_h, written.rel_pos_w
+        for name, table in (("rows", self.rel_pos_h), ("columns", self.rel_pos_w)):
+            size = (len(table) + 1) // 2
+            places = torch.arange(size)
+            self.register_buffer(name, places[:, None] - places + size - 1, persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, H, W, C) to the same shape."""
+        batch, height, width, channels = tokens.shape
+        parts = self.qkv(tokens).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = parts.unbind(0)
+        by_place = query.unflatten(2, (height, width))
+        by_row = torch.einsum("bnhwc,hkc->bnhwk", by_place, self.rel_pos_h[self.rows])
+        by_column = torch.einsum("bnhwc,wkc->bnhwk", by_place, self.rel_pos_w[self.columns])
+        bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, height, width, channels))
+
+
+def fuse_attention(encoder: ImageEncoderViT) -> ImageEncoderViT:
+    """Put `FusedAttention` into every block; returns the encoder."""
+    for block in encoder.blocks:
+        block.attn = FusedAttention(block.attn)
+    return encoder
 
 
 def global_attention_tokens(encoder: ImageEncoderViT, images: torch.Tensor) -> list[torch.Tensor]:
-    """Tokens (B, H/p, W/p, C) after each global-attention block, shallow to deep.
+    """Tokens (B, H/p, W/p, C) after each global-attention block, shallow to deep, in the encoder's precision.
 
     `images` (B, 3, H, W) floating in [-1, 1], H = W = the size the encoder was loaded for (else ValueError).
     Gradients flow to the images.
     """
     if images.shape[-2:] != (encoder.img_size, encoder.img_size):
         raise ValueError(f"images are {tuple(images.shape[-2:])}, the encoder was loaded for {encoder.img_size}")
-    hidden = encoder.patch_embed(normalise_pixels(images)) + encoder.pos_embed
+    pixels = normalise_pixels(images.float()).to(
+        encoder.pos_embed.dtype
+    )  # bfloat16 could not tell neighbouring grey values apart
+    hidden = encoder.patch_embed(pixels) + encoder.pos_embed
     levels = []
     for block in encoder.blocks:
         hidden = block(hidden)

@@ -30,15 +30,18 @@ class Discriminator(TrainedRole):
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Discriminator:
-        family = group_family(config, "discriminator", ("vae", "text"))
-        encoder = load_sam_encoder(resolve(config.model.sam, "sam"), max(family.image_size))
-        prompt_width = family.pooled_width if config.adversarial.prompt_projection else None
+        reads_prompts = config.adversarial.prompt_projection
+        family = group_family(config, "discriminator", ("vae", "text") if reads_prompts else ("vae",))
+        sam = resolve(config.model.sam, "sam")
+        encoder = load_sam_encoder(sam, max(family.image_size), getattr(torch, config.model.dtype))
+        prompt_width = family.pooled_width if reads_prompts else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = PixelDiscriminator(
                 encoder, config.adversarial.hidden, prompt_width, config.engine.gradient_checkpointing
             )
-        family.checkpoint_decoder = config.engine.gradient_checkpointing
+        if config.engine.gradient_checkpointing:
+            family.checkpoint_decoder()
         # The heads are small: nothing to shard, to round or to send away.
         plain = EngineConfig(accumulation=config.engine.accumulation)
         engine = build_engine(plain, network.to(family.device), config.adversarial.optimizer, role="discriminator")

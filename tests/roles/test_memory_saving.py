@@ -30,7 +30,7 @@ def configured(*settings: str) -> Config:
 def one_decoder() -> Iterator[None]:
     """The family is shared by the roles of a process, so a role leaves its wish for a recomputed decoder there."""
     yield
-    load_family(configured().model).checkpoint_decoder = False
+    load_family(configured().model).vae.disable_gradient_checkpointing()
 
 
 def prompts() -> Prompts:
@@ -94,7 +94,8 @@ def test_gradient_checkpointing_changes_no_bit(train):
     (plain, expected), (saving, got) = train(), train(CHECKPOINTED)
     assert not is_checkpointed(plain.engine.module)
     assert is_checkpointed(saving.engine.module)
-    assert load_family(configured().model).checkpoint_decoder == (train is trained_discriminator)
+    decoder = load_family(configured().model).vae.decoder
+    assert decoder.gradient_checkpointing == (train is trained_discriminator)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     before, after = plain.engine.weights(), saving.engine.weights()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), after.values(), strict=True))
