@@ -183,12 +183,12 @@ class Engine(ABC):
         """
         self.optimizer_state.ema_update_from(source.optimizer_state, decay)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Full fp32 masters and persistent buffers by name, on the CPU of rank 0, in the form that `load_state_dict` takes.
+    def weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Full masters, rounded to `dtype`, and persistent buffers by name, on the CPU of rank 0, in the form that `load_state_dict` takes.
 
         Gathered one parameter at a time; empty on the other ranks, which never hold more than one full parameter. Collective.
         """
-        return self.optimizer_state.weights()
+        return self.optimizer_state.weights(dtype)
 
     def copy(self) -> nn.Module:
         """Copy the network as it is now: frozen, complete on every rank, in evaluation mode and the compute precision. Collective."""

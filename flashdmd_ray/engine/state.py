@@ -53,8 +53,8 @@ class OptimizerState(ABC):
 
     # ---- between vectors and names
 
-    def gather(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, full parameter on the CPU with memory of its own) on rank 0, nothing on the others."""
+    def gather(self, vector: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, full parameter as `dtype` on the CPU with memory of its own) on rank 0, nothing on the others."""
         for index, name in enumerate(self.layout.names):
             start, piece = self.owned(vector, index)
             shape = self.layout.shapes[index]
@@ -64,7 +64,7 @@ class OptimizerState(ABC):
                 dist.reduce(full, dst=0)  # zeros but for one rank: gathers pieces of any size
                 piece = full
             if rank() == 0:
-                yield name, piece.view(shape).to("cpu", copy=True)
+                yield name, piece.view(shape).to(dtype).to("cpu", copy=dtype == piece.dtype)
 
     def scatter(self, vector: Tensor, tensors: Mapping[str, Tensor], prefix: str) -> None:
         """Fill a vector from full parameters by prefixed name: the inverse of `gather`, reading one parameter at a time."""
@@ -95,9 +95,9 @@ class OptimizerState(ABC):
         self.publish()
 
     @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """See `Engine.weights`."""
-        return dict(self.gather(self.masters.detach())) | self._saved_buffers()
+        return dict(self.gather(self.masters.detach(), dtype)) | self._saved_buffers()
 
     def _buffers(self) -> dict[str, Tensor]:
         persistent = self.module.state_dict(keep_vars=True)

@@ -169,8 +169,8 @@ class Generator(TrainedRole):
         self.reference = self.engine.copy()
 
     def weights(self) -> dict[str, Tensor]:
-        """Trained weights, full and float32, for the rollout workers: all of them, or with LoRA the adapter's."""
-        return self.engine.weights()
+        """Trained weights for the rollout workers, in the precision that this network computes in: all, or with LoRA the adapter's."""
+        return self.engine.weights(self.engine.compute_dtype)
 
     def update_ema(self) -> None:
         """Take the weights as they are after a step into their moving average."""

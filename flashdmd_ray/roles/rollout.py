@@ -27,9 +27,8 @@ class Rollout:
         self.version: int | None = None
         self._checksum = ""  # after a fault a version may be published anew
         self.name = name
-        self._staleness = StaleWeightsCheck(
-            name, exact=all(p.dtype == torch.float32 for p in family.teacher.parameters())
-        )
+        frozen = all(p.dtype == torch.float32 for p in family.teacher.parameters())
+        self._staleness = StaleWeightsCheck(name, exact=frozen and config.engine.precision == "float32")
 
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Rollout:
@@ -42,13 +41,16 @@ class Rollout:
         return self.family.device
 
     def load_weights(self, weights: PublishedWeights) -> None:
-        """Take over published weights.
+        """Take over published weights, and the precision that the learner computes in: a candidate is drawn by the very network that the
+        preference loss differentiates.
 
         Raises ValueError, naming the worker, when what the network holds then is not what was published, or when its output
         does not show the change.
         """
         if (self.version, self._checksum) == (weights.version, weights.checksum):
             return
+        for name, tensor in self.network.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(weights.tensors[name].dtype)
         self.network.load_state_dict(weights.tensors)
         arrived = checksum(self.network.state_dict())
         if arrived != weights.checksum:
