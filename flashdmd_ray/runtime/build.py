@@ -9,7 +9,7 @@ from typing import Any
 
 from flashdmd_ray.config import Config
 from flashdmd_ray.runtime.border import at_border
-from flashdmd_ray.runtime.environment import limit_threads, use_loopback
+from flashdmd_ray.runtime.environment import limit_threads, on_gpu, use_loopback
 from flashdmd_ray.runtime.local import LocalRuntime
 from flashdmd_ray.runtime.placement import WorkerGroup, create_roles
 from flashdmd_ray.runtime.protocol import Runtime
@@ -102,6 +102,8 @@ def build_runtime(
 def _build_local(config: Config, groups: Sequence[WorkerGroup], say: Callable[[str], None]) -> LocalRuntime:
     say(f"loading {', '.join(role for group in groups for role in group.roles)} in this process")
     limit_threads(config.placement.threads)
+    if any(group.gpus for group in groups):
+        on_gpu()
     built: dict[str, Any] = {}
     rewards: dict[str, Any] = {}
     for group in groups:

@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from flashdmd_ray.run.variables import prepare_environment
 from flashdmd_ray.runtime.border import call_role
-from flashdmd_ray.runtime.environment import limit_threads, worker_environment
+from flashdmd_ray.runtime.environment import limit_threads, on_gpu, worker_environment
 from flashdmd_ray.runtime.errors import Call, WorkerError
 from flashdmd_ray.runtime.failures import most_telling, reraise, translate
 from flashdmd_ray.runtime.placement import WorkerGroup, check_devices, create_roles, role_class
@@ -73,6 +73,8 @@ class Worker:
     def setup(self, offer: Offer) -> None:
         """Build the roles. offer: that of rank 0."""
         limit_threads(self._config.placement.threads)
+        if self._group.gpus:
+            on_gpu()
         register_tensors()
         self._check_devices()
         world_size = self._group.workers if self._group.stateful else 1
