@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -79,15 +79,20 @@ def concat_values(values: Sequence[Any]) -> Any:
 
 def move(value: Any, device: torch.device | str) -> Any:
     """`value` with every tensor on `device`, in batches, mappings, lists and tuples too; everything else as it is."""
+    return map_tensors(value, lambda tensor: tensor.to(device))
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor changed, in batches, mappings, lists and tuples too; everything else as it is."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, Batch):
-        columns = {f.name: move(getattr(value, f.name), device) for f in fields(value)}  # type: ignore[arg-type]
+        columns = {f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)}  # type: ignore[arg-type]
         return type(value)(**columns)
     if isinstance(value, Mapping):
-        return {key: move(item, device) for key, item in value.items()}
+        return {key: map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(move(item, device) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
     return value
 
 

@@ -55,7 +55,8 @@ class PreferenceSource:
         self.config = config
         self.runtime = runtime
         self.prompts = prompts
-        self.weights: PublishedWeights | None = None
+        self._version = -1  # of the newest published weights
+        self._published: Task[PublishedWeights]
         self._counts: Counter[str] = Counter()
         self._unscored: list[Mapping[str, int]] = []  # counts of the latest updates in a row without a score
 
@@ -69,9 +70,14 @@ class PreferenceSource:
         )
 
     def publish(self, step: int) -> None:
-        """Give the rollout pool the generator's weights before `step`, if that step needs them."""
+        """Give the rollout pool the generator's weights before `step`, if that step needs them.
+
+        They are read now and travel while the step goes on: only the rollouts wait for them.
+        """
         if self.due(step):
-            self.weights = self.runtime.publish(self.runtime.generator.weights(), version=step)
+            weights = self.runtime.generator.weights()
+            self._version = step
+            self._published = self.runtime.background(partial(self.runtime.publish, weights, version=step))
 
     def request(self, rng: StepRng) -> list[Task[RatedPairs]]:
         """Start making the pairs of this step, and the hack monitor's probe; empty when it has no preference updates."""
@@ -108,12 +114,12 @@ class PreferenceSource:
 
         preference/age: versions between the weights that made the candidates and the present ones.
         """
-        if self.weights is None or not self._counts:
+        if not self._counts:
             return {}
         counts = {f"preference/{name}": float(self._counts[name]) for name in ("groups", "scored", "pairs")}
         dropped = {f"dropped/{reason}": float(self._counts[reason]) for reason in REASONS}
-        step = self.runtime.step if self.runtime.step is not None else self.weights.version
-        lag = {"preference/version": float(self.weights.version), "preference/age": float(step - self.weights.version)}
+        step = self.runtime.step if self.runtime.step is not None else self._version
+        lag = {"preference/version": float(self._version), "preference/age": float(step - self._version)}
         return counts | dropped | lag
 
     def _record_counts(self, counts: Mapping[str, int]) -> None:
@@ -130,12 +136,12 @@ class PreferenceSource:
     def _rated_pairs(self, rng: StepRng, update: int) -> RatedPairs:
         preference = self.config.preference
         stream = f"preference/{update}"
-        assert self.weights is not None, "request() before publish()"
+        assert self._version >= 0, "request() before publish()"
         candidates = self.runtime.rollouts.candidates(
             self.prompts(rng, stream, preference.batch),
             rng.index(f"{stream}/high", self.config.high_noise_steps),
             rng.seed(f"{stream}/noise"),
-            self.weights,
+            self._published.result(),
         )
         scores = score(candidates, self.config, self.runtime)
         return rate(candidates, scores.rewards, self.config, scores.failures)
@@ -147,12 +153,12 @@ class PreferenceSource:
         """
         preference = self.config.preference
         rng = StepRng(self.config.seed, preference.start_step)
-        assert self.weights is not None, "request() before publish()"
+        assert self._version >= 0, "request() before publish()"
         candidates = self.runtime.rollouts.candidates(
             self.prompts(rng, "monitor", preference.batch),
             0,
             rng.seed("monitor/noise"),
-            self.weights,
+            self._published.result(),
             decode=True,
         )
         latent = [reward.label for reward in self.config.rewards if not reward.reads_images]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from flashdmd_ray.config.optimizers import OptimizerConfig, RateConfig
-from flashdmd_ray.config.section import Count, Fraction, PositiveFloat, PositiveInt, Section, Timestep
+from flashdmd_ray.config.section import Count, Fraction, MayChange, PositiveFloat, PositiveInt, Section, Timestep
 
 
 class SamplingConfig(Section):
@@ -67,6 +67,9 @@ class AdversarialConfig(Section):
     """latent space only: weight of the GAN loss beside the denoising loss in the score estimator's update (DMD2)."""
     hidden: PositiveInt = 32
     """Channels of a discriminator head."""
+    accumulation: MayChange[PositiveInt | None] = None
+    """Micro-batches of the pixel discriminator's updates; null: as `engine.accumulation`. Decoder and SAM need more memory for a sample
+    than a denoiser, which runs faster on all of its batch at once."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, betas=(0.0, 0.99))
     """The heads' optimizer."""
 

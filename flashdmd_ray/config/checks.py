@@ -25,20 +25,26 @@ def check_agreement(config: Config) -> None:
 
 def check_ranks(config: Config) -> None:
     """Batches that the ranks of a group can share and cut into micro-batches; one worker of each kind without Ray."""
-    for group, key, batch in (
-        ("learner", "batch", config.batch),
-        ("discriminator", "batch", config.batch),
-        ("learner", "preference.batch", config.preference.batch),
+    engine = "engine.accumulation", config.engine.accumulation
+    critic = (
+        engine
+        if config.adversarial.accumulation is None
+        else ("adversarial.accumulation", config.adversarial.accumulation)
+    )
+    for group, key, batch, (setting, accumulation) in (
+        ("learner", "batch", config.batch, engine),
+        ("discriminator", "batch", config.batch, critic),
+        ("learner", "preference.batch", config.preference.batch, engine),
     ):
         workers = getattr(config.placement, group).workers
         if batch % workers:
             raise ValueError(
                 f"placement.{group}.workers: {workers} ranks cannot share {key} {batch} equally; choose a multiple of the ranks"
             )
-        if batch // workers < config.engine.accumulation:
+        if batch // workers < accumulation:
             raise ValueError(
-                f"engine.accumulation: the {batch // workers} samples of {key} on each of {workers} ranks of the {group} cannot be cut "
-                f"into {config.engine.accumulation} micro-batches; set it to at most {batch // workers}"
+                f"{setting}: the {batch // workers} samples of {key} on each of {workers} ranks of the {group} cannot be cut "
+                f"into {accumulation} micro-batches; set it to at most {batch // workers}"
             )
     if config.runtime == "local" and any(_max_workers(group) > 1 for group in config.placement.groups()):
         raise ValueError("placement: more than one worker needs runtime 'ray'")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -57,7 +58,10 @@ class FusedAttention(nn.Module):
     each (B, heads, HW, HW), and reads its tables at indices made on the CPU at every call.
     """
 
-    def __init__(self, written: nn.Module) -> None:
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, written: Any) -> None:
         """written: segment_anything's `Attention`, its position tables of the size it will see. Its parameters are shared."""
         super().__init__()
         self.heads = int(written.num_heads)

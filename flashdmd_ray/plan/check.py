@@ -22,11 +22,12 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
     run, parts, models = _inspected(config)
     for line in models.absent:
         raise ValueError(line)
+    check_fit(config, models, parts)
     return run, parts
 
 
 def preview(config: Config) -> tuple[RunDirectory, list[Part]]:
-    """As `check` for `--dry-run`: published models and data may still have to be brought here, `describe` says which."""
+    """As `check` for `--dry-run`: published models and data may still have to be brought here, and `sections` says which and what fits."""
     run, parts, _ = _inspected(config)
     return run, parts
 
@@ -36,5 +37,4 @@ def _inspected(config: Config) -> tuple[RunDirectory, list[Part], Models]:
     check_checkpoint_root(config, run.path)
     models = models_of(config)
     parts = parts_of_models(config, models)
-    check_fit(config, models, parts)
     return run, parts, models

@@ -9,6 +9,8 @@ from flashdmd_ray.catalog.rewards import REWARDS
 from flashdmd_ray.plan.costs import Line, Use
 from flashdmd_ray.plan.models import Model
 
+LAUNCHES = 20
+"""Kernels of a transformer layer without gradients, roughly."""
 PIXEL_BYTES = 3 * 4
 """Of one pixel of a float32 image."""
 
@@ -36,7 +38,7 @@ def reward_use(kind: str, model: Model, image: tuple[int, int] | None) -> Use | 
     Bytes: the image in its original size through clamping and scaling, or one layer's tokens with their widened copy, whichever is more.
     """
     if REWARDS[kind].path_is == "url":
-        return Use(Line(0.0, 0.0), Line(0.0, 0.0), Line(0.0, 0.0))
+        return Use(*[Line(0.0, 0.0)] * 4)
     config = model.config or {}
     vision, text = config.get("vision_config", {}), config.get("text_config", {})
     reads = "text_config" in config
@@ -53,7 +55,8 @@ def reward_use(kind: str, model: Model, image: tuple[int, int] | None) -> Use | 
     layer = 4.0 * tokens * (4 * vision["hidden_size"] + 2 * vision["intermediate_size"])
     peak = max(3.0 * PIXEL_BYTES * image[0] * image[1], layer)
     once = tower_flops(text, text["max_position_embeddings"]) if "cross_layers" in config else 0.0  # its condition
-    return Use(Line(once, flops), Line(0.0, 0.0), Line(0.0, peak))
+    layers = vision["num_hidden_layers"] + (text["num_hidden_layers"] if reads else 0)
+    return Use(Line(once, flops), Line(0.0, 0.0), Line(0.0, peak), Line(float(LAUNCHES * layers), 0.0))
 
 
 def _between(config: Mapping[str, Any], tokens: int, words: int) -> float:

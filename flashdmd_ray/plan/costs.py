@@ -33,11 +33,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Use:
-    """flops: operations, two for each multiply-add. kept, peak: bytes between forward and backward, and at most."""
+    """flops: operations, two for each multiply-add. kept, peak: bytes between forward and backward, and at most. launches: kernels."""
 
     flops: Line
     kept: Line
     peak: Line
+    launches: Line
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def table() -> Mapping[str, Any]:
 
 def _read(cost: Mapping[str, Any]) -> Cost:
     uses = {
-        name: Use(*(Line(*use[figure]) for figure in ("flops", "kept", "peak"))) for name, use in cost["uses"].items()
+        name: Use(*(Line(*use[figure]) for figure in ("flops", "kept", "peak", "launches")))
+        for name, use in cost["uses"].items()
     }
     return Cost(cost["parameters"], cost["trained"], uses)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashdmd_ray.config import Config, parse_config
+from flashdmd_ray.plan.mean_step import step_of
 from flashdmd_ray.plan.models import Models
 from flashdmd_ray.plan.parts import Part, parts_of_models
-from flashdmd_ray.plan.roles import Work, peak_of, work_of
+from flashdmd_ray.plan.works import Step
 
 GIB = 2**30
 CONTEXT_GIB = 1.0
@@ -40,28 +41,29 @@ class Process:
         return (self.held + self.activations + self.host) / GIB + PROCESS_GIB
 
 
-def processes(config: Config, parts: Sequence[Part], works: Sequence[Work] | None) -> dict[str, Process | None]:
+def processes(config: Config, parts: Sequence[Part], step: Step | None) -> dict[str, Process | None]:
     """One process of each group by its name; None where a size is unknown. Runtime 'local' has one, called "local"."""
     groups = ["local"] if config.runtime == "local" else list(dict.fromkeys(part.group for part in parts))
-    return {group: _process(group, parts, works) for group in groups}
+    return {group: _process(group, parts, step) for group in groups}
 
 
-def _process(group: str, parts: Sequence[Part], works: Sequence[Work] | None) -> Process | None:
+def _process(group: str, parts: Sequence[Part], step: Step | None) -> Process | None:
     mine = {part.name: part.held for part in parts if group in ("local", part.group)}  # what is shared is loaded once
     held = [each for each in mine.values() if each is not None]
-    if works is None or len(held) < len(mine):
+    if step is None or len(held) < len(mine):
         return None
-    peak = peak_of([work for work in works if group in ("local", work.group)])
-    return Process(group, sum(each.device for each in held), peak, sum(each.host for each in held))
+    return Process(group, sum(each.device for each in held), step.peaks[group], sum(each.host for each in held))
 
 
-def check_fit(config: Config, models: Models, parts: Sequence[Part]) -> None:
-    """Raises ValueError, one line, when a process needs more than its GPU has; it names the first settings with which it would fit."""
+def check_fit(config: Config, models: Models, parts: Sequence[Part], step: Step | None = None) -> None:
+    """Raises ValueError, one line, when a process needs more than its GPU has; it names the first settings with which it would fit.
+
+    step: the configuration's, if it was planned before.
+    """
     rooms = {group: room for group in _placed(config) if (room := room_of(config, group)) is not None}
     if not rooms:
         return
-    works = work_of(config, models)
-    for group, process in processes(config, parts, works).items():
+    for group, process in processes(config, parts, step or step_of(config, models, repeats=1)).items():
         room = min(rooms.values()) if group == "local" else rooms.get(group)
         if process is not None and room is not None and process.gpu_gib > room:
             raise ValueError(_too_large(config, models, group, process, room))
@@ -102,8 +104,8 @@ def _too_large(config: Config, models: Models, group: str, process: Process, roo
     return f"{need}; no setting brings it below that: take more workers, a larger GPU or a smaller model.resolution"
 
 
-Step = tuple[str, Callable[[Config], Any]]
-_STEPS: Mapping[str, Sequence[Step]] = {
+Setting = tuple[str, Callable[[Config], Any]]
+_SETTINGS: Mapping[str, Sequence[Setting]] = {
     "learner": (
         ("engine.gradient_checkpointing", lambda config: True),
         ("engine.accumulation", lambda config: _most_micro_batches(config)),
@@ -116,10 +118,11 @@ _STEPS: Mapping[str, Sequence[Step]] = {
     ),
     "discriminator": (
         ("engine.gradient_checkpointing", lambda config: True),
-        ("engine.accumulation", lambda config: _most_micro_batches(config)),
+        ("adversarial.accumulation", lambda config: config.batch // config.placement.discriminator.workers),
         ("model.dtype", lambda config: "bfloat16"),
     ),
     "rollout": (
+        ("engine.precision", lambda config: "bfloat16"),
         ("model.dtype", lambda config: "bfloat16"),
         ("preference.decode_batch", lambda config: 1),
         ("preference.batch", lambda config: _fewest_prompts(config)),
@@ -138,10 +141,10 @@ _STEPS: Mapping[str, Sequence[Step]] = {
 def _remedies(config: Config, models: Models, group: str, need: float) -> Iterator[tuple[dict[str, Any], Process]]:
     """Settings that differ from the configuration's, one more each time, and what the process needs with them."""
     changes: dict[str, Any] = {}
-    everything = [*_STEPS["learner"], *_STEPS["rollout"], *_STEPS["reward"]]
-    steps = everything if group == "local" else _STEPS.get(group, _STEPS["reward"])
+    everything = [*_SETTINGS["learner"], *_SETTINGS["rollout"], *_SETTINGS["reward"]]
+    settings = everything if group == "local" else _SETTINGS.get(group, _SETTINGS["reward"])
     last = need
-    for key, choose in steps:
+    for key, choose in settings:
         value = choose(config)
         if value is None or value is False or value == _value(config, key):
             continue
@@ -149,7 +152,7 @@ def _remedies(config: Config, models: Models, group: str, need: float) -> Iterat
             changed = parse_config(_with(config, changes | {key: value}))
         except ValueError:  # does not go with another setting
             continue
-        process = processes(changed, parts_of_models(changed, models), work_of(changed, models))[group]
+        process = processes(changed, parts_of_models(changed, models), step_of(changed, models, repeats=1))[group]
         if process is None or process.gpu_gib >= last:
             continue
         changes, last = changes | {key: value}, process.gpu_gib

@@ -65,8 +65,10 @@ def parts_of_models(config: Config, models: Models) -> list[Part]:
     if models.sam is None:
         parts.append(Part("discriminator head", "learner", 0, "yes", Held(), "on the score estimator's mid block"))
     else:
-        parts += _discriminator(models, known_cost(specs.critic(config, models)))
-        parts += _family(models, "discriminator", frozen)
+        parts += _discriminator(models, known_cost(specs.judge(config, models)), frozen)
+        if config.adversarial.prompt_projection:
+            parts.append(_texts(models, "discriminator", frozen))
+        parts.append(_frozen("VAE", "discriminator", models.vae.parameters, frozen, models.vae.source))
     if config.preference.updates:
         parts += _rollout(config, models)
         for pool, rewards in config.reward_pools.items():
@@ -111,12 +113,12 @@ def _texts(models: Models, group: str, size: float) -> Part:
     return _frozen("text encoders", group, models.text_parameters, size, models.texts[0].source)
 
 
-def _discriminator(models: Models, cost: Cost | None) -> list[Part]:
+def _discriminator(models: Models, cost: Cost | None, frozen: float) -> list[Part]:
     sam = models.sam
     assert sam is not None, "a pixel discriminator has a SAM"
     # Of a checkpoint only the image encoder is loaded, up to its last level; without a cost all of it is counted, and the small heads not.
     encoder = _frozen(
-        "discriminator: SAM", "discriminator", cost.parameters if cost else sam.parameters, FLOAT, sam.source
+        "discriminator: SAM", "discriminator", cost.parameters if cost else sam.parameters, frozen, sam.source
     )
     count = cost.trained if cost else 0
     heads = Held(FLOAT * count, FLOAT * count, MOMENTS["adamw"] * count)
@@ -144,6 +146,12 @@ def _trained(config: Config, models: Models, role: str) -> Part:
         average = FLOAT * count / (config.placement.learner.workers if config.engine.kind == "deepspeed" else 1)  # type: ignore[operator]
         held = _with_optimizer(config, held, average)
     return Part(name, "learner", count, "adapter" if adapter else "yes", held, "the teacher")
+
+
+def published_bytes(config: Config, models: Models) -> float:
+    """Weights that go to the rollout workers before a step with preference updates, in the compute precision."""
+    count = trained_parameters(config, models, "generator") if config.preference.updates else 0
+    return BYTES[config.engine.precision] * float(count or 0)
 
 
 def _training(config: Config, count: int, objectives: int) -> Held:
@@ -185,6 +193,6 @@ def _rollout(config: Config, models: Models) -> list[Part]:
     count = trained_parameters(config, models, "generator")
     return [
         _frozen("teacher", "rollout", models.denoiser.parameters, frozen, models.denoiser.source),
-        _frozen("rollout", "rollout", count, FLOAT, "the generator, before each step"),
+        _frozen("rollout", "rollout", count, BYTES[config.engine.precision], "the generator, before each step"),
         *_family(models, "rollout", frozen),
     ]

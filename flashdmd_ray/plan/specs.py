@@ -91,13 +91,14 @@ def _lora(lora: LoraConfig, dtype: str) -> Mapping[str, Any]:
 
 
 def rollout(config: Config, models: Models) -> Spec | None:
-    """The generator as the rollout workers hold it: float32 when it is whole."""
+    """The generator as the rollout workers hold it, in the precision that it is trained in."""
     if "generator" in config.lora.networks:
         return trained(config, models, "generator")
-    return _denoiser(config, models, "float32")
+    return _denoiser(config, models, config.engine.precision)
 
 
 def vae(config: Config, models: Models) -> Spec | None:
+    """The frozen autoencoder; `checkpointing` is of its decoder where a gradient passes through it."""
     if models.vae.config is None or models.latent is None or models.image is None:
         return None
     return {
@@ -106,13 +107,14 @@ def vae(config: Config, models: Models) -> Spec | None:
         "dtype": config.model.dtype,
         "latent": list(models.latent),
         "image": list(models.image),
+        "checkpointing": config.engine.gradient_checkpointing,
     }
 
 
-def critic(config: Config, models: Models) -> Spec | None:
-    """Decoder, SAM and heads. The discriminator's engine is float32 whatever the generator's is."""
-    decoder, sam = vae(config, models), models.sam
-    if decoder is None or sam is None or sam.config is None:
+def judge(config: Config, models: Models) -> Spec | None:
+    """SAM and heads. The heads are float32 whatever the frozen networks are."""
+    sam = models.sam
+    if sam is None or sam.config is None or models.image is None:
         return None
     prompt_width = None
     if config.adversarial.prompt_projection:
@@ -124,11 +126,10 @@ def critic(config: Config, models: Models) -> Spec | None:
         ]
         prompt_width = sum(int(text["projection_dim"]) for text in configs)
     return {
-        **decoder,
-        "kind": "critic",
-        "vae": decoder["network"],
-        "sam": _shape(sam.config, _SAM),
-        "sam_dtype": "float32",
+        "kind": "judge",
+        "network": _shape(sam.config, _SAM),
+        "dtype": config.model.dtype,
+        "image": list(models.image),
         "hidden": config.adversarial.hidden,
         "prompt_width": prompt_width,
         "checkpointing": config.engine.gradient_checkpointing,
@@ -162,7 +163,7 @@ def all_of(config: Config, models: Models) -> list[Spec]:
         trained(config, models, "generator"),
         trained(config, models, "score"),
         vae(config, models),
-        critic(config, models),
+        judge(config, models),
     ]
     if config.preference.updates:
         found.append(rollout(config, models))

@@ -2,42 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from flashdmd_ray.config import Config, GroupConfig
 from flashdmd_ray.data.datasets import describe_data
-from flashdmd_ray.plan.fit import GIB, Process, processes, room_of
-from flashdmd_ray.plan.models import models_of
+from flashdmd_ray.plan.fit import GIB, Process, check_fit, processes, room_of
+from flashdmd_ray.plan.forecast import IDLE, better_placement, critical_path, forecast_of
+from flashdmd_ray.plan.hardware import Gpu
+from flashdmd_ray.plan.mean_step import step_of
+from flashdmd_ray.plan.models import Models, models_of
 from flashdmd_ray.plan.parts import Part
-from flashdmd_ray.plan.roles import Work, work_of
+from flashdmd_ray.plan.works import Step
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.storage import checkpoint_root, children
 
 UNKNOWN = "on loading"
 
 
-def describe(config: Config, run: RunDirectory, parts: Sequence[Part]) -> str:
-    """The text of `--dry-run`: roles, parameters, memory and operations of each role, placement and the update schedule."""
+def describe(config: Config, run: RunDirectory, parts: Sequence[Part], gpu: Gpu | None = None) -> str:
+    """The text of `--dry-run` in one piece; see `sections`."""
+    return "\n\n".join(sections(config, run, parts, gpu))
+
+
+def sections(config: Config, run: RunDirectory, parts: Sequence[Part], gpu: Gpu | None = None) -> Iterator[str]:
+    """Roles, parameters, memory, operations and time, placement, data and the update schedule, each as soon as it is known.
+
+    gpu: whose times are predicted. Raises ValueError, one line, when a process needs more than its GPU has.
+    """
     state = "resumes from its newest checkpoint" if children(checkpoint_root(config, run.path)) else "new"
+    yield _section("run", [f"{run.path} ({state}), runtime {config.runtime}, seed {config.seed}"])
+    head = ["role", "worker group", "parameters", "trained", "from"]
+    yield _section("roles", table(head, [_row(part) for part in parts]))
     models = models_of(config)
-    works = work_of(config, models)
     absent = list(models.absent)
     try:
         data = describe_data(config.data)
     except ValueError as error:
         data = [f"source: {config.data.source}"]
         absent.append(str(error))
-    sections = [
-        ("run", [f"{run.path} ({state}), runtime {config.runtime}, seed {config.seed}"]),
-        ("roles", table(["role", "worker group", "parameters", "trained", "from"], [_row(part) for part in parts])),
-        ("memory and operations of one rank", _costs(parts, works)),
-        ("placement", _placement(config, parts, works)),
-        ("data", data),
-        ("schedule", _schedule(config)),
-    ]
+    yield _section("data", data)
+    yield _section("schedule", _schedule(config))
+    step = step_of(config, models, gpu)
+    check_fit(config, models, parts, step)
+    yield _section("memory and operations of one rank", _costs(parts, step))
+    yield _section("placement", _placement(config, parts, step))
+    if gpu is not None and step is not None:
+        yield _section("time", _times(config, models, step, gpu))
     if absent:
-        sections.append(("before it can run", absent))
-    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
+        yield _section("before it can run", absent)
+
+
+def _section(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def _times(config: Config, models: Models, step: Step, gpu: Gpu) -> list[str]:
+    """Seconds of each call, what a step waits for, and one line that says it all."""
+    forecast = forecast_of(config, step, gpu)
+    if forecast is None or step.timing is None:
+        return ["no GPU is asked for: nothing is predicted"]
+    shares = step.timing.busy
+    rows = [
+        [each.group, each.call, f"{each.calls:.3g}", f"{each.seconds:.3g}"]
+        for each in sorted(step.timing.times, key=lambda each: -each.seconds)
+    ]
+    lines = table(["worker group", "call", "calls per step", "seconds per step"], rows)
+    lines.append("share of a step at work: " + ", ".join(f"{group} {share:.0%}" for group, share in shares.items()))
+    if step.published:
+        lines.append(f"published to the rollouts: {step.published / GIB:.3g} GiB a version")
+    lines += [critical_path(step), forecast.line()]
+    if forecast.idle > IDLE:
+        better = better_placement(config, models, forecast)
+        lines.append(
+            f"GPUs wait for {forecast.idle:.0%} of the time; {better or 'no other division of them is better'}"
+        )
+    return lines
 
 
 def _row(part: Part) -> list[str]:
@@ -46,12 +85,12 @@ def _row(part: Part) -> list[str]:
     return [part.name, part.group, count, part.trained, part.source]
 
 
-def _costs(parts: Sequence[Part], works: Sequence[Work] | None) -> list[str]:
+def _costs(parts: Sequence[Part], step: Step | None) -> list[str]:
     """One row for each part: what it keeps, what it needs while it works, and the operations of a mean step."""
     head = ["role", "worker group", "weights", "gradients", "optimizer", "activations", "TFLOP per step"]
-    if works is None:
+    if step is None:
         return ["known when every model is on this machine, or is a published one"]
-    done = {(work.group, work.part): work for work in works}
+    done = {(work.group, work.part): work for work in step.works}
     rows = []
     for part in parts:
         work = done.get((part.group, part.name))
@@ -75,7 +114,7 @@ def _costs(parts: Sequence[Part], works: Sequence[Work] | None) -> list[str]:
     lines.append("memory in MiB; optimizer: masters, moments and averages; activations: the most at any time")
     if host:
         lines.append(f"in host memory: {_mib(host)} MiB of the optimizer")
-    total = sum(work.flops for work in works)
+    total = sum(work.flops for work in step.works)
     return [*lines, f"operations of one rank of each group together: {total / 1e12:,.3g} TFLOP per step"]
 
 
@@ -84,9 +123,9 @@ def _mib(size: float) -> str:
     return "0" if not size else f"{mib:,.1f}" if mib < 100 else f"{mib:,.0f}"
 
 
-def _placement(config: Config, parts: Sequence[Part], works: Sequence[Work] | None) -> list[str]:
+def _placement(config: Config, parts: Sequence[Part], step: Step | None) -> list[str]:
     """One row for each kind of process."""
-    planned = processes(config, parts, works)
+    planned = processes(config, parts, step)
     if config.runtime == "local":
         process = planned["local"]
         room = room_of(config, "learner")

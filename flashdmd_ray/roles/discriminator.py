@@ -43,7 +43,7 @@ class Discriminator(TrainedRole):
         if config.engine.gradient_checkpointing:
             family.checkpoint_decoder()
         # The heads are small: nothing to shard, to round or to send away.
-        plain = EngineConfig(accumulation=config.engine.accumulation)
+        plain = EngineConfig(accumulation=config.adversarial.accumulation or config.engine.accumulation)
         engine = build_engine(plain, network.to(family.device), config.adversarial.optimizer, role="discriminator")
         return cls(config, family, engine, open_reals(config, family))
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from flashdmd_ray.config import Config, dump_config, load_config
-from flashdmd_ray.plan import check, describe, preview
+from flashdmd_ray.plan import GPUS, check, gpu_of, preview, sections
 from flashdmd_ray.run.command_line import refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.storage import checkpoint_root
@@ -20,21 +20,26 @@ from flashdmd_ray.run.variables import prepare_environment
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     prepare_environment(os.environ)
-    options = training_parser(
+    parser = training_parser(
         "joint_train.py",
         "Distil a diffusion or flow model into a few-step generator and refine it with preference RL beside it.",
         "Every key is explained in flashdmd_ray/config/.",
-        "print roles, parameters, placement, memory and schedule",
-    ).parse_args(arguments)
+        "print roles, parameters, schedule, memory, placement and time",
+    )
+    parser.add_argument(
+        "--gpu", choices=sorted(GPUS), help="predict times on these; default: what gpu_memory_gib speaks of"
+    )
+    options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.set)
         run, parts = preview(config) if options.dry_run else check(config)
+        print(dump_config(config), flush=True)
+        if options.dry_run:
+            for section in sections(config, run, parts, gpu_of(config, options.gpu)):
+                print(f"{section}\n", flush=True)
+            return 0
     except ValueError as error:
         return refuse(error)
-    print(dump_config(config), flush=True)
-    if options.dry_run:
-        print(describe(config, run, parts))
-        return 0
     return run_training(lambda: _train(config, run), run, checkpoint_root(config, run.path))
 
 

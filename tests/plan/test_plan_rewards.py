@@ -18,9 +18,9 @@ from flashdmd_ray.catalog.rewards import REWARDS
 from flashdmd_ray.config import parse_config
 from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.plan.clip import reward_use
+from flashdmd_ray.plan.mean_step import step_of
 from flashdmd_ray.plan.models import Model, models_of
 from flashdmd_ray.plan.parts import parts_of
-from flashdmd_ray.plan.roles import work_of
 from flashdmd_ray.plan.text import describe
 from tests.models.rewards.record_layouts import FILE
 from tests.models.rewards.small_rewards import SIDE, small_reward
@@ -119,7 +119,7 @@ def test_published_rewards_are_planned_without_their_files(tmp_path, monkeypatch
     weights = {part.name: part.held for part in parts_of(config)}
     assert weights["reward: hpsv2.1"].device == 2 * 986_109_441
     assert weights["reward: clipscore"].device == 4 * 427_616_513
-    works = {work.part: work for work in work_of(config, models_of(config)) or []}
+    works = {work.part: work for work in step_of(config, models_of(config)).works}
     assert works["reward: mps"].flops > works["reward: hpsv2.1"].flops > works["reward: imagereward"].flops > 0
 
 

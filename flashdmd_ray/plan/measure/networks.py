@@ -17,6 +17,7 @@ from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser, UNetDenoiser
 from flashdmd_ray.models.discriminator import PixelDiscriminator
 from flashdmd_ray.models.latent_reward import MMDiTLatentReward, UNetLatentReward
+from flashdmd_ray.models.sam import fuse_attention
 from flashdmd_ray.plan.measure.observe import Observer, Use
 
 Uses = dict[str, Use]
@@ -25,14 +26,14 @@ BATCHES = (1, 2)
 
 
 def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """parameters: of the network in all. trained: those with gradients. uses: by name, flops, kept and peak as [constant, per sample]."""
+    """parameters: of the network in all. trained: those with gradients. uses: by name, the figures of `Use` as [constant, per sample]."""
     with torch.device("meta"):
         parameters, trained, observe = _NETWORKS[spec["kind"]](spec)
         one, two = (observe(batch) for batch in BATCHES)
     uses = {
         name: {
             figure: _line(getattr(one[name], figure), getattr(two[name], figure))
-            for figure in ("flops", "kept", "peak")
+            for figure in ("flops", "kept", "peak", "launches")
         }
         for name in one
     }
@@ -98,58 +99,48 @@ def blank_conditioning(spec: Mapping[str, Any], batch: int) -> Conditioning:
 
 
 def _vae(spec: Mapping[str, Any]) -> Network:
+    """Decoding without and with a gradient to the latents, and encoding."""
     vae = AutoencoderKL.from_config(dict(spec["network"])).to(_dtype(spec)).requires_grad_(False).eval()
+    if spec["checkpointing"]:
+        vae.enable_gradient_checkpointing()
 
     def observe(batch: int) -> Uses:
-        latents = torch.empty(batch, *spec["latent"], dtype=_dtype(spec))
+        latents = torch.empty(batch, *spec["latent"], dtype=_dtype(spec), requires_grad=True)
         images = torch.empty(batch, 3, *spec["image"], dtype=_dtype(spec))
         observer = Observer(vae, [latents, images])
+
+        def decode() -> Tensor:
+            return vae.decode(latents).sample.float()
+
         return {
-            "decode": observer.forward(lambda: vae.decode(latents).sample.float()),
+            "forward": observer.forward(decode),
+            "training": observer.training(decode, towards=[latents]),
             "encode": observer.forward(lambda: vae.encode(images).latent_dist.mean),
         }
 
     return _count(vae), 0, observe
 
 
-def _critic(spec: Mapping[str, Any]) -> Network:
-    """Decoder, SAM and heads: the gradient of the latents, and the heads' own update on images that are there."""
-    vae = AutoencoderKL.from_config(dict(spec["vae"])).to(_dtype(spec)).requires_grad_(False).eval()
-    network = PixelDiscriminator(
-        build_sam(spec["sam"], max(spec["image"])), spec["hidden"], spec["prompt_width"], spec["checkpointing"]
-    )
-    compute = getattr(torch, spec["sam_dtype"])
-    network.features.to(compute)
-
-    def decode(latents: Tensor) -> Tensor:
-        images: Tensor = vae.decode(latents.to(vae.dtype)).sample
-        return images.float()
+def _judge(spec: Mapping[str, Any]) -> Network:
+    """SAM and heads: the gradient of the images, and the heads' own update."""
+    sam = build_sam(spec["network"], max(spec["image"])).to(_dtype(spec))
+    network = PixelDiscriminator(sam, spec["hidden"], spec["prompt_width"], spec["checkpointing"])
 
     def observe(batch: int) -> Uses:
-        latents = torch.empty(batch, *spec["latent"], requires_grad=True)
-        images = torch.empty(batch, 3, *spec["image"])
+        images = torch.empty(batch, 3, *spec["image"], requires_grad=True)
         prompts = None if spec["prompt_width"] is None else torch.empty(batch, spec["prompt_width"])
-        observer = Observer(_All(vae, network), [latents, images])
-
-        def judge() -> Tensor:
-            decoded = (
-                torch.utils.checkpoint.checkpoint(decode, latents, use_reentrant=False)
-                if spec["checkpointing"]
-                else decode(latents)
-            )
-            return network(decoded.to(compute), prompts)
-
+        observer = Observer(network, [images])
         return {
-            "gradient": observer.training(judge, towards=[latents]),
-            "update": observer.training(lambda: network(images.to(compute), prompts)),
+            "towards": observer.training(lambda: network(images, prompts), towards=[images]),
+            "training": observer.training(lambda: network(images.detach(), prompts)),
         }
 
     return _count(network.features), sum(p.numel() for p in network.heads.parameters()), observe
 
 
 def build_sam(sizes: Mapping[str, Any], image_size: int) -> ImageEncoderViT:
-    """SAM's image encoder with random weights, for images of `image_size` pixels."""
-    return ImageEncoderViT(
+    """SAM's image encoder with random weights, for images of `image_size` pixels, as `load_sam_encoder` makes it."""
+    encoder = ImageEncoderViT(
         img_size=image_size,
         patch_size=sizes["patch_size"],
         embed_dim=sizes["embed_dim"],
@@ -160,6 +151,7 @@ def build_sam(sizes: Mapping[str, Any], image_size: int) -> ImageEncoderViT:
         global_attn_indexes=tuple(sizes["global_attn_indexes"]),
         out_chans=sizes.get("prompt_dim", 256),
     )
+    return fuse_attention(encoder)
 
 
 def _latent_reward(spec: Mapping[str, Any]) -> Network:
@@ -187,6 +179,6 @@ def _dtype(spec: Mapping[str, Any]) -> torch.dtype:
 _NETWORKS: dict[str, Callable[[Mapping[str, Any]], Network]] = {
     "denoiser": _denoiser,
     "vae": _vae,
-    "critic": _critic,
+    "judge": _judge,
     "latent_reward": _latent_reward,
 }

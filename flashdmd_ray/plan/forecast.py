@@ -1,0 +1,162 @@
+"""What a run would take on given GPUs, and a placement that would waste less of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashdmd_ray.config import Config, parse_config
+from flashdmd_ray.plan.fit import processes, room_of
+from flashdmd_ray.plan.hardware import GPUS, UTILISATION, Gpu
+from flashdmd_ray.plan.mean_step import step_of
+from flashdmd_ray.plan.models import Models
+from flashdmd_ray.plan.parts import parts_of_models
+from flashdmd_ray.plan.works import Step
+
+IDLE = 0.3
+"""Share of the GPUs' time above which another placement is looked for."""
+TRIED = 4
+"""Placements that are planned in full; they are chosen by a quick estimate."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """seconds: of a mean step. gpus: of the job. idle: share of their time. images: distilled a second.
+    utilisation: operations over what the GPUs could do. hours: GPU-hours of the run. cost: dollars of the run."""
+
+    gpu: Gpu
+    gpus: float
+    seconds: float
+    idle: float
+    images: float
+    utilisation: float
+    hours: float
+    cost: float
+
+    def line(self) -> str:
+        """All of it in one line."""
+        per_step = self.seconds * self.gpus / 3600
+        return (
+            f"predicted: {self.seconds:.3g} s a step on {self.gpus:g} x {self.gpu.name} at {UTILISATION:.0%}, idle {self.idle:.0%}, "
+            f"{self.images:.3g} images/s, MFU {self.utilisation:.0%}, {100 * per_step:.3g} GPU-hours per 100 steps; "
+            f"the run {self.hours:,.3g} GPU-hours, about ${self.cost:,.0f}"
+        )
+
+
+def gpu_of(config: Config, name: str | None) -> Gpu | None:
+    """The GPU of that name, or the one that the configuration's memory speaks of; None for a run on CPUs."""
+    if name is not None:
+        return GPUS[name]
+    sizes = [placed.gpu_memory_gib for placed in config.placement.groups() if placed.gpus]
+    if not sizes:
+        return None
+    smallest = min((size for size in sizes if size is not None), default=80.0)
+    return GPUS["rtx4090" if smallest <= 24 else "h100" if smallest <= 80 else "h200"]
+
+
+def forecast_of(config: Config, step: Step, gpu: Gpu) -> Forecast | None:
+    """None for a run without GPUs, and where the time of a step is not known."""
+    counts = gpus_of(config)
+    gpus = sum(counts.values())
+    if not gpus or step.timing is None:
+        return None
+    seconds = step.timing.seconds
+    busy = sum(counts.get(group, 0.0) * share for group, share in step.timing.busy.items())
+    flops = sum(
+        work.flops * (1 if config.runtime == "local" else config.placement.of(work.group).workers)
+        for work in step.works
+    )
+    hours = seconds * gpus * config.steps / 3600
+    return Forecast(
+        gpu=gpu,
+        gpus=gpus,
+        seconds=seconds,
+        idle=max(0.0, 1 - busy / gpus),
+        images=config.batch / seconds if config.preference.distill else 0.0,
+        utilisation=flops / (seconds * gpus * gpu.matmul),
+        hours=hours,
+        cost=hours * gpu.price,
+    )
+
+
+def gpus_of(config: Config) -> dict[str, float]:
+    """GPUs of each group; "local": of the one process."""
+    if config.runtime == "local":
+        return {"local": float(any(placed.gpus for placed in config.placement.groups()))}
+    names = ["learner", *([] if config.adversarial.space == "latent" else ["discriminator"])]
+    if config.preference.updates:
+        names += ["rollout", *config.reward_pools]
+    return {
+        name: config.placement.of(name).workers * config.placement.of(name).gpus
+        for name in names
+        if config.placement.of(name).gpus
+    }
+
+
+def critical_path(step: Step, longest: int = 4) -> str:
+    """The calls that a step waits for, longest first."""
+    assert step.timing is not None, "asked for where times are known"
+    named = [f"{call} {seconds:.2g} s" for call, seconds in step.timing.critical[:longest]]
+    return f"a step waits for: {', '.join(named)}"
+
+
+def better_placement(config: Config, models: Models, found: Forecast) -> str | None:
+    """Another division of the same GPUs with a shorter step, as a line; None when none was found."""
+    best, chosen = found, None
+    for changed in _divisions(config, models, found)[:TRIED]:
+        step = step_of(changed, models, found.gpu)
+        if step is None or not _fits(changed, models, step):
+            continue
+        tried = forecast_of(changed, step, found.gpu)
+        if tried is not None and tried.seconds < 0.95 * best.seconds:
+            best, chosen = tried, changed
+    if chosen is None:
+        return None
+    placement = chosen.placement
+    workers = ", ".join(
+        f"{group} {getattr(placement, group).workers}" for group in ("learner", "discriminator", "rollout")
+    )
+    return f"a shorter step with workers {workers}: {best.seconds:.3g} s, idle {best.idle:.0%}"
+
+
+def _divisions(config: Config, models: Models, found: Forecast) -> Sequence[Config]:
+    """Other divisions of the GPUs among learner, discriminator and rollout, the most promising first."""
+    step = step_of(config, models, found.gpu)
+    if config.runtime == "local" or step is None or step.timing is None or config.adversarial.space == "latent":
+        return []
+    placed = config.placement
+    load = {
+        group: step.timing.busy.get(group, 0.0) * getattr(placed, group).workers
+        for group in ("learner", "discriminator", "rollout")
+    }
+    ranked: list[tuple[float, Config]] = []
+    for workers in _shares(sum(getattr(placed, group).workers for group in load)):
+        changed = _with_workers(config, dict(zip(load, workers, strict=True)))
+        if changed is not None and changed != config:
+            ranked.append((max(load[group] / count for group, count in zip(load, workers, strict=True)), changed))
+    return [changed for _, changed in sorted(ranked, key=lambda each: each[0])]
+
+
+def _shares(total: int) -> Iterator[tuple[int, int, int]]:
+    for learner in range(1, total - 1):
+        for discriminator in range(1, total - learner):
+            yield learner, discriminator, total - learner - discriminator
+
+
+def _with_workers(config: Config, workers: dict[str, int]) -> Config | None:
+    placement: dict[str, Any] = config.placement.model_dump(mode="json")
+    for group, count in workers.items():
+        placement[group]["workers"] = count
+    try:
+        return parse_config(config.model_dump(mode="json") | {"placement": placement})
+    except ValueError:  # ranks that cannot share the batch
+        return None
+
+
+def _fits(config: Config, models: Models, step: Step) -> bool:
+    for group, process in processes(config, parts_of_models(config, models), step).items():
+        room = room_of(config, group)
+        if process is None or (room is not None and process.gpu_gib > room):
+            return False
+    return True
