@@ -111,7 +111,9 @@ class Discriminator(Simulated):
 
 
 class Rollout(Simulated):
-    def candidates(self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights) -> Candidates:
+    def candidates(
+        self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights, decode: bool = True
+    ) -> Candidates:
         self.spend("rollout")
         values = noise(prompts.indices, (self.config.preference.candidates, *SHAPE), seed, "z")
         images = to_uint8(values[:, :, :3].repeat(1, 1, 1, 8, 8))  # 64 x 64

@@ -45,6 +45,7 @@ def train(config: Config, runtime: Runtime, data: ImageSource, run: Run) -> None
         if config.preference.updates and step == config.preference.start_step:
             runtime.generator.freeze_reference()
         preferences.publish(step)
+        ranking = preferences.check_ranking(rng)
         requests = preferences.request(rng)  # the preference pairs of this step, made while we distil
 
         distillation_metrics = distil(config, runtime, data, rng) if config.preference.distill else {}
@@ -58,7 +59,7 @@ def train(config: Config, runtime: Runtime, data: ImageSource, run: Run) -> None
         if config.evaluation.ema:
             runtime.generator.update_ema()
         counts = preferences.group_counts() | runtime.pool_metrics() | {"preference/updates": float(updates)}
-        run.finish(step, distillation_metrics | average(preference_metrics) | counts)
+        run.finish(step, distillation_metrics | average(preference_metrics) | ranking | counts)
 
 
 def distil(config: Config, runtime: Runtime, data: ImageSource, rng: StepRng) -> Metrics:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flashdmd_ray import ranking
 from flashdmd_ray.batch import Candidates, Metrics, PreferencePairs, Prompts, PublishedWeights, StepRng
 from flashdmd_ray.config import Config
 from flashdmd_ray.losses.preference import combine_rewards, pair_weights, select_pairs
@@ -79,6 +80,26 @@ class PreferenceSource:
             self._version = step
             self._published = self.runtime.background(partial(self.runtime.publish, weights, version=step))
 
+    def check_ranking(self, rng: StepRng) -> Metrics:
+        """Measure, at the first step with preference updates, how latent rewards rank the candidates of this run; {} at other steps.
+
+        Raises ValueError for an optimised one that cannot rank them, see `ranking.check`.
+        """
+        preference = self.config.preference
+        if not (preference.updates and rng.step == preference.start_step) or ranking.judge_of(self.config) is None:
+            return {}
+        assert self._version >= 0, "check_ranking() before publish()"
+        found: dict[int, list[Mapping[str, Tensor]]] = {}
+        for high in range(self.config.high_noise_steps):
+            for part in range(-(-ranking.GROUPS // preference.batch)):
+                stream = f"ranking/{high}/{part}"
+                candidates = self.runtime.rollouts.candidates(
+                    self.prompts(rng, stream, preference.batch), high, rng.seed(stream), self._published.result()
+                )
+                scores = score(candidates, self.config, self.runtime)
+                found.setdefault(candidates.next_timestep, []).append(scores.rewards)
+        return ranking.check(self.config, found)
+
     def request(self, rng: StepRng) -> list[Task[RatedPairs]]:
         """Start making the pairs of this step, and the hack monitor's probe; empty when it has no preference updates."""
         if not self.due(rng.step):
@@ -134,7 +155,7 @@ class PreferenceSource:
             )
 
     def _rated_pairs(self, rng: StepRng, update: int) -> RatedPairs:
-        preference = self.config.preference
+        preference, due = self.config.preference, self.config.due_rewards(rng.step)
         stream = f"preference/{update}"
         assert self._version >= 0, "request() before publish()"
         candidates = self.runtime.rollouts.candidates(
@@ -142,8 +163,9 @@ class PreferenceSource:
             rng.index(f"{stream}/high", self.config.high_noise_steps),
             rng.seed(f"{stream}/noise"),
             self._published.result(),
+            decode=any(reward.reads_images for reward in due),
         )
-        scores = score(candidates, self.config, self.runtime)
+        scores = score(candidates, self.config, self.runtime, [reward.pool_name for reward in due])
         return rate(candidates, scores.rewards, self.config, scores.failures)
 
     def _probe(self) -> RatedPairs:
@@ -159,7 +181,6 @@ class PreferenceSource:
             0,
             rng.seed("monitor/noise"),
             self._published.result(),
-            decode=True,
         )
         latent = [reward.label for reward in self.config.rewards if not reward.reads_images]
         rewards = score(candidates, self.config, self.runtime).rewards
@@ -193,7 +214,7 @@ def rate(
     metrics |= {
         f"missing/{reward.label}": (~rewards[reward.label].isfinite().all(dim=1)).float().mean().item()
         for reward in config.rewards
-        if reward.held_out
+        if reward.held_out and reward.label in rewards
     }
     dropped = _drop_reasons(finite, list(weights), failures or {})
     if dropped:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,19 +37,20 @@ class Scores:
     failures: Mapping[str, tuple[str, ...]]
 
 
-def score(candidates: Candidates, config: Config, runtime: Runtime) -> Scores:
-    """Score the candidates with all pools at once, each in calls of `placement.<pool>.groups_per_call` groups."""
-    chunks = {name: _chunks(candidates, config, name) for name in config.reward_pools}
+def score(candidates: Candidates, config: Config, runtime: Runtime, pools: Collection[str] | None = None) -> Scores:
+    """Score the candidates with all of `pools` at once (None: every pool), each in calls of `placement.<pool>.groups_per_call` groups."""
+    names = [name for name in config.reward_pools if pools is None or name in pools]
+    chunks = {name: _chunks(candidates, config, name) for name in names}
     calls = [
         partial(_score_chunk, runtime.rewards[name], config.reward_pools[name], chunk)
         for name, parts in chunks.items()
         for chunk in parts
     ]
     results = iter(runtime.parallel(*calls))
-    pools = [_merge([next(results) for _ in parts]) for parts in chunks.values()]
+    merged = [_merge([next(results) for _ in parts]) for parts in chunks.values()]
     return Scores(
-        {label: rewards for pool in pools for label, rewards in pool.rewards.items()},
-        {label: reasons for pool in pools for label, reasons in pool.failures.items()},
+        {label: rewards for pool in merged for label, rewards in pool.rewards.items()},
+        {label: reasons for pool in merged for label, reasons in pool.failures.items()},
     )
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from flashdmd_ray.config.algorithm import (
     AdversarialConfig,
+    GeneratorConfig,
     MatchingConfig,
     PreferenceConfig,
     SamplingConfig,
@@ -77,6 +78,7 @@ __all__ = [
     "EngineConfig",
     "EvaluationConfig",
     "Fraction",
+    "GeneratorConfig",
     "GroupConfig",
     "LocalPath",
     "LoraConfig",

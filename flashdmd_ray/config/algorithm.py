@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from flashdmd_ray.config.optimizers import OptimizerConfig, RateConfig
-from flashdmd_ray.config.section import Count, Fraction, MayChange, PositiveFloat, PositiveInt, Section, Timestep
+from flashdmd_ray.config.section import (
+    Count,
+    Fraction,
+    MayChange,
+    PathOrName,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Timestep,
+)
 
 
 class SamplingConfig(Section):
@@ -21,6 +30,12 @@ class SamplingConfig(Section):
         if not value or any(a <= b for a, b in itertools.pairwise(value)):
             raise ValueError(f"must be a strictly descending list such as [999, 749, 499, 249], got {list(value)}")
         return value
+
+
+class GeneratorConfig(OptimizerConfig):
+    start: PathOrName | None = None
+    """Few-step student to start from instead of the teacher: a pipeline's directory or hub id (an export, SDXL-Turbo), a file of the
+    network's weights under diffusers' names (DMD2, Lightning) or a .safetensors LoRA (LCM), which is merged. Whole networks only."""
 
 
 class ScoreConfig(OptimizerConfig):
@@ -89,16 +104,20 @@ class PreferenceConfig(RateConfig):
     """K candidates, renoised from one denoised latent; the best and the worst make the pair."""
     high_noise: PositiveInt | None = None
     """How many of the first denoising timesteps candidates are drawn at; null is 2 ({999, 749}), or 1 of a two-step generator."""
-    beta: PositiveFloat = 0.1
-    """[open] Temperature of -logsigmoid(beta H). LPO's 500 belongs to low-noise steps; at high noise it must be retuned."""
+    beta: PositiveFloat = 15.0
+    """[open] Temperature of -logsigmoid(beta H), the same at every resolution. It acts where |beta H| is 0.3 to 3 (metric
+    `preference/beta_h`); far below, neither it nor the reference policy does anything. LPO's 500 is 2 in these units for SDXL."""
     lr: PositiveFloat = 2e-5
     """Learning rate of preference updates, at its highest; they keep AdamW moments and a count of updates of their own."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.45
-    """A pair is kept when the softmax over its group's rewards differs by more than this between best and worst (LPO: 0.45-0.6)."""
+    """[open] A pair is kept when the softmax over its group's rewards differs by more than this between best and worst. LPO: 0.45-0.6, on
+    raw rewards. Rewards are normalised within the group here, so it keeps the groups in which one candidate stands out from the others,
+    not those that differ much: of K = 4 groups of pure noise three in four pass 0.45."""
     temperature: PositiveFloat = 1.0
     """Divides the normalised rewards inside that softmax."""
-    reward_timestep: Literal["current", "next"] = "current"
-    """[open] Timestep given to a latent reward for a candidate: LPO scores x_{t-1} with the current t."""
+    reward_timestep: Literal["current", "next"] = "next"
+    """[open] Timestep given to a latent reward for a candidate z at t_next. LPO says the current t, 50 above the latent's own; between
+    few-step timesteps that is 250 above it, and at the first step outside the range its reward was trained in."""
     candidate_image: Literal["one_step", "remaining_steps"] = "one_step"
     """How a candidate becomes a clean image for pixel rewards: one generator forward, or all remaining steps."""
     max_unscored: PositiveInt = 10

@@ -62,6 +62,10 @@ def check_networks(config: Config) -> None:
             "score.ema: with adversarial.space 'latent' the score estimator carries a GAN head that the generator lacks, "
             "so it cannot be coupled; set score.ema to 1"
         )
+    if config.generator.start is not None and "generator" in config.lora.networks:
+        raise ValueError(
+            "generator.start: an adapter starts on the teacher's own weights; leave 'generator' out of lora.networks, or set start to null"
+        )
     sharded = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
     if config.adversarial.space == "latent" and (sharded or config.engine.compile):
         raise ValueError(
@@ -102,9 +106,18 @@ def check_pools(config: Config) -> None:
     labels = [reward.label for reward in config.rewards]
     if len(set(labels)) < len(labels):
         raise ValueError(f"rewards: two rewards are called the same ({', '.join(labels)}); give each a name")
-    for name in config.reward_pools:
+    for index, reward in enumerate(config.rewards):
+        if reward.every > 1 and not reward.held_out:
+            raise ValueError(
+                f"rewards.{index}.every: '{reward.label}' is optimised, so every update needs it; set it to 1, or held_out to true"
+            )
+    for name, pool in config.reward_pools.items():
         if name in config.placement.WORKER_GROUPS:
             raise ValueError(f"rewards: a pool cannot be called '{name}', as other workers are; give it another name")
+        if len({reward.every for reward in pool}) > 1:
+            raise ValueError(
+                f"rewards: those of pool '{name}' are scored in one call; give them one `every`, or pools of their own"
+            )
     for name in config.placement.pools:
         if name not in config.reward_pools:
             raise ValueError(

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from flashdmd_ray.config.algorithm import (
     AdversarialConfig,
+    GeneratorConfig,
     MatchingConfig,
     PreferenceConfig,
     SamplingConfig,
@@ -18,7 +19,7 @@ from flashdmd_ray.config.data import DataConfig
 from flashdmd_ray.config.evaluation import EvaluationConfig
 from flashdmd_ray.config.monitor import MonitorConfig
 from flashdmd_ray.config.networks import LoraConfig, ModelConfig
-from flashdmd_ray.config.optimizers import EngineConfig, OptimizerConfig
+from flashdmd_ray.config.optimizers import EngineConfig
 from flashdmd_ray.config.rewards import RewardConfig
 from flashdmd_ray.config.run import CheckpointConfig, RunConfig, TrackingConfig
 from flashdmd_ray.config.runtime import ControlConfig, DeadlineConfig, PlacementConfig
@@ -41,14 +42,14 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
-    generator: OptimizerConfig = OptimizerConfig()
+    generator: GeneratorConfig = GeneratorConfig()
     score: ScoreConfig = ScoreConfig()
     matching: MatchingConfig = MatchingConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
     preference: PreferenceConfig = PreferenceConfig()
     rewards: tuple[RewardConfig, ...] = (
         RewardConfig(kind="pickscore", pool="reward"),
-        RewardConfig(kind="latent", pool="reward"),
+        RewardConfig(kind="latent", pool="reward", held_out=True),
     )
     monitor: MonitorConfig = MonitorConfig()
     engine: EngineConfig = EngineConfig()
@@ -76,10 +77,10 @@ class Config(Section):
         placement = self.placement.model_copy(update={"reward": self.placement.pool(name), "pools": {}})
         return self.model_copy(update={"rewards": self.reward_pools[name], "placement": placement})
 
-    @property
-    def needs_images(self) -> bool:
-        """Whether a reward looks at the candidates' images."""
-        return any(reward.reads_images for reward in self.rewards)
+    def due_rewards(self, step: int) -> tuple[RewardConfig, ...]:
+        """The rewards that score the candidates of `step`, a step with preference updates."""
+        nth = (step - self.preference.start_step) // self.preference.every
+        return tuple(reward for reward in self.rewards if nth % reward.every == 0)
 
     @property
     def optimised_rewards(self) -> list[str]:

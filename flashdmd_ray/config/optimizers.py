@@ -37,8 +37,10 @@ class RateConfig(Section):
 class OptimizerConfig(RateConfig):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's, decoupled: an update also takes lr x weight_decay of every weight off. Preference updates do so at their own rate."""
     clip: PositiveFloat = 1.0
-    """Global gradient norm above which gradients are scaled down."""
+    """[open] Global gradient norm above which gradients are scaled down (DMD2: 10, SenseFlow: 1). At 1 nearly every update of the demo's
+    generator is scaled; AdamW divides a constant scale out again."""
 
 
 class EngineConfig(Section):

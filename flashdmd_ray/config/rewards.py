@@ -59,6 +59,9 @@ class RewardConfig(Section):
     """Weight after normalisation within the prompt group."""
     held_out: bool = False
     """true: logged, never optimised. A judge that training does not know."""
+    every: PositiveInt = 1
+    """Only with held_out: score the candidates of every n-th step with preference updates. Where no other reward reads images, the other
+    steps decode none, which at 1024 pixels costs as much as all forwards of the candidates."""
     skip_noise_check: str | None = None
     """Why this reward may prefer a destroyed image to a clean one, such as 'measures brightness'; null: a run with it is refused then."""
     pool: str | None = None

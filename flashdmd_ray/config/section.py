@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -44,9 +44,27 @@ LocalPath = Annotated[Path, BeforeValidator(_local_path)]
 
 
 class Section(BaseModel):
+    """Base of all sections. A field whose default is a section with values of its own keeps those that are not set."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_from_defaults(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        defaults = {name: field.default for name, field in cls.model_fields.items() if name in tree}
+        return {name: completed(value, defaults.get(name)) for name, value in tree.items()}
+
+
+def completed(value: Any, default: Any) -> Any:
+    """`value` with the fields that it leaves out as `default` sets them, where it is a mapping and the default is a section."""
+    if not isinstance(value, Mapping) or not isinstance(default, Section):
+        return value
+    own = {name: getattr(default, name) for name in default.model_fields_set}
+    return {**own, **{name: completed(given, own.get(name)) for name, given in value.items()}}
 
 
 _MAY_CHANGE = "a resumed run may change it"

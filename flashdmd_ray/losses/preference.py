@@ -18,13 +18,15 @@ from flashdmd_ray.diffusion.schedule import upcast
 def log_ratio_difference(mean_theta: Tensor, mean_ref: Tensor, winners: Tensor, losers: Tensor, std: float) -> Tensor:
     """H = log p_theta(z_w)/p_ref(z_w) - log p_theta(z_l)/p_ref(z_l), float32 (B,).
 
-        H = mean_CHW [(z_w - z_l) (mu_theta - mu_ref)] / std^2
+        H = sum_CHW [(z_w - z_l) (mu_theta - mu_ref)] / (std^2 sqrt(CHW))
 
-    All tensors (B, C, h, w). Both candidates come from one x_t, hence one mean and the quadratic terms cancel. The log-probability is
-    the mean over CHW, not the sum (LPO's convention; it fixes the scale of beta). Gradient flows to mean_theta.
+    All tensors (B, C, h, w). Both candidates come from one x_t, hence one mean and the quadratic terms cancel. The product is noise times a
+    small change, so its sum grows with sqrt(CHW): divided by that, a change of the same size per number gives the same H at every
+    resolution, H ~ 1.4 rms(mu_theta - mu_ref) / std, and beta means the same. (LPO divides by CHW; its beta is sqrt(CHW) times ours.)
+    Gradient flows to mean_theta.
     """
-    product = (upcast(winners) - upcast(losers)) * (upcast(mean_theta) - upcast(mean_ref))
-    return product.flatten(1).mean(dim=1) / std**2
+    product = ((upcast(winners) - upcast(losers)) * (upcast(mean_theta) - upcast(mean_ref))).flatten(1)
+    return product.sum(dim=1) / (std**2 * product.shape[1] ** 0.5)
 
 
 def preference_loss(log_ratio: Tensor, beta: float, weights: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashdmd_ray.monitor.agreement import agreement
 from flashdmd_ray.monitor.watch import PREFIX
 
 LARGEST = 256
@@ -106,33 +107,10 @@ def reward_signals(rewards: Mapping[str, Tensor], latent: Collection[str] = ()) 
         if len(finite) > 1:
             found |= {f"reward/{label}": finite.mean().item(), f"spread/{label}": finite.std(correction=0).item()}
     pairs = {pair: agreement(rewards[pair[0]], rewards[pair[1]]) for pair in itertools.combinations(rewards, 2)}
-    known = {pair: correlation for pair, correlation in pairs.items() if correlation is not None}
+    known = {pair: both.correlation for pair, both in pairs.items() if both is not None}
     mixed = [value for (one, two), value in known.items() if (one in latent) != (two in latent)]
     if known:
         found["disagreement"] = 1 - sum(known.values()) / len(known)
     if mixed:
         found["latent_correlation"] = sum(mixed) / len(mixed)
     return found
-
-
-def agreement(one: Tensor, two: Tensor) -> float | None:
-    """Spearman's rank correlation of two rewards (B, K) within groups, mean over the groups in which both are finite and tell candidates
-    apart; None without such a group. Equal values share the mean of their ranks."""
-    usable = one.isfinite().all(dim=1) & two.isfinite().all(dim=1)
-    x, y = (centred(ranks(values[usable])) for values in (one, two))
-    norms = x.norm(dim=1) * y.norm(dim=1)
-    resolved = norms > 0
-    if not bool(resolved.any()):
-        return None
-    return ((x * y).sum(dim=1)[resolved] / norms[resolved]).mean().item()
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Rank of each value in its row (B, K), float64 from 0; equal ones share the mean of theirs."""
-    below = (values[:, :, None] > values[:, None, :]).sum(dim=2)
-    not_above = (values[:, :, None] >= values[:, None, :]).sum(dim=2)
-    return (below + not_above - 1).double() / 2
-
-
-def centred(values: Tensor) -> Tensor:
-    return values - values.mean(dim=1, keepdim=True)

@@ -159,7 +159,7 @@ class Generator(TrainedRole):
             return {
                 "preference/loss": loss.item(),
                 "preference/grad_norm": norm,
-                "preference/ratio": (pairs.weights * ratio.abs().nan_to_num()).mean().item(),
+                "preference/beta_h": preference.beta * (pairs.weights * ratio.abs().nan_to_num()).mean().item(),
                 "preference/implicit_accuracy": (pairs.weights * (ratio > 0)).mean().item(),
                 "preference/drift": torch.cat(drifts).square().mean().sqrt().item(),
             }

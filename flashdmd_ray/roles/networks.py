@@ -25,6 +25,7 @@ from flashdmd_ray.models import family_class
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import PARTS, Family
+from flashdmd_ray.models.start_weights import load_start
 from flashdmd_ray.run.messages import one_line
 
 NetworkName = Literal["generator", "score"]
@@ -74,11 +75,14 @@ def load_parts(model: ModelConfig, parts: Collection[str]) -> Family:
 def trained_network(config: Config, family: Family, role: NetworkName) -> Denoiser:
     """Build the network a role starts from: a whole float32 copy of the teacher, or an adapter that changes nothing yet.
 
-    Generator and score estimator start from the same values either way. Raises ValueError for an unusable `lora.targets`.
+    A generator with `generator.start` has that student's weights. Raises ValueError for an unusable `lora.targets` or start.
     """
     if role in config.lora.networks:
         return AdaptedDenoiser(family.teacher, config.lora, config.seed, config.engine.gradient_checkpointing)
-    return family.denoiser(gradient_checkpointing=config.engine.gradient_checkpointing)
+    network = family.denoiser(gradient_checkpointing=config.engine.gradient_checkpointing)
+    if role == "generator" and config.generator.start is not None:
+        network.network.load_state_dict(load_start(family, config.generator.start))
+    return network
 
 
 def trained_engine(config: Config, family: Family, role: NetworkName, settings: OptimizerConfig, name: str) -> Engine:
@@ -93,7 +97,9 @@ def trained_engine(config: Config, family: Family, role: NetworkName, settings: 
     assert isinstance(network, Denoiser)
     if config.engine.gradient_checkpointing:
         network.network.enable_gradient_checkpointing()
-    return build_engine(config.engine, network, settings, role=name, source=family.teacher.state_dict())
+    start = config.generator.start if role == "generator" else None
+    state = family.teacher.state_dict() if start is None else trained_network(config, family, role).state_dict()
+    return build_engine(config.engine, network, settings, role=name, source=state)
 
 
 def load_student(family: Family, weights: Mapping[str, Tensor]) -> Denoiser:

@@ -72,11 +72,11 @@ class Rollout:
 
     @torch.no_grad()
     def candidates(
-        self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights, decode: bool = False
+        self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights, decode: bool = True
     ) -> Candidates:
         """K renoised candidates from one noisy latent at step index `high`: z^k = mean + std e^k.
 
-        decode: make images even when no reward reads them.
+        decode: make the image that each candidate becomes; without, there are none for rewards to read.
         """
         self.load_weights(weights)
         shape, count = self.family.latent_shape, self.config.preference.candidates
@@ -88,7 +88,7 @@ class Rollout:
         x0 = predict_x0(noisy, timesteps_like(self.timesteps[high], noisy))
         mean, std = step_distribution(self.schedule, x0, self.timesteps[high + 1])
         values = mean[:, None] + std * noise(prompts.indices, (count, *shape), seed, "candidates")
-        if decode or self.config.needs_images:
+        if decode:
             images = self._decode(self._denoise_candidates(values, high + 1, conditioning, prompts, seed))
         else:
             images = torch.zeros((len(values), 0, 3, *self.family.image_size), dtype=torch.uint8)

@@ -22,7 +22,7 @@ import yaml
 from flashdmd_ray.config import RunConfig, Section, dump_config
 from flashdmd_ray.run.files import check_writable, new_folder, write_atomically
 from flashdmd_ray.run.metrics_log import read_metrics
-from flashdmd_ray.run.settings import changed_settings, fixed_settings
+from flashdmd_ray.run.settings import changed_settings, fixed_settings, settings_not_used_yet
 from flashdmd_ray.run.versions import software_versions
 
 CONTROL = "control.json"
@@ -126,8 +126,9 @@ class RunDirectory:
             raise ValueError(
                 f"{self.config}: cannot be read as the configuration of a run; choose another run.name"
             ) from None
-        kind = type(config)
-        changes = changed_settings(fixed_settings(kind, saved), fixed_settings(kind, config.model_dump(mode="json")))
+        kind, free = type(config), settings_not_used_yet(read_metrics(self.metrics))
+        new = config.model_dump(mode="json")
+        changes = changed_settings(fixed_settings(kind, saved, free), fixed_settings(kind, new, free))
         if changes:
             raise ValueError(
                 f"run.name: {self.path} was started with another configuration ({changes}); "

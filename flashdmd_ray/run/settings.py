@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flashdmd_ray.config import Section, changeable_keys
@@ -28,12 +28,26 @@ def fixed_settings(kind: type[Section], tree: Mapping[str, Any], also_free: tupl
 
     also_free: keys, or sections, to leave out beside those that are marked `MayChange`.
     """
-    free = (*changeable_keys(kind), *also_free)
+    return without(flatten(json.loads(json.dumps(tree, default=str))), (*changeable_keys(kind), *also_free))
+
+
+def without(settings: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Settings by dotted key without those keys, or sections."""
     return {
         key: value
-        for key, value in flatten(json.loads(json.dumps(tree, default=str))).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in free)
+        for key, value in settings.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in keys)
     }
+
+
+SECOND_STAGE = ("preference", "rewards")
+"""Sections that nothing has read as long as a run has made no preference update: a finished distillation can be given a second stage."""
+
+
+def settings_not_used_yet(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """SECOND_STAGE when the metrics of a joint training run say that it has made no preference update, else nothing."""
+    counted = [record["count/preference_updates"] for record in records if "count/preference_updates" in record]
+    return SECOND_STAGE if counted and not counted[-1] else ()
 
 
 def changed_settings(saved: Mapping[str, Any], new: Mapping[str, Any]) -> str:

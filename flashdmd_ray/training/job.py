@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
+from flashdmd_ray import ranking
 from flashdmd_ray.batch import Metrics
 from flashdmd_ray.checkpoint import (
     Best,
@@ -29,13 +30,14 @@ from flashdmd_ray.results.sample_sheet import SampleSheet
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.progress import Progress
-from flashdmd_ray.run.settings import changed_settings, fixed_settings
+from flashdmd_ray.run.settings import SECOND_STAGE, changed_settings, fixed_settings, without
 from flashdmd_ray.run.storage import Location, checkpoint_root
 from flashdmd_ray.run.tracking import Tracker
 from flashdmd_ray.runtime.build import build_runtime
 from flashdmd_ray.runtime.control import open_control
 from flashdmd_ray.runtime.protocol import Runtime
 from flashdmd_ray.runtime.supervisor import Supervisor
+from flashdmd_ray.training.beta_check import BetaCheck
 from flashdmd_ray.training.checkpoint_saver import CheckpointSaver
 from flashdmd_ray.training.data_report import note_replaced, start_report
 from flashdmd_ray.training.monitor_pictures import FOLDER, Evidence
@@ -49,10 +51,10 @@ SHOWN = {
     "matching/real_fake_gap": "gap",
     "discriminator/accuracy_real": "D real",
     "discriminator/accuracy_fake": "D fake",
-    "preference/loss": "pref",
     "preference/kept": "kept",
+    "preference/beta_h": "|beta H|",
 }
-"""The few figures of a progress line."""
+"""Figures of every progress line; `shown_figures` adds the rewards."""
 
 
 def run_job(config: Config) -> int:
@@ -108,6 +110,16 @@ def how_to_go_on(directory: RunDirectory, root: Location) -> str:
     return f"stopped by the hack monitor (monitor.action); {kept}; with monitor.action=report the same command goes on"
 
 
+def shown_figures(config: Config) -> dict[str, str]:
+    """Names of the metrics of a progress line, with their labels: the first optimised reward and the first held-out one before the rest."""
+    if not config.preference.updates:
+        return SHOWN
+    first = {reward.held_out: reward.label for reward in reversed(config.rewards)}
+    return {
+        f"reward/{label}": f"{label} (held out)" if held_out else label for held_out, label in sorted(first.items())
+    } | SHOWN
+
+
 class TrainingRun:
     """The loop's other half: which steps are left, and what is kept of each. One per attempt."""
 
@@ -142,6 +154,7 @@ class TrainingRun:
             config.checkpoint.asynchronous,
             config.deadlines.checkpoint_s,
         )
+        self._shown, self._beta = shown_figures(config), BetaCheck(config.preference.beta)
         self._sheet = SampleSheet(config, runtime)
         self.monitor = HackMonitor(
             config.monitor, config.optimised_rewards, [reward.label for reward in config.rewards if reward.held_out]
@@ -155,10 +168,18 @@ class TrainingRun:
             self.tracker.rewind(0)
             return
         state = read_state(checkpoint)
-        if changes := changed_settings(state.get("settings", self._settings), self._settings):
+        unused = () if state["counters"]["preference_updates"] else SECOND_STAGE
+        saved, new = (without(settings, unused) for settings in (state.get("settings", self._settings), self._settings))
+        if changes := changed_settings(saved, new):
             raise ValueError(
                 f"checkpoint {checkpoint} was written with another configuration ({changes}); "
                 "choose another run.name, or restore the value to resume"
+            )
+        preference = self.config.preference
+        if unused and preference.updates and preference.start_step < state["step"]:
+            raise ValueError(
+                f"preference.start_step: this run has made {state['step']} steps without preference updates, and the reference policy is "
+                f"frozen at the first of them; set it to {state['step']} or later"
             )
         with explain_damage(self._root):
             for role in self.saver.roles:
@@ -189,7 +210,11 @@ class TrainingRun:
         if last or self.done % self.config.tracking.log_every == 0:
             counted = {f"count/{name}": value for name, value in self.counters.items()}
             self.tracker.metrics(self.done, metrics | counted | self.found)
-        self.progress.step(self.done, {label: metrics[name] for name, label in SHOWN.items() if name in metrics})
+        for line in ranking.summary(metrics):
+            self.progress.say(line)
+        if (warning := self._beta.observe(metrics)) is not None:
+            log.warning(warning)
+        self.progress.step(self.done, {label: metrics[name] for name, label in self._shown.items() if name in metrics})
         if last or self.done % self.config.tracking.samples_every == 0:
             path = self._sheet.write(self.directory.samples / f"step-{self.done:06d}.png")
             self.tracker.image("samples", path, self.done)
@@ -241,5 +266,5 @@ class TrainingRun:
 
     def _mark(self) -> str:
         """Tells this run's checkpoints from those of another run in the same place."""
-        facts = json.dumps([self.config.run.name, self._settings], sort_keys=True)
+        facts = json.dumps([self.config.run.name, without(self._settings, SECOND_STAGE)], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()[:12]

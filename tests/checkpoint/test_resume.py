@@ -130,6 +130,26 @@ def test_resumed_from_the_store_alone_equals_never_stopped(tmp_path, teacher):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_finished_distillation_can_be_given_a_second_stage(tmp_path, teacher):
+    """Preference updates that are asked for later equal those that were planned, and may not be asked for in the past."""
+
+    def staged(name: str, steps: int, **preference) -> Config:
+        config = small(teacher, tmp_path / name, None, steps)
+        return config.model_copy(update={"preference": config.preference.model_copy(update=preference)})
+
+    advance(staged("planned", 2))
+    for name in ("later", "past"):
+        advance(staged(name, 1, updates=0, start_step=0))
+    with pytest.raises(ValueError, match=r"has made 1 steps without preference updates.* set it to 1 or later"):
+        advance(staged("past", 2, start_step=0))
+    advance(staged("later", 2))
+    planned, later = (latest_checkpoint(tmp_path / name / "small" / "checkpoints") for name in ("planned", "later"))
+    expected, found = everything(planned), everything(later)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    with pytest.raises(ValueError, match=r"preference\.updates was 1 and is now 2"):
+        advance(staged("later", 3, updates=2))
+
+
 def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path, teacher):
     config = small(teacher, tmp_path, None, steps=30)
     run = RunDirectory.prepare(config.run, config)

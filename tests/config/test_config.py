@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashdmd_ray.config import Config, dump_config, load_config, parse_config
+from flashdmd_ray.config import Config, Section, dump_config, load_config, parse_config, validated
+from flashdmd_ray.reward_training.config import RewardTrainingConfig
 
 PRESETS = sorted(
     path
@@ -139,6 +141,26 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="expected keys and values"):
         load_config(tmp_path / "list.yaml")
+
+
+def settings_of(section: Section, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Every setting of a section and of those inside it, with its value."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from settings_of(value, (*path, name))
+        elif path:
+            yield (*path, name), value
+
+
+@pytest.mark.parametrize("whole", [Config, RewardTrainingConfig])
+def test_a_setting_given_its_default_leaves_the_rest_of_its_section_alone(whole):
+    default = whole()
+    for path, value in settings_of(default):
+        tree: object = value
+        for name in reversed(path):
+            tree = {name: tree}
+        assert validated(whole, tree) == default, ".".join(path)
 
 
 @given(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
+from flashdmd_ray.config import PreferenceConfig
 from flashdmd_ray.diffusion.sampling import step_distribution
 from flashdmd_ray.losses.preference import (
     combine_rewards,
@@ -25,11 +26,11 @@ NAN, INF = float("nan"), float("inf")
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), std=st.floats(0.2, 1.0))
 def test_h_is_the_difference_of_gaussian_log_densities(seed, std):
-    """Mean over CHW of torch.distributions' log-density, with no term cancelled by hand; in float64."""
+    """torch.distributions' log-density, its sum over CHW divided by the root of their number; no term cancelled by hand; in float64."""
     mean_theta, mean_ref, winners, losers = (normal(SHAPE, seed + i).double() for i in range(4))
 
     def log_density(mean, z):
-        return Normal(mean, std).log_prob(z).mean(dim=(1, 2, 3))
+        return Normal(mean, std).log_prob(z).sum(dim=(1, 2, 3)) / z[0].numel() ** 0.5
 
     expected = (log_density(mean_theta, winners) - log_density(mean_ref, winners)) - (
         log_density(mean_theta, losers) - log_density(mean_ref, losers)
@@ -51,11 +52,41 @@ def test_at_the_reference_h_is_zero_and_the_loss_log_2(family, beta):
 
 
 def test_the_gradient_moves_the_mean_towards_the_winner():
-    """dL/dmu at the reference is -(beta / 2) (z_w - z_l) / (std^2 CHW B)."""
+    """dL/dmu at the reference is -(beta / 2) (z_w - z_l) / (std^2 sqrt(CHW) B)."""
     mean = normal(SHAPE, 0).requires_grad_()
     winners, losers, std, beta = normal(SHAPE, 1), normal(SHAPE, 2), 0.5, 3.0
     preference_loss(log_ratio_difference(mean, mean.detach(), winners, losers, std), beta, torch.ones(3)).backward()
-    torch.testing.assert_close(mean.grad, -beta / 2 * (winners - losers) / std**2 / mean.numel())
+    torch.testing.assert_close(
+        mean.grad, -beta / 2 * (winners - losers) / std**2 / (mean[0].numel() ** 0.5 * len(mean))
+    )
+
+
+def log_ratios(side: int, change: float) -> tuple[torch.Tensor, ...]:
+    """Policy, reference, winners and losers of 200 pairs at std .9, the policy `change` per number away from the reference."""
+    shape, std = (200, 3, side, side), 0.9
+    reference = normal(shape, 0)
+    mean = reference + change * normal(shape, 1)
+    return mean, reference, mean + std * normal(shape, 2), mean + std * normal(shape, 3)
+
+
+def test_beta_means_the_same_at_every_resolution():
+    spreads = [log_ratio_difference(*log_ratios(side, 0.05), 0.9).std().item() for side in (8, 64)]
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.15)
+    assert spreads[1] == pytest.approx(2**0.5 * 0.05 / 0.9, rel=0.15)
+
+
+def test_the_reference_policy_acts_at_the_default_beta():
+    """A policy .05 per number from its reference (the demo drifts by .05 to .1): with another reference the gradient is another."""
+    mean, reference, winners, losers = log_ratios(12, 0.05)
+    gradients, sizes = [], []
+    for anchor in (reference, mean.clone()):
+        policy = mean.clone().requires_grad_()
+        ratio = log_ratio_difference(policy, anchor, winners, losers, 0.9)
+        preference_loss(ratio, PreferenceConfig().beta, torch.ones(200)).backward()
+        gradients.append(policy.grad)
+        sizes.append((PreferenceConfig().beta * ratio).abs().mean().item())
+    assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[1].norm()
+    assert 0.3 < sizes[0] < 3
 
 
 def test_the_loss_written_out():

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashdmd_ray.monitor.signals import agreement, image_signals, ranks, reduced, reward_signals
+from flashdmd_ray.monitor.agreement import agreement, ranks
+from flashdmd_ray.monitor.signals import image_signals, reduced, reward_signals
 
 
 def images(*colours: tuple[int, int, int], size: int = 8) -> torch.Tensor:
@@ -67,8 +68,17 @@ def test_ranks_share_the_mean_of_equal_values():
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=4, max_size=4, unique=True), min_size=1, max_size=4))
 def test_agreement_is_one_under_monotone_changes_and_minus_one_when_reversed(rows):
     values = torch.tensor(rows, dtype=torch.float64)
-    assert agreement(values, values**3 + values) == pytest.approx(1)
-    assert agreement(values, -values) == pytest.approx(-1)
+    same, reverse = agreement(values, values**3 + values), agreement(values, -values)
+    assert (same.correlation, same.best_beats_worst) == (pytest.approx(1), 1)
+    assert (reverse.correlation, reverse.best_beats_worst) == (pytest.approx(-1), 0)
+
+
+def test_agreement_of_unrelated_rewards_is_nothing_within_its_error():
+    first, second = torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0))
+    both = agreement(first, second)
+    assert abs(both.correlation) < 3 * both.error
+    assert both.error == pytest.approx(3**-0.5 / 20, rel=0.1)
+    assert abs(both.best_beats_worst - 0.5) < 0.08
 
 
 def test_disagreement_and_spread():
@@ -83,7 +93,7 @@ def test_disagreement_and_spread():
 def test_what_failed_or_says_nothing_is_left_out():
     one = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
     two = torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 9.0], [5.0, 5.0, 5.0]])
-    assert agreement(one, two) == pytest.approx(1)
+    assert agreement(one, two).correlation == pytest.approx(1)
     assert agreement(one, torch.full((3, 3), float("nan"))) is None
     assert reward_signals({"a": torch.full((2, 2), float("inf"))}) == {}
     assert reward_signals({"a": one}).keys() == {"reward/a", "spread/a"}

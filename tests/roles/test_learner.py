@@ -133,13 +133,14 @@ def test_preference_loss_starts_at_log_two_and_falls(config, generator, prompts)
     pairs = preference_pairs(prompts, torch.ones(3))
     first = generator.preference_step(pairs)
     assert first["preference/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first["preference/ratio"] == 0
+    assert first["preference/beta_h"] == 0
     assert first["preference/drift"] == 0
     for _ in range(5):
         last = generator.preference_step(pairs)
     assert last["preference/loss"] < first["preference/loss"]
     assert last["preference/implicit_accuracy"] == 1
     assert last["preference/drift"] > 0
+    assert last["preference/beta_h"] > 0
 
 
 def test_a_quarter_of_the_rate_moves_the_weights_a_quarter_as_far(config, prompts):

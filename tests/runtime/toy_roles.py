@@ -163,7 +163,9 @@ class Discriminator(Toy):
 
 
 class Rollout(Toy):
-    def candidates(self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights) -> Candidates:
+    def candidates(
+        self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights, decode: bool = True
+    ) -> Candidates:
         assert checksum(weights.tensors) == weights.checksum
         drawn = noise(prompts.indices, (3, *SHAPE), seed, f"candidates/{high}")
         values = drawn * weights.tensors["weight"]
