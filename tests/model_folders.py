@@ -28,15 +28,22 @@ def write_pipeline(folder: Path) -> Path:
     (folder / "unet" / "config.json").write_text(json.dumps({"sample_size": 8, "in_channels": 4}))
     (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8]}))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"beta_schedule": "scaled_linear"}))
+    for name in ("tokenizer", "tokenizer_2"):
+        write_tokenizer(folder / name)
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text("{}")
 
 
 def model_settings(root: Path) -> dict[str, object]:
     """Configuration that points every model at folders below `root`, which are written here."""
     write_model(root / "sam", 500)
-    write_model(root / "clip", 60)
+    write_tokenizer(write_model(root / "clip", 60))
     write_model(root / "lrm", 70)
     return {
         "model": {"teacher": str(write_pipeline(root / "teacher")), "sam": str(root / "sam")},

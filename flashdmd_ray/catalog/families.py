@@ -44,6 +44,8 @@ MMDIT_KEYS = {
     "qk_norm": None,
 }
 """The same of SD3's transformer."""
+UNCONDITIONED = dict.fromkeys(("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"))
+"""Keys of a U-Net's config.json that ask for one more input: a class, an image, or the guidance scale of a distilled student."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class FamilyEntry:
     """Sub-folder of the denoiser, and the key of its configuration in a saved latent reward."""
     denoiser_class: str
     """module:Class of its `Denoiser`."""
+    network: str
+    """Stock class that the denoiser's config.json names."""
     denoiser_keys: Mapping[str, Any]
     """Keys of the denoiser's config.json that shape it, with the value of an absent one."""
     latent_reward: str
@@ -70,6 +74,12 @@ class FamilyEntry:
     """As text_encoders, those that are loaded on request: `model.t5`."""
     optional_tokens: int = 0
     """Tokens that the optional encoder adds to CLIP's. Without it the denoiser reads as many zeros as CLIP has tokens."""
+    fixed_keys: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the denoiser's config.json that must have this value: others condition it on something that is not given."""
+    latent_statistics: bool = False
+    """Whether the stock pipeline reads latents_mean and latents_std of the VAE."""
+    latent_shift: bool = False
+    """Whether the stock pipeline reads shift_factor of the VAE."""
     micro_conditioning: bool = False
     """Whether `model.original_size` and `model.crop` mean something."""
     latent_reward_blocks: bool = False
@@ -94,10 +104,13 @@ FAMILIES: Mapping[str, FamilyEntry] = {
         pipeline="StableDiffusionXLPipeline",
         denoiser="unet",
         denoiser_class="flashdmd_ray.models.denoiser:UNetDenoiser",
+        network="UNet2DConditionModel",
         denoiser_keys=UNET_KEYS,
         latent_reward="flashdmd_ray.models.latent_reward.unet:UNetLatentReward",
         text_encoders={"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
         pooled_encoders=("text_encoder_2",),
+        fixed_keys={**UNCONDITIONED, "addition_embed_type": "text_time"},
+        latent_statistics=True,
         micro_conditioning=True,
         lpo_base="stabilityai/stable-diffusion-xl-base-1.0",
         demo="teacher",
@@ -108,9 +121,11 @@ FAMILIES: Mapping[str, FamilyEntry] = {
         pipeline="StableDiffusionPipeline",
         denoiser="unet",
         denoiser_class="flashdmd_ray.models.denoiser:UNetDenoiser",
+        network="UNet2DConditionModel",
         denoiser_keys=UNET_KEYS,
         latent_reward="flashdmd_ray.models.latent_reward.unet:UNetLatentReward",
         text_encoders={"text_encoder": "cond_stage_model."},
+        fixed_keys={**UNCONDITIONED, "addition_embed_type": None},
         lpo_base="stable-diffusion-v1-5/stable-diffusion-v1-5",
     ),
     "sd3": FamilyEntry(
@@ -118,6 +133,7 @@ FAMILIES: Mapping[str, FamilyEntry] = {
         pipeline="StableDiffusion3Pipeline",
         denoiser="transformer",
         denoiser_class="flashdmd_ray.models.sd3:SD3Denoiser",
+        network="SD3Transformer2DModel",
         denoiser_keys=MMDIT_KEYS,
         latent_reward="flashdmd_ray.models.latent_reward.mmdit:MMDiTLatentReward",
         text_encoders={"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.clip_g."},
@@ -125,6 +141,7 @@ FAMILIES: Mapping[str, FamilyEntry] = {
         optional_encoders={"text_encoder_3": "text_encoders.t5xxl."},
         optional_tokens=256,
         latent_reward_blocks=True,
+        latent_shift=True,
         demo="teacher_sd3",
     ),
 }

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     """Directory or hub id of the pipeline whose configuration and tokenizers go with a single-file teacher; null lets diffusers infer
     a hub id from the file."""
     vae: PathOrName | None = None
-    """Directory or hub id of another VAE, such as madebyollin/sdxl-vae-fp16-fix; null is the teacher's own."""
+    """Directory or hub id of another VAE, such as madebyollin/sdxl-vae-fp16-fix, or one .safetensors file; null is the teacher's own."""
     t5: bool = False
     """SD3 only: load text_encoder_3, the T5. Without it the denoiser reads zeros in its place, as SD3 allows."""
     resolution: tuple[PositiveInt, PositiveInt] | None = None

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashdmd_ray.catalog.schedulers import forward_process
+
 
 class NoiseSchedule(ABC):
     """x_t = a_t x0 + s_t e on the teacher's training timesteps 0 .. num_timesteps-1, and the network's parameterisation of it.
@@ -108,9 +110,7 @@ class VPSchedule(NoiseSchedule):
         """
         from diffusers import DDPMScheduler  # slow to import, and only needed where a pipeline is read
 
-        if "beta_schedule" not in config and config.get("trained_betas") is None:
-            name = config.get("_class_name", "scheduler config")
-            raise ValueError(f"{name} has neither a beta_schedule nor a flow shift; use a DDPM- or FlowMatch-type one")
+        forward_process(config)
         alphas_cumprod = DDPMScheduler.from_config(dict(config)).alphas_cumprod
         final = 1.0 if config.get("set_alpha_to_one", True) else float(alphas_cumprod[0])
         return cls(alphas_cumprod, config.get("prediction_type", "epsilon"), final)
@@ -193,10 +193,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     Flow-matching schedulers give a FlowSchedule, all others with betas a VPSchedule. Raises ValueError for schedules that depend on
     the resolution (`use_dynamic_shifting`) and for those that are neither.
     """
-    # Only a config read from a file names its class; "shift" without betas is what all flow-matching schedulers have.
-    if "shift" in config and "beta_schedule" not in config:
-        if config.get("use_dynamic_shifting"):
-            raise ValueError("scheduler use_dynamic_shifting is not supported: set it to false and give a fixed shift")
+    if forward_process(config) == "flow":
         return FlowSchedule(float(config["shift"]), int(config.get("num_train_timesteps", 1000)))
     return VPSchedule.from_config(config)
 

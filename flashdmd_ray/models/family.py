@@ -10,6 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,8 +21,12 @@ from flashdmd_ray.catalog.families import FAMILIES, latent_size
 from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.diffusion.schedule import NoiseSchedule, schedule_from_config
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
-from flashdmd_ray.models.pipeline_source import PipelineSource, open_source
+from flashdmd_ray.models.headers import ModelFileError
+from flashdmd_ray.models.locations import resolve
+from flashdmd_ray.models.pipeline_source import PipelineSource, load_vae_file, open_source
+from flashdmd_ray.models.single_file import vae_file
 from flashdmd_ray.models.stock_modules import load_config, load_module, load_part
+from flashdmd_ray.models.teacher_files import check_denoiser, check_vae
 
 PARTS = ("denoiser", "vae", "text")
 
@@ -97,13 +102,17 @@ class Family(ABC):
 
     def __init__(self, model: ModelConfig, source: PipelineSource, parts: Collection[str]) -> None:
         self.path = source.path
-        self.scheduler_config: Mapping[str, Any] = source.config("scheduler")
-        self.schedule: NoiseSchedule = load_part(
-            self.path, "the scheduler", lambda: schedule_from_config(self.scheduler_config)
-        )
+        self.scheduler_config: Mapping[str, Any] = source.scheduler()
+        self.schedule: NoiseSchedule = load_part(self.path, "the scheduler", self._read_schedule)
         self.device = torch.device("cpu")
         network = source.config(FAMILIES[self.name].denoiser)
-        vae = source.config("vae") if model.vae is None else _config_of_vae(model.vae, int(network["in_channels"]))
+        vae = _config_of_vae(source, model)
+        load_part(self.path, FAMILIES[self.name].denoiser, lambda: check_denoiser(network, FAMILIES[self.name]))
+        load_part(
+            model.vae or self.path,
+            "the VAE",
+            lambda: check_vae(vae, FAMILIES[self.name], network["in_channels"], model.vae or "it"),
+        )
         height, width, pixels = latent_size(model.resolution, network, vae)
         self.latent_shape = (int(network["in_channels"]), height, width)
         self.image_size = (height * pixels, width * pixels)
@@ -116,10 +125,20 @@ class Family(ABC):
         self._modules: dict[str, nn.Module] = {}
         self.load(parts)
 
+    def _read_schedule(self) -> NoiseSchedule:
+        try:
+            return schedule_from_config(self.scheduler_config)
+        except ValueError as error:  # names its remedy
+            raise ModelFileError(str(error)) from None
+
     @classmethod
     def from_config(cls, model: ModelConfig, parts: Collection[str] = PARTS) -> Self:
         """Load `parts` ("denoiser", "vae", "text") of the configured model. Raises ValueError, one line with the remedy."""
-        return cls(model, open_source(cls.pipeline_class, model.teacher, model.teacher_config), parts)
+        return cls(
+            model,
+            open_source(cls.pipeline_class, resolve(model.teacher, FAMILIES[cls.name].demo), model.teacher_config),
+            parts,
+        )
 
     @classmethod
     def from_pretrained(cls, path: str, parts: Collection[str] = PARTS, **settings: Any) -> Self:
@@ -213,9 +232,18 @@ class Family(ABC):
 
         Values just outside the range are not clamped, because a clamp would stop the gradient there.
         """
-        config = self.vae.config
-        scaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        mean, deviation = self._latent_statistics(latents.device)
+        scaled = latents * deviation / self.vae.config.scaling_factor + mean
         return self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
+
+    def _latent_statistics(self, device: torch.device) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and deviation of the VAE's own latents (1, C, 1, 1), which are (z - mean) / deviation * scaling_factor here."""
+        config = self.vae.config
+        if getattr(config, "latents_mean", None) is None:
+            return config.shift_factor or 0.0, 1.0
+        values = torch.tensor([list(config.latents_mean), list(config.latents_std)], device=device)
+        mean, deviation = values.view(2, 1, -1, 1, 1)
+        return mean, deviation
 
     def checkpoint_decoder(self) -> None:
         """From now on, compute each block of the decoder again in the backward pass: less memory at 1024 pixels."""
@@ -231,22 +259,24 @@ class Family(ABC):
         latents = posterior.mean.float()
         if noise is not None:
             latents = latents + posterior.std.float() * noise.to(latents.device)
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        mean, deviation = self._latent_statistics(latents.device)
+        return (latents - mean) * self.vae.config.scaling_factor / deviation
 
 
 def _load_vae(source: PipelineSource, other: str | None, dtype: torch.dtype) -> nn.Module:
+    if other is not None and other.endswith(".safetensors"):
+        return load_vae_file(other, source.configs, dtype)
     module: nn.Module = (
         source.module(AutoencoderKL, "vae", dtype) if other is None else load_module(AutoencoderKL, other, "", dtype)
     )
     return module
 
 
-def _config_of_vae(path: str, channels: int) -> Mapping[str, Any]:
-    """Configuration of the VAE at `path`. Raises ValueError when its latents have not that many channels."""
-    config = load_config(AutoencoderKL, path, part="the VAE")
-    own = config.get("latent_channels")
-    if own != channels:
-        raise ValueError(
-            f"model.vae: {path} has {own} latent channels, the teacher {channels}; choose a VAE of its family"
-        )
-    return config
+def _config_of_vae(source: PipelineSource, model: ModelConfig) -> Mapping[str, Any]:
+    """Configuration of the VAE: the teacher's, another directory's, or the teacher's with the channels of a file's latents."""
+    if model.vae is None:
+        return source.config("vae")
+    if not model.vae.endswith(".safetensors"):
+        return load_config(AutoencoderKL, model.vae, part="the VAE")
+    _, channels = load_part(model.vae, "the VAE", lambda: vae_file(Path(str(model.vae))))
+    return {**source.config("vae"), "latent_channels": channels}

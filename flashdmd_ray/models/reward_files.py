@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flashdmd_ray.catalog import published
 from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.catalog.rewards import RewardEntry
 from flashdmd_ray.config import RewardConfig
-from flashdmd_ray.models.teacher_files import (
-    ModelFiles,
-    NamesModels,
-    check_json,
-    count_parameters,
-    header_sizes,
-    inspect_model,
-    local_snapshot,
-    read_header,
-    read_json,
-)
+from flashdmd_ray.models.config_files import check_json, check_module, check_tokenizer, read_json
+from flashdmd_ray.models.headers import ModelFileError
+from flashdmd_ray.models.locations import local, named_file, resolve
+from flashdmd_ray.models.teacher_files import ModelFiles, NamesModels, denoiser_config, file_size, inspect
+from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
 
 LPO_FILE = "state_dict.pt"
 LPO_UNUSED = ("up_blocks.", "conv_norm_out.", "conv_out.")
 """Weights of the U-Net that LPO's latent rewards do not use."""
+_SHAPES = (
+    "in_channels",
+    "cross_attention_dim",
+    "projection_class_embeddings_input_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+)
+"""Keys of a denoiser's config.json that say which latents and texts it reads."""
 
 
 def reward_files(config: NamesModels) -> dict[str, ModelFiles]:
@@ -31,14 +35,13 @@ def reward_files(config: NamesModels) -> dict[str, ModelFiles]:
 
     Raises ValueError, one line naming the key, the file and the remedy.
     """
-    found = {}
+    rewards = {}
     for index, reward in enumerate(config.rewards):
         key = f"rewards.{index}.path"
-        files = _files(key, reward)
+        rewards[reward.label] = _files(key, reward)
         if reward.entry.reads_latents:
-            _check_form(key, reward.path, files, config.model.family)
-        found[reward.label] = files
-    return found
+            _check_form(key, reward.path, rewards[reward.label], config)
+    return rewards
 
 
 def _files(key: str, reward: RewardConfig) -> ModelFiles:
@@ -50,16 +53,59 @@ def _files(key: str, reward: RewardConfig) -> ModelFiles:
         return ModelFiles(reward.path)
     if entry.reads_latents and is_lpo(reward.path):
         return _lpo(key, reward.path)
-    if Path(reward.path).is_file() and not entry.reads_latents:
-        return _one_file(key, Path(reward.path), entry)
-    if entry.files:
-        return _directory(key, reward.path, entry)
-    return inspect_model(key, reward.path, entry.demo, ("",), {})
+    if entry.reads_latents:
+        return inspect(key, reward.path, entry.demo, _saved_latent_reward)
+    files = inspect(key, reward.path, entry.demo, lambda place: _weights(place, entry))
+    if files.root is None and entry.model is not None:
+        files = ModelFiles(files.source, None, {"": entry.model.parameters})
+    base = resolve(reward.base_path, entry.demo)
+    if base:
+        with_config = local(base) != local(resolve(reward.path, entry.demo))
+        inspect(key.replace(".path", ".base"), base, None, lambda root: _base(root, reward, with_config))
+    return files
+
+
+def _weights(place: Path, entry: RewardEntry) -> dict[str, int]:
+    """Parameters of a published file, of another one as it is, or of a directory of a whole model."""
+    file = named_file(place, entry.files)
+    if file is None and entry.files:
+        raise ModelFileError(f"{place} holds none of {', '.join(entry.files)}; choose the file itself, or download it")
+    if file is None:
+        check_module(place / "config.json")
+        return {"": sum(weight_files(place, TRANSFORMERS).sizes.values())}
+    count = file_size(file)
+    as_published = entry.model if file.name in entry.files[:1] else None
+    return {"": as_published.parameters if as_published else count}
+
+
+def _base(root: Path, reward: RewardConfig, with_config: bool) -> dict[str, int]:
+    """Tokenizer, image processor and configuration that a reward reads beside its weights."""
+    if not root.is_dir():
+        raise ModelFileError(f"{root} is no directory; name the one with the tokenizer")
+    if with_config and Path(reward.path).is_file() and not reward.entry.files:
+        check_json(root / "config.json")
+    if reward.kind != "aesthetic":
+        check_tokenizer(root)
+    return {}
+
+
+def _saved_latent_reward(place: Path) -> dict[str, int]:
+    """Parameters of a directory that `save_latent_reward` wrote, without those that it shares with the teacher."""
+    if not place.is_dir():
+        raise ModelFileError(f"{place} is one file; name the directory with its config.json")
+    config = check_json(place / "config.json")
+    for entry in FAMILIES.values():
+        base = config.get(f"base_{entry.denoiser}")
+        if base is not None:
+            weight_files(place / str(base), DIFFUSERS)
+    return {"": sum(weight_files(place, TRANSFORMERS).sizes.values())}
 
 
 def is_lpo(path: str) -> bool:
     """Whether a latent reward is in LPO's layout: such a directory, or owner/name/folder on the hub, where nothing else is read from."""
-    return (Path(path) / LPO_FILE).is_file() or (not Path(path).exists() and path.count("/") == 2)
+    return (Path(path) / LPO_FILE).is_file() or (
+        not Path(path).exists() and path.count("/") == 2 and path[0] not in "./~"
+    )
 
 
 def lpo_family(path: str) -> str | None:
@@ -73,61 +119,31 @@ def lpo_family(path: str) -> str | None:
 
 def _lpo(key: str, path: str) -> ModelFiles:
     """All that is loaded: the U-Net without its up path, and the text encoders."""
-    if not Path(path).exists():
-        known = published.LATENT_REWARDS.get(path)
-        if known is None:
-            local_snapshot(key, "/".join(path.split("/")[:2]), "")
-        return ModelFiles(path, None, {"": known.parameters} if known else {})
-    root = Path(path)
-    try:
-        check_json(root / "unet" / "config.json", ("block_out_channels",))
-        count = sum(count_parameters(folder) for folder in sorted(root.glob("text_encoder*")))
-        for file in sorted((root / "unet").glob("*.safetensors")):
-            kept = (n for name, n in header_sizes(file).items() if not name.startswith(LPO_UNUSED))
-            count += sum(kept)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    return ModelFiles(path, root, {"": count})
+    files = inspect(key, path, None, _lpo_size)
+    known = published.LATENT_REWARDS.get(path)
+    return files if files.parameters or known is None else ModelFiles(path, files.root, {"": known.parameters})
 
 
-def _one_file(key: str, file: Path, entry: RewardEntry) -> ModelFiles:
-    """A published model's size is known; of another one it is the file's."""
-    try:
-        counted = read_header(file) if file.suffix == ".safetensors" else file.stat().st_size // 4
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    known = entry.model if file.name in entry.files[:1] else None
-    return ModelFiles(str(file), None, {"": known.parameters if known else counted})
-
-
-def _directory(key: str, path: str, entry: RewardEntry) -> ModelFiles:
-    """A folder that holds the weights as one file, or a hub repository, of which the published size is taken."""
-    assert entry.model is not None, "kinds of one file are published models"
-    if not Path(path).is_dir():
-        local_snapshot(
-            key, "/".join(path.split("/")[:2]), ""
-        )  # refuses what is neither here, nor known, nor on the hub
-        return ModelFiles(path, None, {"": entry.model.parameters})
-    names = [name for name in entry.files if (Path(path) / name).is_file()]
-    if not names:
-        raise ValueError(
-            f"{key}: {path} holds none of {', '.join(entry.files)}; choose the file itself, or download it"
-        )
-    return _one_file(key, Path(path) / names[0], entry)
+def _lpo_size(root: Path) -> dict[str, int]:
+    check_module(root / "unet" / "config.json", ("block_out_channels",))
+    count = sum(sum(weight_files(folder, TRANSFORMERS).sizes.values()) for folder in sorted(root.glob("text_encoder*")))
+    sizes = weight_files(root / "unet", DIFFUSERS).sizes
+    return {"": count + sum(size for name, size in sizes.items() if not name.startswith(LPO_UNUSED))}
 
 
 def _check_module(key: str, path: str) -> None:
     module = path.partition(":")[0]
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except ImportError:
-        found = None
-    if found is None:
+        spec = None
+    if spec is None:
         raise ValueError(f"{key}: there is no module {module}; install it, or add its folder to PYTHONPATH")
 
 
-def _check_form(key: str, path: str, files: ModelFiles, family: str) -> None:
-    """Raises ValueError for a latent reward made of another form of network than the family's."""
+def _check_form(key: str, path: str, files: ModelFiles, config: NamesModels) -> None:
+    """Raises ValueError for a latent reward made of another form of network than the teacher's."""
+    family, entry = config.model.family, config.model.entry
     if is_lpo(path):
         made_for = lpo_family(path)
         if made_for is not None and made_for != family:
@@ -137,10 +153,25 @@ def _check_form(key: str, path: str, files: ModelFiles, family: str) -> None:
         return
     if files.root is None:
         return
-    forms = {entry.denoiser for entry in FAMILIES.values()}
-    found = forms & read_json(files.root / "config.json").keys()
-    if found and FAMILIES[family].denoiser not in found:
+    saved = read_json(files.root / "config.json")
+    forms = {other.denoiser for other in FAMILIES.values()} & saved.keys()
+    if forms and entry.denoiser not in forms:
         raise ValueError(
-            f"{key}: {files.source} is a latent reward on a {found.pop()}, but model.family '{family}' has a "
-            f"{FAMILIES[family].denoiser}; choose one that was trained for this family"
+            f"{key}: {files.source} is a latent reward on a {forms.pop()}, but model.family '{family}' has a "
+            f"{entry.denoiser}; choose one that was trained for this family"
         )
+    if forms:
+        _check_shapes(
+            key, files.source, saved[entry.denoiser], denoiser_config(config) or {}, entry.lpo_base is not None
+        )
+
+
+def _check_shapes(key: str, source: str, own: Mapping[str, Any], teacher: Mapping[str, Any], has_lpo: bool) -> None:
+    for name in _SHAPES:
+        if own.get(name) is not None and teacher.get(name) is not None and own[name] != teacher[name]:
+            other = "LPO's, such as casiatao/LRM/lrm_sdxl, or " if has_lpo else ""
+            raise ValueError(
+                f"{key}: the latent reward of the {source} was made for another teacher ({name} {own[name]}, this has {teacher[name]}); "
+                f"name {other}one that jobs/train_latent_reward.py made for this teacher, or use kind pickscore "
+                "with yuvalkirstain/PickScore_v1"
+            )

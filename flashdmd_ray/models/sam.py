@@ -6,8 +6,6 @@ once, at loading, so that a discriminator can read the size that the generator m
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -15,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from flashdmd_ray.models.config_files import check_json
+from flashdmd_ray.models.state_dicts import find_file, read_weights
+from flashdmd_ray.models.stock_modules import load_part
 
 # The mean and deviation of pixels in 0..255 that Segment Anything was trained with.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -38,6 +38,10 @@ def load_sam_encoder(path: Path | str, image_size: int, dtype: torch.dtype = tor
     """
     path = Path(path)
     state = _read_state(path)
+    if any(name.startswith("vision_encoder.") for name in state):
+        raise ValueError(
+            f"{path} is Segment Anything in transformers' layout; name an official sam_vit_*.pth checkpoint"
+        )
     encoder_state = {k.removeprefix(_PREFIX): v.float() for k, v in state.items() if k.startswith(_PREFIX)}
     if "pos_embed" not in encoder_state or "patch_embed.proj.weight" not in encoder_state:
         raise ValueError(f"{path} is not a Segment Anything checkpoint: no image encoder in it")
@@ -121,16 +125,10 @@ def normalise_pixels(images: torch.Tensor) -> torch.Tensor:
 
 def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
     """All weights of a directory or an official checkpoint; the latter is read without unpickling code."""
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: give a SAM directory or an official sam_vit_*.pth checkpoint")
-    try:
-        if path.is_dir():
-            json.loads((path / "config.json").read_text())
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, json.JSONDecodeError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a Segment Anything checkpoint: {error}") from error
+    file = find_file(str(path), ["model.safetensors"])
+    if path.is_dir():
+        load_part(str(path), "config.json", lambda: check_json(path / "config.json"))
+    return read_weights(file)
 
 
 def _build(state: Mapping[str, torch.Tensor], image_size: int) -> ImageEncoderViT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -11,9 +11,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flashdmd_ray.models.headers import read_header, refuse_stand_in, wrapper_of
+from flashdmd_ray.models.locations import fetch_file
 from flashdmd_ray.models.stock_modules import load_part
 
 Built = TypeVar("Built", bound=nn.Module)
+
+
+def find_file(path: str, names: Sequence[str]) -> Path:
+    """The file that `path` names, or the first of `names` in that directory or hub repository.
+
+    Raises ValueError, one line naming the path and the remedy, when there is none.
+    """
+    found: Path = load_part(path, "", lambda: fetch_file(path, names))
+    return found
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -22,7 +33,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} does not hold tensors by name; choose another file")
-    return state
+    start = wrapper_of(state)
+    return {name.removeprefix(start): tensor for name, tensor in state.items()}
 
 
 def read_file(file: Path) -> Any:
@@ -33,7 +45,9 @@ def read_file(file: Path) -> Any:
 
     def read() -> Any:
         if file.suffix == ".safetensors":
+            read_header(file)  # refuses quantised weights, and what only stands in for them
             return load_file(file)
+        refuse_stand_in(file)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except UnpicklingError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,26 @@ from torch import nn
 from transformers import CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from flashdmd_ray.models.config_files import check_json, check_module, check_tokenizer
+from flashdmd_ray.models.headers import ModelFileError
+from flashdmd_ray.models.locations import fetch
+from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
 from flashdmd_ray.run.messages import one_line
 
 # A damaged or foreign file can raise any of these from safetensors, json, diffusers and transformers; none of them
 # names the remedy.
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
-_LOADING_PACKAGES = ("safetensors", "safetensors_rust", "huggingface_hub", "diffusers")
+_LOADING_PACKAGES = ("safetensors", "safetensors_rust", "huggingface_hub", "diffusers", "httpx")
+KNOWN_UNUSED = r"(^|\.)position_ids$"
+"""Names of constants that older versions of the libraries saved with the weights."""
 
 
 def load_part(path: str, part: str, load: Callable[[], Any]) -> Any:
     """The result of `load()`. Raises ValueError naming `path`, `part` and the remedy when it fails."""
     try:
         return load()
+    except ModelFileError as error:  # has its own remedy
+        raise ValueError(f"cannot load {part or 'the model'} from {path}: {error}") from error
     except Exception as error:
         # safetensors and diffusers also raise classes of their own, derived from Exception alone.
         if not isinstance(error, _LOADING_ERRORS) and type(error).__module__.split(".")[0] not in _LOADING_PACKAGES:
@@ -41,42 +50,59 @@ def _remedy(path: str) -> str:
     return "no such directory, and not a hub repository that can be reached from here: correct the path or download it"
 
 
-def load_module(module_class: Any, path: str, subfolder: str, dtype: torch.dtype) -> Any:
-    """A frozen module in evaluation mode, its weights from safetensors only.
+def load_module(module_class: Any, path: str, subfolder: str, dtype: torch.dtype, unused: str = KNOWN_UNUSED) -> Any:
+    """A frozen module in evaluation mode, with the weights that `weight_files` finds in the sub-folder.
 
-    Raises ValueError when files are missing or damaged, and when the weights do not cover the module: a part left at
-    random initial values must never pass as a pretrained one.
+    unused: pattern of the weights in the file that the module does not have. Raises ValueError when files are missing or damaged, and
+    when the weights are not exactly those of the module: a part left at random values must never pass as a pretrained one, nor
+    weights that need others beside them.
     """
-    where = subfolder or "the model"
+    from_diffusers = issubclass(module_class, ModelMixin)
+    stem = DIFFUSERS if from_diffusers else TRANSFORMERS
 
     def load() -> nn.Module:
+        root = fetch(path, subfolder, lambda folder: weight_files(folder, stem), stem)
+        check_module(root / subfolder / "config.json")
+        files = weight_files(root / subfolder, stem)
         arguments: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
+        arguments |= {"local_files_only": True, "variant": files.variant}
         if subfolder:
             arguments["subfolder"] = subfolder
-        if issubclass(module_class, ModelMixin):
+        if from_diffusers:
             arguments["low_cpu_mem_usage"] = False  # the default asks for one more dependency
         disable_progress_bar()
-        module, info = module_class.from_pretrained(path, **arguments)
-        absent = sorted(info.get("missing_keys", ())) + sorted(str(key) for key in info.get("mismatched_keys", ()))
-        if absent:
-            raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]!r}")
+        module, info = module_class.from_pretrained(str(root), **arguments)
+        _check_loaded(info, unused)
         return module
 
-    return load_part(path, where, load).requires_grad_(False).eval()
+    return load_part(path, subfolder or "the model", load).requires_grad_(False).eval()
+
+
+def _check_loaded(info: Mapping[str, Any], unused: str) -> None:
+    absent = sorted(map(str, [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]))
+    if absent:
+        raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]!r}")
+    extra = sorted(name for name in map(str, info.get("unexpected_keys", ())) if not re.search(unused, name))
+    if extra:
+        raise ValueError(f"{len(extra)} weights in it are of another model, first {extra[0]!r}")
+    errors = [*info.get("error_msgs", ()), *info.get("conversion_errors", {}).values()]
+    if errors:
+        raise ValueError(str(errors[0]))
 
 
 def load_tokenizer(
     path: str, subfolder: str, positions: int | None, vocabulary: int, tokenizer_class: Any = CLIPTokenizer
 ) -> Any:
-    """The tokenizer of an encoder with that many positions (None: any number) and token embeddings. Raises ValueError
-    as `load_part` does.
+    """The tokenizer of an encoder with that many positions (None: any number) and token embeddings.
 
-    transformers answers with an empty tokenizer when the files are missing: that is refused here.
+    Raises ValueError when its files are missing, for which transformers would answer an empty tokenizer, or another encoder's.
     """
 
     def load() -> Any:
+        root = fetch(path, subfolder, check_tokenizer)
+        check_tokenizer(root / subfolder)
         arguments = {"subfolder": subfolder} if subfolder else {}
-        tokenizer = tokenizer_class.from_pretrained(path, **arguments)
+        tokenizer = tokenizer_class.from_pretrained(str(root), local_files_only=True, **arguments)
         too_long = positions is not None and tokenizer.model_max_length > positions
         if too_long or not 2 < len(tokenizer) <= vocabulary:
             raise ValueError("the tokenizer's files are missing or belong to another text encoder")
@@ -87,5 +113,11 @@ def load_tokenizer(
 
 def load_config(config_class: Any, path: str, subfolder: str = "", part: str = "model_index.json") -> Mapping[str, Any]:
     """The JSON configuration in that sub-folder, or, without one, of `part`. Raises ValueError as `load_part` does."""
-    arguments = {"subfolder": subfolder} if subfolder else {}
-    return load_part(path, subfolder or part, lambda: config_class.load_config(path, **arguments))
+    name = config_class.config_name
+
+    def load() -> Mapping[str, Any]:
+        root = fetch(path, subfolder, lambda folder: check_json(folder / name))
+        config: Mapping[str, Any] = config_class.load_config(str(root / subfolder), local_files_only=True)
+        return config
+
+    return load_part(path, subfolder or part, load)

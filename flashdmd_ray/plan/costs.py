@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.plan.specs import Spec, key_of
+from flashdmd_ray.run.messages import one_line
 
 TABLE = Path(__file__).with_name("costs.json")
 """Spec key -> {"spec", "cost"}: those of the demo, of the published models and of the shipped configurations.
@@ -69,7 +70,13 @@ def _cost(key: str, spec: str) -> Cost:
     log.warning("measuring a %s that is not in the table of costs: up to a minute or two", json.loads(spec)["kind"])
     from flashdmd_ray.plan.measure import measure
 
-    return _read(measure(json.loads(spec)))
+    try:
+        return _read(measure(json.loads(spec)))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"the {json.loads(spec)['kind']} that the config.json files describe cannot be put together: {one_line(error)}; "
+            "choose models that belong together"
+        ) from None
 
 
 @lru_cache(maxsize=1)

@@ -12,8 +12,10 @@ from typing import Any
 from flashdmd_ray.catalog import published
 from flashdmd_ray.catalog.families import FAMILIES, latent_size
 from flashdmd_ray.config import Config, RewardConfig
+from flashdmd_ray.models.demo_parts import refuse_demo_parts
 from flashdmd_ray.models.reward_files import is_lpo, reward_files
-from flashdmd_ray.models.teacher_files import DENOISER, VAE, ModelFiles, sam_files, teacher_files
+from flashdmd_ray.models.single_file import DENOISER, VAE
+from flashdmd_ray.models.teacher_files import ModelFiles, sam_files, teacher_files
 
 Json = Mapping[str, Any]
 OFFICIAL_SAM = re.compile(r"sam_(vit_[blh])_\w+\.pth")
@@ -54,6 +56,7 @@ def models_of(config: Config) -> Models:
     """Raises ValueError, one line naming the key or file and the remedy, for missing or damaged model files."""
     entry, model = FAMILIES[config.model.family], config.model
     files = teacher_files(config)
+    refuse_demo_parts(config)
     encoders = [*entry.text_encoders, *(entry.optional_encoders if model.t5 else ())]
     denoiser = _part(model.teacher, model.teacher_config, files, entry.denoiser, DENOISER)
     texts = tuple(_part(model.teacher, model.teacher_config, files, name, name) for name in encoders)

@@ -16,8 +16,9 @@ from flashdmd_ray.engine import Engine, build_engine
 from flashdmd_ray.losses.adversarial import discriminator_loss, generator_loss, halves
 from flashdmd_ray.models.discriminator import PixelDiscriminator
 from flashdmd_ray.models.family import Family
+from flashdmd_ray.models.locations import resolve
 from flashdmd_ray.models.sam import load_sam_encoder
-from flashdmd_ray.roles.networks import TrainedRole, group_family, resolve, save_engine
+from flashdmd_ray.roles.networks import TrainedRole, group_family, save_engine
 from flashdmd_ray.run.storage import Location
 
 

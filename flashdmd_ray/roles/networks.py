@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Prompts, noise
-from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.checkpoint import PartFile, Saved, save_part, save_tensors
 from flashdmd_ray.config import Config, ModelConfig, OptimizerConfig
 from flashdmd_ray.data.precomputed import use_embeddings
-from flashdmd_ray.demo import weights_path
 from flashdmd_ray.diffusion.sampling import PredictX0
 from flashdmd_ray.diffusion.schedule import NoiseSchedule
 from flashdmd_ray.engine import Engine, build_engine, in_turn, skeleton, world_size
@@ -29,11 +27,6 @@ from flashdmd_ray.models.start_weights import load_start
 from flashdmd_ray.run.messages import one_line
 
 NetworkName = Literal["generator", "score"]
-
-
-def resolve(path: str, part: str) -> str:
-    """'demo' means the weights in the package; anything else is a directory, file or hub id of the user's."""
-    return str(weights_path(part)) if path == "demo" else path
 
 
 def group_device(config: Config, group: str) -> torch.device:
@@ -67,9 +60,7 @@ def group_family(config: Config, group: str, parts: Collection[str] = PARTS) -> 
 
 def load_parts(model: ModelConfig, parts: Collection[str]) -> Family:
     """Some parts of the teacher family, for work before a run."""
-    part = FAMILIES[model.family].demo
-    located = model if part is None else model.model_copy(update={"teacher": resolve(model.teacher, part)})
-    return family_class(model.family).from_config(located, parts)
+    return family_class(model.family).from_config(model, parts)
 
 
 def trained_network(config: Config, family: Family, role: NetworkName) -> Denoiser:

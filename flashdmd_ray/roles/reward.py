@@ -11,7 +11,7 @@ from flashdmd_ray.diffusion.sampling import timesteps_like
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel
 from flashdmd_ray.models.rewards import PixelReward, reward_model
-from flashdmd_ray.roles.networks import group_device, group_family, resolve
+from flashdmd_ray.roles.networks import group_device, group_family
 from flashdmd_ray.roles.reward_check import check_rewards
 
 
@@ -77,5 +77,4 @@ class Reward:
 
 def load_reward(config: RewardConfig) -> PixelReward | LatentRewardModel:
     """The reward model of one configuration entry, frozen."""
-    path = config.path if config.entry.demo is None else resolve(config.path, config.entry.demo)
-    return reward_model(config.model_copy(update={"path": path}))
+    return reward_model(config)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from model_folders import write_model
+from model_folders import write_model, write_tokenizer
 from safetensors.numpy import save_file
 
 from flashdmd_ray.config import parse_config
@@ -12,6 +12,8 @@ from flashdmd_ray.models import teacher_files
 
 SETTINGS = {"rewards": [{"kind": "pickscore"}]}
 SD3_PARTS = {"transformer": 1000, "vae": 200, "text_encoder": 30, "text_encoder_2": 40, "text_encoder_3": 500}
+
+MODULES = dict.fromkeys(("transformer", "unet", "vae"), "diffusion_pytorch_model.safetensors")
 
 
 def configured(**model):
@@ -26,7 +28,9 @@ def write_sd3(folder, t5=True):
     """A StableDiffusion3Pipeline directory without a T5, or with."""
     for part, parameters in SD3_PARTS.items():
         if t5 or part != "text_encoder_3":
-            write_model(folder / part, parameters)
+            write_model(folder / part, parameters, MODULES.get(part, "model.safetensors"))
+            if part not in MODULES:
+                write_tokenizer(folder / part.replace("text_encoder", "tokenizer"))
     encoder_3 = ["transformers", "T5EncoderModel"] if t5 else [None, None]
     write_json(folder / "model_index.json", _class_name="StableDiffusion3Pipeline", text_encoder_3=encoder_3)
     transformer = {"sample_size": 8, "in_channels": 4, "patch_size": 2, "pos_embed_max_size": 6}
@@ -69,7 +73,7 @@ def test_a_resolution_that_does_not_fit_is_found_before_loading(tmp_path):
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
 def test_a_teacher_of_another_family_is_refused(family, tmp_path):
     root = write_sd3(tmp_path / "sd3")
-    write_model(root / "unet", 100)
+    write_model(root / "unet", 100, MODULES["unet"])
     write_json(root / "unet" / "config.json", sample_size=8, in_channels=4)
     with pytest.raises(ValueError, match=rf"holds a StableDiffusion3Pipeline, but model\.family '{family}'"):
         counts(family=family, teacher=str(root))
@@ -77,10 +81,10 @@ def test_a_teacher_of_another_family_is_refused(family, tmp_path):
 
 def test_another_vae_is_counted_instead(tmp_path):
     root = str(write_sd3(tmp_path / "sd3"))
-    vae = write_model(tmp_path / "vae", 77)
+    vae = write_model(tmp_path / "vae", 77, MODULES["vae"])
     write_json(vae / "config.json", block_out_channels=[8, 8], latent_channels=4)
     assert counts(family="sd3", teacher=root, vae=str(vae))["vae"] == 77
-    (vae / "model.safetensors").unlink()
+    (vae / MODULES["vae"]).unlink()
     with pytest.raises(ValueError, match=r"model\.vae: .*vae has no \.safetensors file"):
         counts(family="sd3", teacher=root, vae=str(vae))
     with pytest.raises(ValueError, match=r"model\.vae: no such directory: 'demo'; correct the path$"):

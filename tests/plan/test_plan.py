@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from model_folders import PARTS, model_settings, write_model
+from model_folders import PARTS, model_settings
 
 from flashdmd_ray import plan
 from flashdmd_ray.config import parse_config
-from flashdmd_ray.models import teacher_files
 
 
 @pytest.fixture
@@ -32,25 +31,6 @@ def test_parameters_are_counted_without_loading(settings):
     assert row(text, "reward: latent")[3] == "70"
     assert "200 steps, batch 32" in text
     assert "1,000 preference updates" in text
-
-
-def test_header_counts_agree_with_the_loaded_module(tmp_path):
-    from safetensors.torch import save_model
-    from torch import nn
-
-    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 5))
-    save_model(module, tmp_path / "model.safetensors")
-    assert teacher_files.count_parameters(tmp_path) == sum(p.numel() for p in module.parameters())
-
-
-def test_shards_are_summed_and_variants_are_not(tmp_path):
-    sharded, variants = tmp_path / "sharded", tmp_path / "variants"
-    for part in (1, 2):
-        write_model(sharded, 100 * part, f"diffusion_pytorch_model-{part:05}-of-00002.safetensors")
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"):
-        write_model(variants, 100, name)
-    assert teacher_files.count_parameters(sharded) == 300
-    assert teacher_files.count_parameters(variants) == 100
 
 
 def test_schedule_counts_updates(settings):

@@ -6,7 +6,6 @@ read it: the authors' changed U-Net only returns what is taken here from its blo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,16 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flashdmd_ray.catalog.families import FAMILIES
+from flashdmd_ray.models.config_files import check_module
 from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family, TextTowers, clip_ids
 from flashdmd_ray.models.latent_reward.unet import UNetLatentReward
-from flashdmd_ray.models.locate import find_directory
+from flashdmd_ray.models.locations import fetch
 from flashdmd_ray.models.reward_files import LPO_FILE, LPO_UNUSED, lpo_family
 from flashdmd_ray.models.sdxl import SDXLText
-from flashdmd_ray.models.state_dicts import assemble, read_file, read_weights
+from flashdmd_ray.models.state_dicts import assemble, find_file, read_file, read_weights
 from flashdmd_ray.models.stock_modules import load_module, load_part, load_tokenizer
+from flashdmd_ray.models.weight_files import DIFFUSERS, weight_files
 
 GUIDANCE = 7.5
 """Guidance scale of the mid feature, as published; the other features are the conditional half."""
@@ -90,26 +91,25 @@ def load_lpo(path: str, base: str | None, dtype: torch.dtype) -> LPOReward:
     base: directory or hub id of the pipeline that it was made from, for its tokenizers; None is the directory itself if it has them, else
     the published pipeline. Raises ValueError, one line naming the path and the remedy.
     """
-    root = find_directory(path)
-    family = lpo_family(str(root))
+    root = load_part(path, "", lambda: fetch(path, "unet", lambda folder: weight_files(folder, DIFFUSERS), DIFFUSERS))
+    family = lpo_family(path)
     if family is None:
-        raise ValueError(f"{root} has the text encoders of no family that LPO published a reward for; choose another")
-    state, width = _projections(root)
-    config = load_part(str(root), "unet", lambda: json.loads((root / "unet" / "config.json").read_text()))
-    for file in _weight_files(root / "unet"):
-        weights = read_weights(file).items()
+        raise ValueError(f"{path} has the text encoders of no family that LPO published a reward for; choose another")
+    state, width = _projections(find_file(path, [LPO_FILE]))
+    config = load_part(path, "unet", lambda: check_module(root / "unet" / "config.json"))
+    for header in load_part(path, "unet", lambda: weight_files(root / "unet", DIFFUSERS)).headers:
+        weights = read_weights(header.path).items()
         state |= {f"unet.{name}": value for name, value in weights if not name.startswith(LPO_UNUSED)}
-    model = load_part(str(root), "", lambda: assemble(lambda: LPOReward(config, width), state, str(root), dtype))
-    own = str(root) if (root / "tokenizer").is_dir() else FAMILIES[family].lpo_base
+    model = load_part(path, "", lambda: assemble(lambda: LPOReward(config, width), state, path, dtype))
+    own = path if (root / "tokenizer").is_dir() else FAMILIES[family].lpo_base
     model.family = family
-    model.towers = _towers(str(root), str(base or own), dtype)
+    model.towers = _towers(path, str(base or own), family, dtype)
     reward: LPOReward = model.requires_grad_(False).eval()
     return reward
 
 
-def _projections(root: Path) -> tuple[dict[str, Tensor], int]:
+def _projections(file: Path) -> tuple[dict[str, Tensor], int]:
     """Contents of state_dict.pt under the names of the module, and the width that image and text are compared in."""
-    file = root / LPO_FILE
     try:
         state = flat(read_file(file))
         return state, int(state["visual_projection.weight"].shape[0])
@@ -123,28 +123,19 @@ def flat(nested: Mapping[str, Any]) -> dict[str, Tensor]:
     """Flatten {"visual_projection": {"weight": w}, "logit_scale": s} to {"visual_projection.weight": w, "logit_scale": s}."""
     state: dict[str, Tensor] = {}
     for name, value in nested.items():
-        if isinstance(value, Tensor):
-            state[name] = value
+        if isinstance(value, Tensor | float | int):
+            state[name] = torch.as_tensor(value)  # LPO's training code saves the scale as a plain number
         else:
             state |= {f"{name}.{leaf}": tensor for leaf, tensor in value.items()}
     return state
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """File or shards of the plain variant."""
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    plain = [file for file in files if file.name.count(".") == 1] or files
-    if not plain:
-        raise ValueError(f"{folder} holds no diffusion_pytorch_model.safetensors; download it")
-    return plain
-
-
-def _towers(root: str, base: str, dtype: torch.dtype) -> TextTowers:
+def _towers(path: str, base: str, family: str, dtype: torch.dtype) -> TextTowers:
     def tokenizer(folder: str, encoder: Any) -> Any:
         return load_tokenizer(base, folder, encoder.config.max_position_embeddings, encoder.config.vocab_size)
 
-    encoder = load_module(CLIPTextModel, root, "text_encoder", dtype)
-    if not (Path(root) / "text_encoder_2").is_dir():
+    encoder = load_module(CLIPTextModel, path, "text_encoder", dtype)
+    if "text_encoder_2" not in FAMILIES[family].text_encoders:
         return PooledText(tokenizer("tokenizer", encoder), encoder)
-    second = load_module(CLIPTextModelWithProjection, root, "text_encoder_2", dtype)
+    second = load_module(CLIPTextModelWithProjection, path, "text_encoder_2", dtype)
     return SDXLText([tokenizer("tokenizer", encoder), tokenizer("tokenizer_2", second)], encoder, second)

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.models import latent_reward_class
+from flashdmd_ray.models.config_files import check_json
 from flashdmd_ray.models.latent_reward.base import LatentRewardModel
+from flashdmd_ray.models.locations import fetch
+from flashdmd_ray.models.stock_modules import load_part
+from flashdmd_ray.models.weight_files import TRANSFORMERS, weight_files
 from flashdmd_ray.run.messages import one_line
 
 CONFIG_FILE = "config.json"
@@ -24,15 +28,15 @@ _BASE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def load_latent_reward(path: Path | str) -> LatentRewardModel:
     """The model in a directory written by `save_latent_reward`, as float32. Raises ValueError when it is not one."""
-    path = Path(path)
     try:
-        config = json.loads((path / CONFIG_FILE).read_text())
+        root: Path = load_part(str(path), "", lambda: fetch(str(path), "", _check_whole, TRANSFORMERS))
+        config = json.loads((root / CONFIG_FILE).read_text())
         model = _build(config)
-        state = load_file(path / WEIGHTS_FILE)
+        state = load_file(root / WEIGHTS_FILE)
         base = config.get(f"base_{model.kind}")
         if base is not None:
             names = model.state_dict().keys() - state.keys()
-            shared = _base_state(model, path / base)
+            shared = _base_state(model, root / base)
             state |= {name: value for name, value in shared.items() if name in names}
         model.load_state_dict({name: value.float() for name, value in state.items()})
     except FileNotFoundError as error:
@@ -65,6 +69,11 @@ def save_latent_reward(
     (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     save_file(state, path / WEIGHTS_FILE)
     (path / WEIGHTS_FILE).chmod(0o644)  # safetensors writes files for their owner only
+
+
+def _check_whole(folder: Path) -> None:
+    check_json(folder / CONFIG_FILE)
+    weight_files(folder, TRANSFORMERS)
 
 
 def _build(config: dict[str, Any]) -> LatentRewardModel:

@@ -7,19 +7,24 @@ from typing import Any
 from flashdmd_ray.catalog import import_object
 from flashdmd_ray.config import RewardConfig, validated
 from flashdmd_ray.models.latent_reward import LatentRewardModel
+from flashdmd_ray.models.locations import resolve
 from flashdmd_ray.models.rewards.base import BatchedReward, ImageFeatures, PixelReward
 from flashdmd_ray.models.rewards.clip import PickScore
 
 
 def reward_model(settings: RewardConfig) -> PixelReward | LatentRewardModel:
-    """The frozen reward model of one entry of the configuration, on the CPU. `settings.path` is not 'demo' any more.
+    """The frozen reward model of one entry of the configuration, on the CPU.
 
     Raises ValueError, one line, when `path` holds no such model or something that it needs is not installed.
     """
-    model: BatchedReward | LatentRewardModel = import_object(settings.entry.loader)(settings)
+    model: BatchedReward | LatentRewardModel = import_object(settings.entry.loader)(_located(settings))
     if isinstance(model, BatchedReward):
         model.batch = settings.batch
     return model.requires_grad_(False).eval()
+
+
+def _located(settings: RewardConfig) -> RewardConfig:
+    return settings.model_copy(update={"path": resolve(settings.path, settings.entry.demo)})
 
 
 def build_reward(kind: str, path: str, **settings: Any) -> PixelReward | LatentRewardModel:

@@ -10,13 +10,15 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
 
 from flashdmd_ray.config import RewardConfig
-from flashdmd_ray.models.locate import find_file
 from flashdmd_ray.models.rewards.base import BatchedReward, dtype_of
 from flashdmd_ray.models.rewards.clip import preprocessing_of
 from flashdmd_ray.models.rewards.heads import LinearHead
 from flashdmd_ray.models.rewards.preprocessing import ClipPreprocessing
-from flashdmd_ray.models.state_dicts import assemble, read_weights
+from flashdmd_ray.models.state_dicts import assemble, find_file, read_weights
 from flashdmd_ray.models.stock_modules import load_module
+
+_TEXT = r"(^|\.)position_ids$|^(text_model|text_projection|logit_scale)"
+"""Weights of a whole CLIPModel that its image tower does not need."""
 
 
 class Aesthetic(BatchedReward):
@@ -33,7 +35,7 @@ class Aesthetic(BatchedReward):
     @classmethod
     def from_config(cls, settings: RewardConfig) -> Self:
         """The head from `path`, CLIP's image tower and processor from `base`. Raises ValueError as `load_part` does."""
-        vision = load_module(CLIPVisionModelWithProjection, settings.base_path, "", dtype_of(settings))
+        vision = load_module(CLIPVisionModelWithProjection, settings.base_path, "", dtype_of(settings), unused=_TEXT)
         file = find_file(settings.path, settings.entry.files)
         width = vision.config.projection_dim
         head = assemble(lambda: LinearHead(width), read_weights(file), str(file), dtype_of(settings))

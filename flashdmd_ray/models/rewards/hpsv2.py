@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from flashdmd_ray.catalog.rewards import OPEN_CLIP_FILES
 from flashdmd_ray.config import RewardConfig
-from flashdmd_ray.models.locate import find_file
 from flashdmd_ray.models.rewards.base import BatchedReward, dtype_of, unique_rows
 from flashdmd_ray.models.rewards.preprocessing import LongestEdgePreprocessing
-from flashdmd_ray.models.state_dicts import assemble, read_weights
+from flashdmd_ray.models.state_dicts import assemble, find_file, read_weights
 from flashdmd_ray.models.stock_modules import load_part
 
 ARCHITECTURE = "ViT-H-14"

@@ -14,11 +14,10 @@ from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVi
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from flashdmd_ray.config import RewardConfig
-from flashdmd_ray.models.locate import find_file
 from flashdmd_ray.models.rewards.base import BatchedReward, dtype_of
 from flashdmd_ray.models.rewards.heads import LinearHead
 from flashdmd_ray.models.rewards.preprocessing import TorchvisionPreprocessing
-from flashdmd_ray.models.state_dicts import assemble, read_weights
+from flashdmd_ray.models.state_dicts import assemble, find_file, read_weights
 from flashdmd_ray.models.stock_modules import load_part, load_tokenizer
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072

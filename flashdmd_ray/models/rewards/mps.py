@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from flashdmd_ray.config import RewardConfig
-from flashdmd_ray.models.locate import find_file
 from flashdmd_ray.models.rewards.base import dtype_of, unique_rows
 from flashdmd_ray.models.rewards.clip import ClipReward, clip_of, preprocessing_of, tokenizer_of
 from flashdmd_ray.models.rewards.preprocessing import ClipPreprocessing
-from flashdmd_ray.models.state_dicts import assemble, read_weights
+from flashdmd_ray.models.state_dicts import assemble, find_file, read_weights
 from flashdmd_ray.models.stock_modules import load_part
 
 CONDITION = (
