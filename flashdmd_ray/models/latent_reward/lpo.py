@@ -123,8 +123,8 @@ def flat(nested: Mapping[str, Any]) -> dict[str, Tensor]:
     """Flatten {"visual_projection": {"weight": w}, "logit_scale": s} to {"visual_projection.weight": w, "logit_scale": s}."""
     state: dict[str, Tensor] = {}
     for name, value in nested.items():
-        if isinstance(value, Tensor | float | int):
-            state[name] = torch.as_tensor(value)  # LPO's training code saves the scale as a plain number
+        if isinstance(value, Tensor | float | int):  # LPO's training code saves logit_scale as a plain number
+            state[name] = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float32)
         else:
             state |= {f"{name}.{leaf}": tensor for leaf, tensor in value.items()}
     return state

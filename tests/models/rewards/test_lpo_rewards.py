@@ -37,7 +37,8 @@ def write(path, family):
         tuned.text_encoder_2.save_pretrained(path / "lrm" / "text_encoder_2")
     else:
         nested["text_projection"] = {"weight": torch.randn(width, width, generator=generator)}
-    torch.save(nested, path / "lrm" / "state_dict.pt")
+    as_number = {"logit_scale": 2.0} if family == "sd15" else {}  # as LPO's training code saves it
+    torch.save(nested | as_number, path / "lrm" / "state_dict.pt")
     return tuned, nested
 
 
