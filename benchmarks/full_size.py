@@ -23,6 +23,7 @@ from flashdmd_ray import plan
 from flashdmd_ray.batch import Metrics
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.data import build_images
+from flashdmd_ray.demo import weights_path
 from flashdmd_ray.driver import train
 from flashdmd_ray.runtime.build import build_runtime
 
@@ -125,7 +126,8 @@ def settings(preset: str, device: torch.device) -> dict[str, Any]:
     """Changes to the recipe: every step has all its preference updates; what the tiny preset and a CPU need."""
     changes: dict[str, Any] = {"preference.threshold": 0.0, "preference.start_step": 0}
     if preset == "tiny":
-        changes |= {"model.sam": "demo", "rewards": [{"kind": "pickscore"}], "lora.rank": 4, "placement.threads": 1}
+        rewards = [{"kind": "pickscore", "path": str(weights_path("reward"))}]
+        changes |= {"model.sam": str(weights_path("sam")), "rewards": rewards, "lora.rank": 4, "placement.threads": 1}
     if device.type == "cpu":
         groups = ("learner", "discriminator", "rollout", "reward")
         changes |= {f"placement.{group}.gpus": 0 for group in groups}

@@ -148,11 +148,7 @@ def _pipeline(model: ModelConfig, root: Path) -> dict[str, int]:
     entry = model.entry
     if (root / "config.json").is_file() and not (root / "model_index.json").exists():
         raise ModelFileError(f"{root} holds one module; name the pipeline directory with its model_index.json")
-    index = _check_configs(model, root)
-    for name in [entry.denoiser, *([] if model.vae else [VAE]), *_encoders(model)]:
-        if name in index and not (index[name] or [None])[0]:
-            key = "model.t5: " if name in entry.optional_encoders else ""
-            raise ModelFileError(f"{key}{root} has no {name}" + ("; set it to false" if key else "; choose another"))
+    _check_configs(model, root)
     for name in _encoders(model):
         check_module(root / name / "config.json")
     files = {DENOISER: weight_files(root / entry.denoiser, DIFFUSERS)}
@@ -167,8 +163,8 @@ def _count(weights: WeightFiles) -> int:
     return sum(weights.sizes.values())
 
 
-def _check_configs(model: ModelConfig, root: Path, header: Header | None = None) -> dict[str, Any]:
-    """The model_index.json of a pipeline directory whose JSON files and tokenizers fit the family and the configuration.
+def _check_configs(model: ModelConfig, root: Path, header: Header | None = None) -> None:
+    """Raises ModelFileError unless JSON files and tokenizers of a pipeline directory fit the family and the configuration.
 
     header: of the single file that they go with, which may state its scheduler itself.
     """
@@ -179,6 +175,7 @@ def _check_configs(model: ModelConfig, root: Path, header: Header | None = None)
             f"{root} holds a {index['_class_name']}, but model.family '{model.family}' is a {entry.pipeline}; "
             "choose a teacher of that family"
         )
+    _refuse_absent(model, index, root)
     scheduler = check_json(root / "scheduler" / "scheduler_config.json")
     denoiser = check_module(root / entry.denoiser / "config.json", ("sample_size", "in_channels"), entry.network)
     check_denoiser(denoiser, entry)
@@ -196,7 +193,18 @@ def _check_configs(model: ModelConfig, root: Path, header: Header | None = None)
     for name in _encoders(model):
         check_tokenizer(root / name.replace("text_encoder", "tokenizer"))
     latent_size(model.resolution, denoiser, vae)
-    return index
+
+
+def _refuse_absent(model: ModelConfig, index: Mapping[str, Any], root: Path) -> None:
+    """Raises ModelFileError for a part that will be loaded and that the pipeline was saved without."""
+    for name in [model.entry.denoiser, *([] if model.vae else [VAE]), *_encoders(model)]:
+        optional = name in model.entry.optional_encoders
+        if (name in index or optional) and not (index.get(name) or [None])[0]:
+            raise ModelFileError(
+                f"model.t5: {root} has no {name}; set it to false"
+                if optional
+                else f"{root} has no {name}; choose another"
+            )
 
 
 def check_denoiser(config: Mapping[str, Any], entry: FamilyEntry) -> None:

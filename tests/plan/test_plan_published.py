@@ -71,7 +71,8 @@ def test_what_is_not_here_is_planned_but_does_not_start(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
     sam = str(tmp_path / "sam_vit_b_01ec64.pth")
     teacher = "stabilityai/stable-diffusion-xl-base-1.0"
-    tree = {"model": {"teacher": teacher, "sam": sam}, "run": {"dir": str(tmp_path)}, "preference": {"updates": 0}}
+    tree = {"model": {"teacher": teacher, "sam": sam}, "run": {"dir": str(tmp_path), "name": "sdxl"}}
+    tree["preference"] = {"updates": 0}
     config = parse_config(tree)
     _, parts = plan.preview(config)
     assert {part.name: part.parameters for part in parts}["teacher"] == published.SDXL_UNET.parameters

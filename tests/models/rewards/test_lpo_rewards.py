@@ -110,7 +110,7 @@ def test_what_is_wrong_with_a_directory_is_one_line(tmp_path):
     names = load_file(weights)
     assert "up_blocks.0.resnets.0.conv1.weight" in names, "the whole network is published"
     weights.unlink()
-    with pytest.raises(ValueError, match=r"unet holds no diffusion_pytorch_model\.safetensors; download it"):
+    with pytest.raises(ValueError, match=r"unet has no \.safetensors file; download the weights"):
         build_reward("latent", str(home), base=base)
     torch.save({"logit_scale": torch.tensor(1.0)}, home / "state_dict.pt")
     with pytest.raises(ValueError, match=r"state_dict\.pt is not that of a published latent reward"):
