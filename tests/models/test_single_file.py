@@ -67,5 +67,5 @@ def test_a_part_that_the_file_lacks_is_never_left_at_random(written, prefix, tmp
 def test_a_truncated_file_is_refused(written, tmp_path):
     name, directory, file = written
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"cut\.safetensors.*the file is damaged"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors is damaged"):
         family_class(name).from_pretrained(str(tmp_path / "cut.safetensors"), teacher_config=str(directory))
