@@ -108,11 +108,10 @@ class Family(ABC):
         network = source.config(FAMILIES[self.name].denoiser)
         vae = _config_of_vae(source, model)
         load_part(self.path, FAMILIES[self.name].denoiser, lambda: check_denoiser(network, FAMILIES[self.name]))
-        load_part(
-            model.vae or self.path,
-            "the VAE",
-            lambda: check_vae(vae, FAMILIES[self.name], network["in_channels"], model.vae or "it"),
-        )
+        try:
+            check_vae(vae, FAMILIES[self.name], network["in_channels"], model.vae or f"the VAE of {self.path}")
+        except ModelFileError as error:
+            raise ValueError(f"model.vae: {error}" if model.vae else f"cannot load {error}") from None
         height, width, pixels = latent_size(model.resolution, network, vae)
         self.latent_shape = (int(network["in_channels"]), height, width)
         self.image_size = (height * pixels, width * pixels)
