@@ -78,10 +78,14 @@ def train(settings: list[str]) -> int:
     import torch
 
     from flashdmd_ray.batch import Metrics, Prompts
-    from flashdmd_ray.config import load_config
+    from flashdmd_ray.config import Config, load_config
     from flashdmd_ray.demo.checker import PromptChecker
     from flashdmd_ray.results.evaluation_data import demo_held_out
+    from flashdmd_ray.run.folder import RunDirectory
+    from flashdmd_ray.runtime.protocol import Runtime
     from flashdmd_ray.training import job
+    from flashdmd_ray.training.observer import Observer
+    from flashdmd_ray.training.training_run import TrainingRun
 
     checker, texts = PromptChecker.load(), demo_held_out(CHECKED, 1).texts
     prompts = Prompts(tuple(texts), torch.arange(len(texts)))
@@ -89,12 +93,19 @@ def train(settings: list[str]) -> int:
     config = load_config(None, ["runtime=local", "tracking.enabled=false", "evaluation.samples=0", *settings])
     every = CHECK_EVERY["joint" if config.preference.distill else "hack"]
 
-    class CheckedRun(job.TrainingRun):
-        def finish(self, step: int, metrics: Metrics) -> None:
-            if step % every == 0 or step + 1 == self.config.steps:
-                images = self.runtime.generator.generate_images(prompts, self.config.sampling.timesteps, seed=1)
-                metrics = metrics | {"check/accuracy": checker.correct(images, list(texts)).float().mean().item()}
-            super().finish(step, metrics)
+    class Accuracy(Observer):
+        def __init__(self, runtime: Runtime) -> None:
+            self._runtime = runtime
+
+        def after_step(self, done: int, metrics: Metrics) -> None:
+            if (done - 1) % every == 0 or done == config.steps:
+                images = self._runtime.generator.generate_images(prompts, config.sampling.timesteps, seed=1)
+                metrics["check/accuracy"] = checker.correct(images, list(texts)).float().mean().item()
+
+    class CheckedRun(TrainingRun):
+        def __init__(self, config: Config, directory: RunDirectory, runtime: Runtime, *others: Any) -> None:
+            super().__init__(config, directory, runtime, *others)
+            self.observers.insert(0, Accuracy(runtime))
 
     job.TrainingRun = CheckedRun  # type: ignore[misc]
     return job.run_job(config)

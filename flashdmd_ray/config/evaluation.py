@@ -11,7 +11,7 @@ from flashdmd_ray.config.section import Count, PathOrName, PositiveInt, Section
 
 class EvaluationConfig(Section):
     prompts: PathOrName | None = None
-    """Prompts of sample sheets, grid and table: a .txt, .jsonl or .parquet file, from its first line on. null: held-out digit scenes for
+    """Prompts of sample grids and table: a .txt, .jsonl or .parquet file, from its first line on. null: held-out digit scenes for
     the demo source; for other data its own prompts in the order of a stream of its own, which are prompts of training."""
     samples: Count = 500
     """Samples per row of the final table, and real images they are compared with; from 2, or 0 for no table. Prompts are used again, with
@@ -24,7 +24,7 @@ class EvaluationConfig(Section):
     """Classifier-free guidance of the teacher's row, on the scale of `matching.guidance_scale` (1 is none); null takes that value. A
     teacher's best pictures may need another one than its best lesson."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of an average of the generator's weights over the steps, which sample sheets, the table and exports then use; rollouts
+    """Decay of an average of the generator's weights over the steps, which sample grids, the table and exports then use; rollouts
     do not. The n-th step keeps min(ema, n / (n + 9)) of it, so that a short run averages too. 0 is off."""
     student_steps: tuple[PositiveInt, ...] | None = None
     """Few-step rows of the table: each divides the number of denoising timesteps and uses every so many of them.

@@ -186,7 +186,7 @@ def _schedule(config: Config) -> list[str]:
     )
     lines += _rates(config, generator, critics, len(stepping) * preference.updates)
     lines.append(
-        f"every {config.checkpoint.every} steps a checkpoint, every {config.tracking.samples_every} a sample sheet"
+        f"every {config.checkpoint.every} steps a checkpoint, every {config.tracking.samples_every} a sample grid"
     )
     return lines
 

@@ -51,7 +51,7 @@ def has_exact_judge(config: Config) -> bool:
 
 
 def choose_prompts(config: Config, count: int, seed: int) -> tuple[str, ...]:
-    """`count` prompts of sheets, grid or table; see `evaluation.prompts`. A file with fewer starts again.
+    """`count` prompts of grids or table; see `evaluation.prompts`. A file with fewer starts again.
 
     seed: chooses digit scenes; all other prompts come in their order. Raises ValueError for prompts that cannot be read.
     """

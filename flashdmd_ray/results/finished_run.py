@@ -174,7 +174,7 @@ def _reported(run: Path, config: Config, training: Mapping[str, Any]) -> tuple[M
     """The table measured at the end of training, without rows unless they are of this very checkpoint, and the grid's prompts."""
     from flashdmd_ray.results.evaluation_data import choose_prompts, has_exact_judge
     from flashdmd_ray.results.report import grid_seed
-    from flashdmd_ray.results.sample_sheet import COLUMNS
+    from flashdmd_ray.results.sample_grid import COLUMNS
 
     report: dict[str, Any] = {}
     with suppress(OSError, json.JSONDecodeError):

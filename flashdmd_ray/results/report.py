@@ -22,7 +22,7 @@ from flashdmd_ray.results.evaluation import Comparison, Yardstick, as_json, eval
 from flashdmd_ray.results.evaluation_data import build_reference, choose_prompts, has_exact_judge
 from flashdmd_ray.results.export import CardFacts, export_pipeline
 from flashdmd_ray.results.grid import write_grid
-from flashdmd_ray.results.sample_sheet import COLUMNS
+from flashdmd_ray.results.sample_grid import COLUMNS
 from flashdmd_ray.roles.generator import AVERAGE
 from flashdmd_ray.roles.image_sampling import Sampler, sample_all_images, seed_of, student_sampler, teacher_sampler
 from flashdmd_ray.roles.networks import load_family, load_student, whole_weights

@@ -33,6 +33,7 @@ from flashdmd_ray.run.storage import RemotePath, checkpoint_root
 from flashdmd_ray.run.tracking import Tracker
 from flashdmd_ray.runtime import build_runtime
 from flashdmd_ray.training import job
+from flashdmd_ray.training.training_run import TrainingRun
 from tests.checkpoint.troubled_store import TroubledFileSystem
 from tests.checkpoint.writing import PART, write
 from tests.tiny import save_sdxl
@@ -79,9 +80,9 @@ def advance(config: Config) -> list[tuple[int, str]]:
         Progress(config.steps, 0) as progress,
         Interruption(progress.notice) as stop,
     ):
-        run = job.TrainingRun(config, directory, runtime, tracker, progress, stop, {})
+        run = TrainingRun(config, directory, runtime, tracker, progress, stop, {})
         run.restore()
-        with run.saver:
+        with run.checkpoints.saver:
             train(config, runtime, build_images(config.data, config.seed), run)
     return published
 

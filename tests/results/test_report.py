@@ -13,7 +13,7 @@ import pytest
 from flashdmd_ray.config import Config, load_config, parse_config
 from flashdmd_ray.results.finished_run import evaluate_command, export_command
 from flashdmd_ray.results.report import pixel_rewards
-from flashdmd_ray.results.sample_sheet import COLUMNS
+from flashdmd_ray.results.sample_grid import COLUMNS
 from flashdmd_ray.training import job
 from tests.data.scenes_on_disk import samples, write_folder
 from tests.tiny import save_sdxl

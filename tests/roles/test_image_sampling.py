@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flashdmd_ray.batch import Prompts
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.engine.state import under
-from flashdmd_ray.results.sample_sheet import equal_shards
+from flashdmd_ray.results.sample_grid import equal_shards
 from flashdmd_ray.roles.generator import Generator
 from flashdmd_ray.roles.image_sampling import sample_all_images, student_sampler, teacher_sampler
 from flashdmd_ray.roles.networks import load_family, student_network

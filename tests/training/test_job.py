@@ -15,6 +15,7 @@ from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.serving.model_sources import open_source
 from flashdmd_ray.training import job
+from flashdmd_ray.training.training_run import TrainingRun
 
 STEPS = 3
 ROLES = ("generator", "score_estimator", "discriminator", "reference")
@@ -117,15 +118,15 @@ def test_interrupted_and_resumed_equals_never_stopped(root, finished, monkeypatc
     """The signal arrives inside step 2: the step is finished, a checkpoint written, and the rest continues bit for bit."""
     name = f"resumed-{number}"
     config = small(root, name)
-    count = job.TrainingRun._count
+    finish = TrainingRun.finish
 
-    def interrupt(self, metrics):
-        if self.done == 2 and not self.stop.requested:
+    def interrupt(self, step, metrics):
+        if step == 1 and not self.stop.requested:
             os.kill(os.getpid(), number)
-        count(self, metrics)
+        finish(self, step, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.TrainingRun, "_count", interrupt)
+        patch.setattr(TrainingRun, "finish", interrupt)
         assert job.run_job(config) == 128 + number
     assert read_state(latest_checkpoint(root / name / "checkpoints"))["step"] == 2
     assert job.run_job(config) == 0

@@ -1,4 +1,4 @@
-"""Sample sheets from workers: the pixels of the local runtime, and of one rank when several share a network."""
+"""Sample grids from workers: the pixels of the local runtime, and of one rank when several share a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashdmd_ray.batch import Prompts
 from flashdmd_ray.config import parse_config
-from flashdmd_ray.results.sample_sheet import SampleSheet
+from flashdmd_ray.results.sample_grid import SampleGrid
 from flashdmd_ray.runtime import build_runtime
 from flashdmd_ray.runtime.build import ROLES
 from tests.levels import levels
@@ -25,7 +25,7 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def drawn(teacher: Path, folder: Path, runtime: str, workers: int = 1, **engine: object) -> tuple[bytes, Tensor]:
-    """The sheet as it is written, and the student's row again, after two updates that the average follows."""
+    """The grid as it is written, and the student's row again, after two updates that the average follows."""
     (folder / "prompts.txt").write_text("a red 4\ntwo 7s\na blue 1\n")
     tree = {
         "runtime": runtime,
@@ -45,10 +45,10 @@ def drawn(teacher: Path, folder: Path, runtime: str, workers: int = 1, **engine:
             roles.generator.generate(prompts, levels(prompts, 1), seed)
             roles.generator.distillation_step(torch.ones(4, 4, 8, 8), torch.ones(4, 4, 8, 8))
             roles.generator.update_ema()
-        sheet = SampleSheet(config, roles)
+        grid = SampleGrid(config, roles)
         before = roles.generator.weights()
-        picture = sheet.write(folder / "sheet.png").read_bytes()
-        row = roles.generator.generate_images(sheet.prompts, config.sampling.timesteps, sheet.seed)[: len(sheet.texts)]
+        picture = grid.write(folder / "grid.png").read_bytes()
+        row = roles.generator.generate_images(grid.prompts, config.sampling.timesteps, grid.seed)[: len(grid.texts)]
         after = roles.generator.weights()
         assert all(torch.equal(before[name], after[name]) for name in before)
         return picture, row
@@ -58,7 +58,7 @@ def drawn(teacher: Path, folder: Path, runtime: str, workers: int = 1, **engine:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_sheet_does_not_depend_on_who_draws_it(teacher, tmp_path):
+def test_a_grid_does_not_depend_on_who_generates_it(teacher, tmp_path):
     threads = torch.get_num_threads()
     try:
         picture, row = drawn(teacher, tmp_path, "local")

@@ -1,4 +1,4 @@
-"""Sample sheets: what the generator draws while it is trained, drawn where it is trained."""
+"""Sample grids: images of the generator while it is trained, generated where it is trained."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from flashdmd_ray.roles.image_sampling import student_label, teacher_label
 from flashdmd_ray.runtime.protocol import Runtime
 
 COLUMNS = 10
-"""Prompts of a sheet, and of the grid at the end."""
+"""Prompts of a grid, of those written on the way and of the one at the end."""
 
 
-class SampleSheet:
-    """The same prompts and noise again and again: the teacher's row above the student's."""
+class SampleGrid:
+    """The teacher's row above the student's, of the same prompts and noise each time."""
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         """Raises ValueError for prompts that cannot be read."""
@@ -32,7 +32,7 @@ class SampleSheet:
         self._teacher: Tensor | None = None
 
     def write(self, path: Path) -> Path:
-        """Draw the sheet for the generator as it is now."""
+        """Write the grid for the generator as it is now; returns `path`."""
         evaluation, guidance = self.config.evaluation, self.config.teacher_guidance
         if self._teacher is None:
             self._teacher = self.runtime.score.generate_teacher_images(
@@ -41,17 +41,17 @@ class SampleSheet:
         timesteps = self.config.sampling.timesteps
         rows = [
             (teacher_label(evaluation.teacher_steps, guidance), self._teacher),
-            (student_label("student", timesteps), self.draw_student(timesteps)),
+            (student_label("student", timesteps), self.student_images(timesteps)),
         ]
         return write_grid(path, [(label, images[: len(self.texts)]) for label, images in rows], self.texts)
 
-    def draw_student(self, timesteps: tuple[int, ...]) -> Tensor:
-        """One image of the generator for each prompt by a hop from each timestep, float (N, 3, H, W) in [-1, 1]."""
+    def student_images(self, timesteps: tuple[int, ...]) -> Tensor:
+        """One image of the generator for each prompt, denoised at `timesteps`, float (N, 3, H, W) in [-1, 1]."""
         images: Tensor = self.runtime.generator.generate_images(self.prompts, timesteps, self.seed)
         return images[: len(self.texts)]
 
 
 def equal_shards(texts: Sequence[str], ranks: int) -> Prompts:
-    """The texts, the last one again and again until every rank gets equally many: all must make the same forwards."""
+    """Prompts of these texts, the last one repeated until every rank gets equally many: all ranks must make the same forwards."""
     count = -(-len(texts) // ranks) * ranks
     return Prompts((*texts, *[texts[-1]] * (count - len(texts))), torch.arange(count))

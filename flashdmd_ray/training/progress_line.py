@@ -1,0 +1,41 @@
+"""The few figures of a step that the terminal shows."""
+
+from __future__ import annotations
+
+from flashdmd_ray import ranking
+from flashdmd_ray.batch import Metrics
+from flashdmd_ray.config import Config
+from flashdmd_ray.run.progress import Progress
+from flashdmd_ray.training.observer import Observer
+
+SHOWN = {
+    "matching/real_fake_gap": "gap",
+    "discriminator/accuracy_real": "D real",
+    "discriminator/accuracy_fake": "D fake",
+    "preference/kept": "kept",
+    "preference/beta_h": "|beta H|",
+}
+"""Metric -> its name in a progress line; `shown_figures` adds the rewards."""
+
+
+class ProgressLine(Observer):
+    """Moves the progress display on, and shows how the rewards rank the candidates when that is due."""
+
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self._shown = shown_figures(config)
+        self._progress = progress
+
+    def after_step(self, done: int, metrics: Metrics) -> None:
+        for line in ranking.summary(metrics):
+            self._progress.say(line)
+        self._progress.step(done, {label: metrics[name] for name, label in self._shown.items() if name in metrics})
+
+
+def shown_figures(config: Config) -> dict[str, str]:
+    """Names of the metrics of a progress line, with their labels: the first optimised reward and the first held-out one before the rest."""
+    if not config.preference.updates:
+        return SHOWN
+    first = {reward.held_out: reward.label for reward in reversed(config.rewards)}
+    return {
+        f"reward/{label}": f"{label} (held out)" if held_out else label for held_out, label in sorted(first.items())
+    } | SHOWN

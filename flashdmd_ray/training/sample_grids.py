@@ -1,0 +1,25 @@
+"""Sample grids of the run folder: what the generator draws while it is trained."""
+
+from __future__ import annotations
+
+from flashdmd_ray.batch import Metrics
+from flashdmd_ray.config import Config
+from flashdmd_ray.results.sample_grid import SampleGrid
+from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.tracking import Tracker
+from flashdmd_ray.training.observer import Observer
+
+
+class SampleGrids(Observer):
+    """Writes a grid after every `tracking.samples_every`-th step and after the last one."""
+
+    def __init__(self, config: Config, directory: RunDirectory, grid: SampleGrid, tracker: Tracker) -> None:
+        self._config = config
+        self._directory = directory
+        self._grid = grid
+        self._tracker = tracker
+
+    def after_step(self, done: int, metrics: Metrics) -> None:
+        if done == self._config.steps or done % self._config.tracking.samples_every == 0:
+            path = self._grid.write(self._directory.samples / f"step-{done:06d}.png")
+            self._tracker.image("samples", path, done)
