@@ -87,9 +87,10 @@ def measure(arm: str, seed: int, options: argparse.Namespace) -> list[dict[str, 
 def measure_here(arm: str, seed: str, samples: str, path: str, out: str, *settings: str) -> None:
     from flashdmd_ray.checkpoint import latest_checkpoint
     from flashdmd_ray.config import load_config
+    from flashdmd_ray.results.comparison import build_eval_metrics
     from flashdmd_ray.results.evaluation import as_record, evaluate
     from flashdmd_ray.results.evaluation_data import build_reference
-    from flashdmd_ray.results.report import build_yardstick, student_weights
+    from flashdmd_ray.results.student import student_weights
     from flashdmd_ray.roles.image_sampling import student_sampler, teacher_sampler
     from flashdmd_ray.roles.networks import load_family, load_student
 
@@ -106,9 +107,9 @@ def measure_here(arm: str, seed: str, samples: str, path: str, out: str, *settin
         assert checkpoint is not None, f"{arm}-{seed} has no checkpoint"
         network = load_student(family, student_weights(config, family, checkpoint))
         chosen = [student_sampler("student", family, network, few) for few in config.student_timesteps.values()]
-    reference, yardstick = build_reference(config, family.image_size, int(seed)), build_yardstick(config, family)
-    assert yardstick is not None
-    measured = evaluate(family, chosen, reference, yardstick, int(seed), 100)
+    reference, eval_metrics = build_reference(config, family.image_size, int(seed)), build_eval_metrics(config, family)
+    assert eval_metrics is not None
+    measured = evaluate(family, chosen, reference, eval_metrics, int(seed), 100)
     records = [
         {"arm": arm, "seed": int(seed), "reward": row.rewards["pickscore"], **as_record(row)} for row in measured.rows
     ]

@@ -56,7 +56,8 @@ def export_demo(out: Path, change: float = 1.0) -> Path:
     """The demo's teacher as a four-step student; `change` multiplies its weights."""
     from flashdmd_ray.demo import weights_path
     from flashdmd_ray.models.sdxl import SDXL
-    from flashdmd_ray.results.export import CardFacts, export_pipeline
+    from flashdmd_ray.results.export import export_pipeline
+    from flashdmd_ray.results.model_card import CardFacts
 
     family = SDXL.from_pretrained(str(weights_path("teacher")))
     facts = CardFacts("demo", "digit-scenes teacher of flashdmd_ray", "apache-2.0", cost={}, optimised_rewards=[])

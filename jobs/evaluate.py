@@ -2,7 +2,7 @@
 
 import sys
 
-from flashdmd_ray.results.finished_run import evaluate_command
+from flashdmd_ray.commands.evaluate import evaluate_command
 
 if __name__ == "__main__":
     sys.exit(evaluate_command())

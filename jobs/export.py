@@ -2,7 +2,7 @@
 
 import sys
 
-from flashdmd_ray.results.finished_run import export_command
+from flashdmd_ray.commands.export import export_command
 
 if __name__ == "__main__":
     sys.exit(export_command())

@@ -31,7 +31,7 @@ Features = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class EvalMetrics:
     """What samples are measured by. What is None or empty has no column.
 
     features: the space of Frechet distance and diversity, space its name. correct: (images, prompts) -> bool (B,), does
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table. prompts: what the prompts are called. space, optimised: as in `Yardstick`; space is empty without distances."""
+    """The table. prompts: what the prompts are called. space, optimised: as in `EvalMetrics`; space is empty without distances."""
 
     rows: Sequence[Row]
     prompts: str
@@ -73,7 +73,7 @@ def evaluate(
     family: Family,
     samplers: Sequence[Sampler],
     reference: Reference,
-    yardstick: Yardstick,
+    eval_metrics: EvalMetrics,
     seed: int,
     batch: int,
     say: Say = print,
@@ -83,28 +83,28 @@ def evaluate(
     All samplers see the same prompts and the same noise, a function of `seed` and position; `batch` changes only the speed.
     Frechet distances depend on the number of samples: compare only rows of equal `samples`.
     """
-    measuring = _Measuring(family, reference, yardstick, seed, batch, say)
+    measuring = _Measuring(family, reference, eval_metrics, seed, batch, say)
     rows = [] if reference.twins is None else [measuring.real_row(reference.twins)]
     for sampler in samplers:
         rows.append(measuring.row(sampler))
         say(f"{sampler.name}: {', '.join(' '.join(pair) for pair in figures(rows[-1]).items())}")
-    space = "" if yardstick.features is None else yardstick.space
-    return Comparison(rows, reference.prompts, space, tuple(yardstick.optimised))
+    space = "" if eval_metrics.features is None else eval_metrics.space
+    return Comparison(rows, reference.prompts, space, tuple(eval_metrics.optimised))
 
 
 class _Measuring:
     """One evaluation: what all of its rows share."""
 
     def __init__(
-        self, family: Family, reference: Reference, yardstick: Yardstick, seed: int, batch: int, say: Say
+        self, family: Family, reference: Reference, eval_metrics: EvalMetrics, seed: int, batch: int, say: Say
     ) -> None:
         self.family = family
         self.texts = reference.texts
-        self.yardstick = yardstick
+        self.eval_metrics = eval_metrics
         self.seed = seed
         self.batch = batch
         self.say = say
-        features = [] if yardstick.features is None else [yardstick.features(i).cpu() for i in reference.reals]
+        features = [] if eval_metrics.features is None else [eval_metrics.features(i).cpu() for i in reference.reals]
         self.reals = torch.cat(features) if features else None
 
     @torch.no_grad()
@@ -131,12 +131,12 @@ class _Measuring:
 
     def _judge(self, images: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
         """By column, one value per image."""
-        yardstick, found = self.yardstick, {}
-        if yardstick.features is not None:
-            found["features"] = yardstick.features(images).cpu()
-        if yardstick.correct is not None:
-            found["correct"] = yardstick.correct(images, list(texts)).float()
-        for label, reward in (yardstick.rewards or {}).items():
+        eval_metrics, found = self.eval_metrics, {}
+        if eval_metrics.features is not None:
+            found["features"] = eval_metrics.features(images).cpu()
+        if eval_metrics.correct is not None:
+            found["correct"] = eval_metrics.correct(images, list(texts)).float()
+        for label, reward in (eval_metrics.rewards or {}).items():
             found[f"reward/{label}"] = reward.score(images, texts).cpu()
         return found
 
@@ -150,18 +150,18 @@ class _Measuring:
             len(self.texts),
             None if self.reals is None else frechet_distance(self.reals, columns["features"]),
             mean("correct"),
-            {label: columns[f"reward/{label}"].mean().item() for label in self.yardstick.rewards or {}},
+            {label: columns[f"reward/{label}"].mean().item() for label in self.eval_metrics.rewards or {}},
             diversity,
         )
 
     def _diversity(self, sampler: Sampler) -> float | None:
         """Several noises for each of the first prompts; their noise indices follow those of the table's samples."""
-        if self.yardstick.features is None:
+        if self.eval_metrics.features is None:
             return None
         repeated = [text for text in self.texts[:DIVERSITY_PROMPTS] for _ in range(DIVERSITY_NOISES)]
         indices = range(len(self.texts), len(self.texts) + len(repeated))
         drawn = sample_images(self.family, sampler, repeated, indices, self.seed, self.batch)
-        features = torch.cat([self.yardstick.features(images).cpu() for images in drawn])
+        features = torch.cat([self.eval_metrics.features(images).cpu() for images in drawn])
         return mean_pairwise_distance(features.unflatten(0, (-1, DIVERSITY_NOISES)))
 
     def _chunks(self, texts: Sequence[str]) -> list[Sequence[str]]:

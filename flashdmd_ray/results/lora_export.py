@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from diffusers import SchedulerMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
@@ -15,7 +14,8 @@ from torch import Tensor
 from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.config import LoraConfig
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.results.export import CardFacts, few_step_scheduler, loading_arguments, write_export
+from flashdmd_ray.results.export import export_folder, few_step_scheduler, loading_arguments
+from flashdmd_ray.results.model_card import CardFacts
 
 LoraFormat = Literal["lora", "kohya"]
 FILES: Mapping[LoraFormat, str] = {"lora": LORA_WEIGHT_NAME_SAFE, "kohya": "flashdmd_lora.safetensors"}
@@ -45,17 +45,15 @@ def export_lora(
     if form == "kohya":
         tensors = {name: tensor.float() for name, tensor in convert_state_dict_to_kohya(tensors).items()}
 
-    def save(directory: Path, scheduler: SchedulerMixin) -> None:
-        save_file(tensors, directory / FILES[form], metadata={"format": "pt"})
-        scheduler.save_pretrained(directory / "scheduler")
-
-    return write_export(
-        family, timesteps, out, facts, save, _loading(family, timesteps, facts.base, form), relation="adapter"
-    )
+    loading = _loading(family, timesteps, facts.base, form)
+    with export_folder(family, timesteps, out, facts, loading, relation="adapter") as (folder, scheduler):
+        save_file(tensors, folder / FILES[form], metadata={"format": "pt"})
+        scheduler.save_pretrained(folder / "scheduler")
+    return out
 
 
 def at_factor_one(name: str, tensor: Tensor, factor: float) -> Tensor:
-    """The matrix with alpha / rank taken into B, so that a file needs no word about alpha: readers assume the rank."""
+    """Multiply alpha / rank into B, so that a file needs no word about alpha: readers assume the rank."""
     return (tensor * factor if ".lora_B." in name else tensor).contiguous()
 
 

@@ -12,6 +12,7 @@ from flashdmd_ray.models.family import Family
 from flashdmd_ray.reward_training.config import PairsConfig, RewardTrainingConfig
 from flashdmd_ray.reward_training.pairs import HELD_OUT, TRAIN, Pairs
 from flashdmd_ray.roles.image_sampling import Sampler, sample_all_images, student_sampler, teacher_sampler
+from flashdmd_ray.run.folder import read_run_config
 
 BADLY_DRAWN_SHARE = 0.35
 HELD_OUT_SCENES = 2000
@@ -90,7 +91,7 @@ def _prompts(config: PairsConfig, seed: int) -> tuple[str, ...]:
 
 
 def _student_sampler(config: PairsConfig, family: Family) -> Sampler:
-    from flashdmd_ray.results.finished_run import find_student, read_run_config, read_student
+    from flashdmd_ray.results.student import find_student, read_student
     from flashdmd_ray.roles.networks import load_student
 
     assert config.run is not None, "the configuration refuses a student without a run"

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from flashdmd_ray.config import RunConfig, Section, dump_config
+from flashdmd_ray.config import Config, RunConfig, Section, dump_config, load_config
 from flashdmd_ray.run.files import check_writable, new_folder, write_atomically
 from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.run.settings import changed_settings, fixed_settings, settings_not_used_yet
@@ -143,3 +143,10 @@ def _check_writable(path: Path) -> None:
         raise ValueError(
             f"run.dir: cannot write {path} ({error.strerror}: {error.filename}); set run.dir to a folder you can write"
         ) from None
+
+
+def read_run_config(run: Path) -> Config:
+    """The configuration a run was started with. Raises ValueError when `run` is no run folder."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is no run folder (it has no config.yaml): give one such as runs/demo")
+    return load_config(run / "config.yaml")

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from flashdmd_ray.results.export_facts import FACTS
-from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.folder import RunDirectory, read_run_config
 from flashdmd_ray.run.messages import typed_line
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
@@ -65,7 +65,7 @@ class RunFolder(ModelSource):
             ExportFolder(self._run.export).fetch(into, timeout_s)
             return
         # In a process of its own, whose memory ends with it.
-        program = "import sys; from flashdmd_ray.results.finished_run import export_command; sys.exit(export_command())"
+        program = "import sys; from flashdmd_ray.commands.export import export_command; sys.exit(export_command())"
         step = str(int(self._newest().rpartition("-")[2]))
         command = [sys.executable, "-c", program, str(self._run.path), "--checkpoint", step, "--out", str(into)]
         try:
@@ -78,7 +78,6 @@ class RunFolder(ModelSource):
 
     def _newest(self) -> str:
         from flashdmd_ray.checkpoint.manifest import newest_first
-        from flashdmd_ray.results.finished_run import read_run_config
         from flashdmd_ray.run.storage import checkpoint_root
 
         checkpoints = newest_first(checkpoint_root(read_run_config(self._run.path), self._run.path))

@@ -9,6 +9,8 @@ import scipy.linalg
 import torch
 from rich.console import Console
 
+from flashdmd_ray.commands.evaluate import evaluate_command
+from flashdmd_ray.commands.export import export_command
 from flashdmd_ray.config import dump_config, parse_config
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.demo.checker import PromptChecker
@@ -16,8 +18,8 @@ from flashdmd_ray.models.rewards import build_reward
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.results.evaluation import (
     Comparison,
+    EvalMetrics,
     Row,
-    Yardstick,
     as_json,
     evaluate,
     frechet_distance,
@@ -25,7 +27,6 @@ from flashdmd_ray.results.evaluation import (
     print_table,
 )
 from flashdmd_ray.results.evaluation_data import Reference, demo_held_out
-from flashdmd_ray.results.finished_run import evaluate_command, export_command
 from flashdmd_ray.results.grid import draw_grid, write_grid
 from flashdmd_ray.roles.image_sampling import (
     SampleNoise,
@@ -146,8 +147,8 @@ def test_the_table_tells_a_perfect_sampler_from_a_useless_one():
     said: list[str] = []
     judge, reward = PromptChecker.load(), build_reward("pickscore", str(weights_path("reward")))
     reference = Reference(held_out.texts, "held-out prompts", held_out.images.split(20), held_out.twins)
-    yardstick = Yardstick("features", judge.features, judge.correct, {"pickscore": reward}, ["pickscore"])
-    table = evaluate(family, samplers, reference, yardstick, seed=0, batch=20, say=said.append)
+    eval_metrics = EvalMetrics("features", judge.features, judge.correct, {"pickscore": reward}, ["pickscore"])
+    table = evaluate(family, samplers, reference, eval_metrics, seed=0, batch=20, say=said.append)
     real, perfect, useless = table.rows
     assert (real.name, real.nfe, real.samples) == ("real images", 0, count)
     assert real.accuracy >= 0.9

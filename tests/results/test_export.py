@@ -13,7 +13,8 @@ from flashdmd_ray.diffusion.schedule import schedule_from_config
 from flashdmd_ray.models.sd3 import SD3
 from flashdmd_ray.models.sd15 import SD15
 from flashdmd_ray.models.sdxl import SDXL
-from flashdmd_ray.results.export import CardFacts, export_pipeline, few_step_scheduler
+from flashdmd_ray.results.export import export_pipeline, few_step_scheduler
+from flashdmd_ray.results.model_card import CardFacts
 from flashdmd_ray.roles.image_sampling import SampleNoise, seed_of
 from flashdmd_ray.roles.networks import load_student, x0_predictor
 from tests.tiny import save_sd3, save_sd15, save_sdxl

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.diffusion.sampling import few_step_sample
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.results.export import CardFacts
 from flashdmd_ray.results.lora_export import FILES, LoraFormat, export_lora
+from flashdmd_ray.results.model_card import CardFacts
 from flashdmd_ray.roles.image_sampling import SampleNoise, seed_of
 from flashdmd_ray.roles.networks import load_family, trained_network, x0_predictor
 from tests.tiny import save_sd3, save_sd15, save_sdxl

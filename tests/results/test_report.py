@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from flashdmd_ray.commands.evaluate import evaluate_command
+from flashdmd_ray.commands.export import export_command
 from flashdmd_ray.config import Config, load_config, parse_config
-from flashdmd_ray.results.finished_run import evaluate_command, export_command
-from flashdmd_ray.results.report import pixel_rewards
+from flashdmd_ray.results.comparison import pixel_rewards
 from flashdmd_ray.results.sample_grid import COLUMNS
 from flashdmd_ray.training import job
 from tests.data.scenes_on_disk import samples, write_folder
@@ -130,7 +131,8 @@ def test_the_packaged_reward_judges_other_teachers_only_when_they_are_trained_on
 EXPORT = """
 import sys
 from pathlib import Path
-from flashdmd_ray.results.export import CardFacts, export_pipeline
+from flashdmd_ray.results.export import export_pipeline
+from flashdmd_ray.results.model_card import CardFacts
 from flashdmd_ray.models.sdxl import SDXL
 family = SDXL.from_pretrained(sys.argv[1])
 export_pipeline(family, family.teacher.state_dict(), (999, 499), Path(sys.argv[2]), CardFacts("n", "b", "other", {}, ()))

@@ -10,8 +10,9 @@ from flashdmd_ray.config import LoraConfig
 from flashdmd_ray.demo import weights_path
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.sdxl import SDXL
-from flashdmd_ray.results.export import CardFacts, export_pipeline
+from flashdmd_ray.results.export import export_pipeline
 from flashdmd_ray.results.lora_export import export_lora
+from flashdmd_ray.results.model_card import CardFacts
 
 TIMESTEPS = (999, 749, 499, 249)
 FACTS = CardFacts(

@@ -77,7 +77,7 @@ def test_a_finished_run_has_everything(finished):
 def test_the_export_draws_the_run_s_own_pictures(finished):
     """Plain diffusers, 4 steps, no guidance, from the seeds in the card's facts."""
     from flashdmd_ray.results.evaluation_data import demo_held_out
-    from flashdmd_ray.results.report import student_weights
+    from flashdmd_ray.results.student import student_weights
     from flashdmd_ray.roles.image_sampling import sample_all_images, seed_of, student_sampler
     from flashdmd_ray.roles.networks import load_family, load_student
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from flashdmd_ray.checkpoint import latest_checkpoint, load_tensors, read_state
+from flashdmd_ray.commands.export import FOLDERS, export_run
 from flashdmd_ray.config import Config, parse_config
-from flashdmd_ray.results.finished_run import FOLDERS, export_run
 from flashdmd_ray.results.lora_export import FILES
 from flashdmd_ray.roles.generator import AVERAGE
 from flashdmd_ray.roles.networks import load_family
