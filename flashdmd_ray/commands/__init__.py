@@ -1,1 +1,1 @@
-"""Commands that are no job of their own: judge a data set, resize the pools of a running job."""
+"""Commands around a run: evaluate, export, prepare data, resize the pools of a running job."""

@@ -71,8 +71,8 @@ def ask(run: Path, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the job is here, whatever a proxy says
     try:
         with opener.open(request, timeout=ANSWER_S) as answer:
-            found: dict[str, dict[str, Any]] = json.load(answer)
-            return found
+            pools: dict[str, dict[str, Any]] = json.load(answer)
+            return pools
     except urllib.error.HTTPError as error:
         raise ValueError(_reason(error)) from None
     except (OSError, http.client.HTTPException, ValueError) as error:

@@ -1,1 +1,1 @@
-"""What a run leaves for people: evaluation, export, report, grids."""
+"""Results of a run for people and programs: evaluation, report, grids, export. Nothing is trained here."""

@@ -50,13 +50,15 @@ def compare(config: Config, family: Family, student: Denoiser, say: Say) -> Comp
     seed = derive_seed(config.seed, "evaluation")
     reference = build_reference(config, family.image_size, seed)
     say(f"comparing teacher and student on {evaluation.samples} {reference.prompts}, on {family.device}")
-    chosen = samplers(config, family, student)
-    return evaluate(family, chosen, reference, eval_metrics, seed, evaluation.batch, say)
+    return evaluate(family, samplers(config, family, student), reference, eval_metrics, seed, evaluation.batch, say)
 
 
 def build_eval_metrics(config: Config, family: Family) -> EvalMetrics | None:
-    """Metrics of this run's samples: for held-out digit scenes their exact judge, for other data the image features of the
-    first pixel reward that has such; and every pixel reward. None without any of them."""
+    """Metrics of this run's samples, None when nothing can judge them.
+
+    Every pixel reward, and a space of features for distances: for held-out digit scenes that of their exact judge, for other data the
+    image features of the first pixel reward that has such.
+    """
     exact = has_exact_judge(config)
     configured = pixel_rewards(config) or ([RewardConfig(kind="pickscore")] if exact else [])
     if not configured:
@@ -79,8 +81,10 @@ def build_eval_metrics(config: Config, family: Family) -> EvalMetrics | None:
 
 
 def pixel_rewards(config: Config) -> list[RewardConfig]:
-    """The configured rewards that look at images. The packaged one knows digit scenes only: with another teacher it is left out, unless
-    training optimises it."""
+    """The configured rewards that look at images.
+
+    The packaged one knows digit scenes only: with another teacher it is left out, unless training optimises it.
+    """
     optimised = config.optimised_rewards
     knows = config.model.teacher == "demo"
     return [r for r in config.rewards if r.reads_images and (knows or r.path != "demo" or r.label in optimised)]

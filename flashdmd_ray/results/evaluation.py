@@ -1,4 +1,4 @@
-"""How good samples are: Frechet distance, prompt accuracy, rewards and diversity, whatever of these the data allow.
+"""Metrics of samples: Frechet distance, prompt accuracy, rewards and diversity, whatever of these the data allow.
 
 A judge of prompts is never optimised; a reward may be, and then only says how far optimisation went.
 """
@@ -32,7 +32,7 @@ Features = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """What samples are measured by. What is None or empty has no column.
+    """Functions that measure samples. One that is None or empty has no column.
 
     features: the space of Frechet distance and diversity, space its name. correct: (images, prompts) -> bool (B,), does
     the image show what its prompt says? optimised: the labels of those rewards that training raised.
@@ -47,8 +47,11 @@ class EvalMetrics:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. nfe: network forwards per sample. diversity: mean distance, in the space of features, between samples of
-    one prompt from different noises. What was not measured is None."""
+    """One line of the table; None for what was not measured.
+
+    nfe: network forwards per sample. diversity: mean distance, in the space of features, between samples of one prompt from different
+    noises.
+    """
 
     name: str
     nfe: int
@@ -83,17 +86,17 @@ def evaluate(
     All samplers see the same prompts and the same noise, a function of `seed` and position; `batch` changes only the speed.
     Frechet distances depend on the number of samples: compare only rows of equal `samples`.
     """
-    measuring = _Measuring(family, reference, eval_metrics, seed, batch, say)
-    rows = [] if reference.twins is None else [measuring.real_row(reference.twins)]
+    evaluation = _Evaluation(family, reference, eval_metrics, seed, batch, say)
+    rows = [] if reference.twins is None else [evaluation.real_row(reference.twins)]
     for sampler in samplers:
-        rows.append(measuring.row(sampler))
+        rows.append(evaluation.row(sampler))
         say(f"{sampler.name}: {', '.join(' '.join(pair) for pair in figures(rows[-1]).items())}")
     space = "" if eval_metrics.features is None else eval_metrics.space
     return Comparison(rows, reference.prompts, space, tuple(eval_metrics.optimised))
 
 
-class _Measuring:
-    """One evaluation: what all of its rows share."""
+class _Evaluation:
+    """One evaluation: prompts, metrics and seed that all of its rows share."""
 
     def __init__(
         self, family: Family, reference: Reference, eval_metrics: EvalMetrics, seed: int, batch: int, say: Say
@@ -109,14 +112,14 @@ class _Measuring:
 
     @torch.no_grad()
     def row(self, sampler: Sampler) -> Row:
-        drawn = sample_images(self.family, sampler, self.texts, range(len(self.texts)), self.seed, self.batch)
-        judged, said = [], monotonic()
-        for number, (images, texts) in enumerate(zip(drawn, self._chunks(self.texts), strict=True), 1):
-            judged.append(self._judge(images, texts))
-            if monotonic() - said > QUIET_S:
-                said = monotonic()
+        batches = sample_images(self.family, sampler, self.texts, range(len(self.texts)), self.seed, self.batch)
+        parts, last_line = [], monotonic()
+        for number, (images, texts) in enumerate(zip(batches, self._chunks(self.texts), strict=True), 1):
+            parts.append(self._judge(images, texts))
+            if monotonic() - last_line > QUIET_S:
+                last_line = monotonic()
                 self.say(f"{sampler.name}: {min(number * self.batch, len(self.texts))} of {len(self.texts)} samples")
-        columns = {name: torch.cat([part[name] for part in judged]) for name in judged[0]}
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return self._row(sampler.name, sampler.nfe, columns, self._diversity(sampler))
 
     @torch.no_grad()
@@ -130,15 +133,15 @@ class _Measuring:
         return self._row("real images", 0, columns, diversity)
 
     def _judge(self, images: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
-        """By column, one value per image."""
-        eval_metrics, found = self.eval_metrics, {}
+        """Values per image, by column."""
+        eval_metrics, values = self.eval_metrics, {}
         if eval_metrics.features is not None:
-            found["features"] = eval_metrics.features(images).cpu()
+            values["features"] = eval_metrics.features(images).cpu()
         if eval_metrics.correct is not None:
-            found["correct"] = eval_metrics.correct(images, list(texts)).float()
+            values["correct"] = eval_metrics.correct(images, list(texts)).float()
         for label, reward in (eval_metrics.rewards or {}).items():
-            found[f"reward/{label}"] = reward.score(images, texts).cpu()
-        return found
+            values[f"reward/{label}"] = reward.score(images, texts).cpu()
+        return values
 
     def _row(self, name: str, nfe: int, columns: Mapping[str, Tensor], diversity: float | None) -> Row:
         def mean(column: str) -> float | None:
@@ -160,8 +163,8 @@ class _Measuring:
             return None
         repeated = [text for text in self.texts[:DIVERSITY_PROMPTS] for _ in range(DIVERSITY_NOISES)]
         indices = range(len(self.texts), len(self.texts) + len(repeated))
-        drawn = sample_images(self.family, sampler, repeated, indices, self.seed, self.batch)
-        features = torch.cat([self.eval_metrics.features(images).cpu() for images in drawn])
+        batches = sample_images(self.family, sampler, repeated, indices, self.seed, self.batch)
+        features = torch.cat([self.eval_metrics.features(images).cpu() for images in batches])
         return mean_pairwise_distance(features.unflatten(0, (-1, DIVERSITY_NOISES)))
 
     def _chunks(self, texts: Sequence[str]) -> list[Sequence[str]]:
@@ -199,17 +202,17 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 def print_table(table: Comparison, console: Console | None = None) -> None:
     """The rows as a table that also reads well in a log."""
-    shown = Table(box=box.MARKDOWN, title=escape(title(table)))
-    shown.add_column("sampler", no_wrap=True)
+    printed = Table(box=box.MARKDOWN, title=escape(title(table)))
+    printed.add_column("sampler", no_wrap=True)
     for heading in ("NFE", *figures(table.rows[0], table.optimised)):
-        shown.add_column(escape(heading), justify="right")
+        printed.add_column(escape(heading), justify="right")
     for row in table.rows:
-        shown.add_row(row.name, str(row.nfe) if row.nfe else "-", *figures(row).values())
-    (console or Console(width=110)).print(shown)
+        printed.add_row(row.name, str(row.nfe) if row.nfe else "-", *figures(row).values())
+    (console or Console(width=110)).print(printed)
 
 
 def title(table: Comparison) -> str:
-    """What the figures are about: number and kind of the prompts, the space of the distances, which rewards were optimised."""
+    """Title of the table: number and kind of the prompts, the space of the distances, which rewards were optimised."""
     facts = [f"{table.rows[0].samples} {table.prompts}"]
     if table.space:
         facts.append(f"distances between {table.space}")
@@ -219,12 +222,12 @@ def title(table: Comparison) -> str:
 
 
 def figures(row: Row, marked: Collection[str] = ()) -> dict[str, str]:
-    """What was measured, as text by heading; those of `marked` rewards get an asterisk."""
-    found = {} if row.frechet is None else {"Frechet distance": f"{row.frechet:.4g}"}
+    """The row's values as text, by heading; those of `marked` rewards get an asterisk."""
+    values = {} if row.frechet is None else {"Frechet distance": f"{row.frechet:.4g}"}
     others = {"prompt accuracy": row.accuracy}
     others |= {f"{label}{'*' if label in marked else ''}": value for label, value in row.rewards.items()}
     others |= {"diversity": row.diversity}
-    return found | {name: f"{value:.3f}" for name, value in others.items() if value is not None}
+    return values | {name: f"{value:.3f}" for name, value in others.items() if value is not None}
 
 
 def as_record(row: Row) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What samples are drawn for, and the real images they are compared with."""
+"""Prompts of an evaluation, and the real images that samples are compared with."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Reference:
 
 
 def has_exact_judge(config: Config) -> bool:
-    """Whether samples are those of held-out digit scenes, whose captions the packaged judge can check."""
+    """True when samples are of held-out digit scenes, whose captions the packaged judge can check."""
     return config.data.source == "demo" and config.evaluation.prompts is None
 
 
@@ -66,7 +66,7 @@ def choose_prompts(config: Config, count: int, seed: int) -> tuple[str, ...]:
 
 
 def build_reference(config: Config, size: tuple[int, int], seed: int) -> Reference:
-    """What `evaluation.samples` samples of `size` = (H, W) are drawn for and compared with. Raises as `choose_prompts`."""
+    """Prompts and real images for `evaluation.samples` samples of `size` = (H, W). Raises as `choose_prompts`."""
     count = config.evaluation.samples
     if has_exact_judge(config):
         scenes = demo_held_out(count, seed)

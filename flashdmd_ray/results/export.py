@@ -31,8 +31,9 @@ _TIMESTEP_SCALING = 1e6
 def few_step_scheduler(
     scheduler_config: Mapping[str, Any], timesteps: Sequence[int]
 ) -> tuple[SchedulerMixin, dict[str, Any]]:
-    """A stock scheduler whose steps are ours, x_next = a_next x0 + s_next e, and the arguments with which a pipeline
-    takes exactly `timesteps`: num_inference_steps where that is enough, else timesteps, or sigmas of a flow.
+    """A stock scheduler with our steps x_next = a_next x0 + s_next e, and the pipeline's arguments that take exactly `timesteps`.
+
+    The arguments: num_inference_steps where that is enough, else timesteps, or sigmas of a flow.
 
     Raises ValueError for a schedule that is not supported.
     """
@@ -50,8 +51,8 @@ def _lcm_scheduler(
 ) -> tuple[SchedulerMixin, dict[str, Any]]:
     # As training reads it: what the configuration does not state has DDPM's defaults, not LCM's.
     config = DDPMScheduler.from_config(dict(scheduler_config)).config
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    settings = {name: config[name] for name in kept}
+    taken = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    settings = {name: config[name] for name in taken}
     settings |= {
         "rescale_betas_zero_snr": config["rescale_betas_zero_snr"],
         "clip_sample": False,

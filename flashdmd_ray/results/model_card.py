@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the model card says beyond the sampler."""
+    """Facts of the model card beyond the sampler."""
 
     name: str
     """Title of the card."""
@@ -107,8 +107,8 @@ def _measurements(table: Mapping[str, Any]) -> str:
     figures = [_figures(row) for row in table["rows"]]
     names = ["name", "nfe", *figures[0]]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for row, found in zip(table["rows"], figures, strict=True):
-        values = [row["name"], str(row["nfe"]), *(f"{value:.4g}" for value in found.values())]
+    for row, measured in zip(table["rows"], figures, strict=True):
+        values = [row["name"], str(row["nfe"]), *(f"{value:.4g}" for value in measured.values())]
         lines.append("| " + " | ".join(values) + " |")
     explained = {
         "frechet": f"squared Frechet distance to real images between {table['space']}, comparable only within this table",
@@ -121,7 +121,7 @@ def _measurements(table: Mapping[str, Any]) -> str:
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, float]:
-    """What was measured of a sampler, by name."""
+    """Measured values of a sampler, by name."""
     figures = {name: row[name] for name in ("frechet", "accuracy") if name in row}
     figures |= {f"reward {label}": value for label, value in row["rewards"].items()}
     return figures | ({"diversity": row["diversity"]} if "diversity" in row else {})

@@ -77,18 +77,21 @@ def write_comparison(config: Config, family: Family, student: Denoiser, texts: S
     """Write the final grid: one column per prompt, one row per sampler, most forwards first; returns its path."""
     teacher, *few = samplers(config, family, student)
     longest = max(sampler.nfe for sampler in few)
-    chosen = [teacher] + [s for s in few if s.name.startswith("before") and s.nfe == longest]
-    chosen += sorted((s for s in few if s.name.startswith("student")), key=lambda s: -s.nfe)
+    compared = [teacher] + [s for s in few if s.name.startswith("before") and s.nfe == longest]
+    compared += sorted((s for s in few if s.name.startswith("student")), key=lambda s: -s.nfe)
     indices, seed, batch = range(len(texts)), grid_seed(config), config.evaluation.batch
-    rows = [(s.name, sample_all_images(family, s, texts, indices, seed, batch)) for s in chosen]
+    rows = [(s.name, sample_all_images(family, s, texts, indices, seed, batch)) for s in compared]
     return write_grid(path, rows, texts)
 
 
 def card_facts(
     config: Config, training: Mapping[str, Any], measured: Mapping[str, Any], texts: Sequence[str]
 ) -> CardFacts:
-    """What the model card says about the training. measured: the table as JSON values. texts: the prompts of the run's grid, whose first
-    columns are the card's examples."""
+    """Facts of the model card about the training.
+
+    training: the checkpoint's state. measured: the table as JSON values. texts: the prompts of the run's grid, whose first columns are
+    the card's examples.
+    """
     verdict = hack_monitor(config, training)
     counters = {name.replace("_", " "): value for name, value in training["counters"].items()}
     return CardFacts(

@@ -18,7 +18,7 @@ from flashdmd_ray.run.storage import Location, checkpoint_root
 
 
 def saved_weights(checkpoint: Location) -> dict[str, Tensor]:
-    """What the generator trains, as it is judged at a checkpoint, by parameter name: the average where one is kept."""
+    """Weights that the generator trains, at a checkpoint, by parameter name: their average where one is kept."""
     state = load_tensors(checkpoint / "generator.safetensors")
     if (checkpoint / AVERAGE).exists():
         state |= load_tensors(checkpoint / AVERAGE)
@@ -28,7 +28,7 @@ def saved_weights(checkpoint: Location) -> dict[str, Tensor]:
 
 
 def student_weights(config: Config, family: Family, checkpoint: Location) -> Mapping[str, Tensor]:
-    """As `saved_weights`, always of a whole network: a LoRA generator's are merged into the teacher's."""
+    """Weights of the whole student at a checkpoint: those of a LoRA generator are merged into the teacher's."""
     return whole_weights(config, family, saved_weights(checkpoint))
 
 

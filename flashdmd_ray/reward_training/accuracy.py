@@ -1,4 +1,4 @@
-"""How often a reward orders held-out pairs as their labels do: by timestep for the latent reward, on clean images for pixel rewards."""
+"""Accuracy of rewards on held-out pairs: by timestep for the latent reward, on clean images for pixel rewards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def wilson(right: float, count: float, z: float = Z95) -> tuple[float, float]:
 
 @dataclass
 class Counts:
-    """By name, [pairs ordered as the reference says, pairs that it decides]; equal rewards count a half."""
+    """Counts by name: [pairs ordered as the reference says, pairs that it decides]; equal rewards count a half."""
 
     of: dict[str, list[float]] = field(default_factory=dict)
     pairs: int = 0
@@ -56,9 +56,9 @@ class Counts:
             label = getattr(pairs, reference)
             decided = label != 0.5
             right = 0.5 + 0.5 * (difference.sign() * (label - 0.5).sign())[decided]
-            found = self.of.setdefault(f"{reference}/{name}", [0.0, 0.0])
-            found[0] += float(right.sum())
-            found[1] += float(decided.sum())
+            count = self.of.setdefault(f"{reference}/{name}", [0.0, 0.0])
+            count[0] += float(right.sum())
+            count[1] += float(decided.sum())
 
     def sum_over_ranks(self) -> None:
         """Every rank has the counts of all. Collective; all ranks have the same names."""
@@ -85,14 +85,14 @@ def count_right(
     settings, counts = config.accuracy, Counts()
     numbers = pairs.first(settings.pairs)[rank::world_size].tolist()
     for start in range(0, len(numbers), settings.batch):
-        some = numbers[start : start + settings.batch]
-        batch = pairs.at(some)
-        counts.pairs += len(some)
+        rows = numbers[start : start + settings.batch]
+        batch = pairs.at(rows)
+        counts.pairs += len(rows)
         counts.ties += int((batch.labels == 0.5).sum())
         for name, rewards in judge(judges, batch.images.to(family.device), batch.texts).items():
             counts.add(f"pixel/{name}", rewards, batch)
         clean = encode_pairs(family, batch.images)
-        indices = torch.tensor(some, device=clean.device)
+        indices = torch.tensor(rows, device=clean.device)
         for timestep in settings.timesteps:
             seed, times = derive_seed(config.seed, "accuracy", timestep), timesteps_like(timestep, clean)
             for kind in NOISES:
@@ -135,16 +135,16 @@ def _share(counted: Sequence[float]) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> list[str]:
     """Lines of a markdown table, 95 % intervals in brackets; a star is above chance with 99 % confidence."""
     lines = []
-    for reference, found in report["against"].items():
+    for reference, entry in report["against"].items():
         what = "the labels trained on" if reference == "labels" else "the labels of the source"
-        best = max((share["accuracy"] or 0 for share in found["pixel"].values()), default=0)
+        best = max((share["accuracy"] or 0 for share in entry["pixel"].values()), default=0)
         lines += [
             f"Pair accuracy against {what}, {report['pairs']:,} held-out pairs, {report['ties']:,} ties left out",
             "",
         ]
         lines += ["| reward | sees | noise of its own | same noise | of the pixel reward |", "|---|---|---|---|---|"]
-        lines += [f"| {name} | the clean image | {_cell(share)} | | |" for name, share in found["pixel"].items()]
-        for timestep, by in found["latent"].items():
+        lines += [f"| {name} | the clean image | {_cell(share)} | | |" for name, share in entry["pixel"].items()]
+        for timestep, by in entry["latent"].items():
             ratio = f"{by['own']['accuracy'] / best:.2f}" if best and by["own"]["accuracy"] else ""
             lines.append(f"| latent | t = {timestep} | {_cell(by['own'])} | {_cell(by['shared'])} | {ratio} |")
         lines.append("")

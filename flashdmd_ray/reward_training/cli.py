@@ -47,7 +47,7 @@ def _train(config: RewardTrainingConfig) -> int:
 
 
 def describe(config: RewardTrainingConfig, run: RunDirectory) -> list[str]:
-    """What a job would do, in a few lines; loads nothing. Raises ValueError for models or pairs that are not there."""
+    """The plan of a job, in a few lines; loads nothing. Raises ValueError for models or pairs that are not there."""
     teacher = teacher_files(config)
     judges = reward_files(config)
     pairs, model, optimizer = config.pairs, config.latent_reward, config.optimizer

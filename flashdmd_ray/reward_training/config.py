@@ -64,7 +64,7 @@ class PairsConfig(Section):
 
     @property
     def is_made(self) -> bool:
-        """Whether the images are made here."""
+        """True when the job makes the images itself."""
         return self.source in ("demo", *DRAWN)
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flashdmd_ray.reward_training.accuracy import table
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
-from flashdmd_ray.reward_training.local_place import LocalPlace
+from flashdmd_ray.reward_training.local_context import LocalContext
 from flashdmd_ray.reward_training.pairs import open_pair_data
 from flashdmd_ray.reward_training.prepare import prepare_pairs
 from flashdmd_ray.reward_training.result import ACCURACY, FOLDER
@@ -37,10 +37,10 @@ def run_reward_training(config: RewardTrainingConfig) -> int:
     if (result / ACCURACY).is_file():
         print(f"{directory.path} is finished; choose another run.name to train again")
         return 0
-    done = _steps_seen(directory.path)
+    done = _last_step(directory.path)
     with Progress(config.steps, done) as progress, Interruption(progress.notice) as stop:
         progress.say(f"resuming after step {done} or a checkpoint before" if done else f"starting {directory.path}")
-        source = prepare_pairs(config, directory.path / "pairs", lambda: _everything(config), progress.say)
+        source = prepare_pairs(config, directory.path / "pairs", lambda: _load_models(config), progress.say)
         if not stop.requested:
             open_pair_data(
                 config.pairs, source, (8, 8), config.seed
@@ -55,7 +55,7 @@ def run_reward_training(config: RewardTrainingConfig) -> int:
     return stop.exit_code
 
 
-def _everything(config: RewardTrainingConfig):  # type: ignore[no-untyped-def]
+def _load_models(config: RewardTrainingConfig):  # type: ignore[no-untyped-def]
     return (
         load_spaces(config).load(("denoiser",))
         if config.pairs.source in ("teacher", "student")
@@ -66,7 +66,7 @@ def _everything(config: RewardTrainingConfig):  # type: ignore[no-untyped-def]
 def _train(config: RewardTrainingConfig, source: str, folder: Path, stop: Interruption, progress: Progress) -> None:
     """In a thread, so that this one can watch the signals and the record of steps."""
     failed: list[BaseException] = []
-    with _runner(config, source, folder) as (ask, work):
+    with _runner(config, source, folder) as (send_stop, work):
 
         def run() -> None:
             try:
@@ -76,12 +76,12 @@ def _train(config: RewardTrainingConfig, source: str, folder: Path, stop: Interr
 
         thread = threading.Thread(target=run, name="training", daemon=True)
         thread.start()
-        asked, shown = False, _steps_seen(folder)
+        stop_sent, shown = False, _last_step(folder)
         while thread.is_alive():
             thread.join(POLL_S)
-            if stop.requested and not asked:
-                ask()
-                asked = True
+            if stop.requested and not stop_sent:
+                send_stop()
+                stop_sent = True
             shown = _show(folder / METRICS, shown, progress)
     if failed:
         raise failed[0]
@@ -91,8 +91,8 @@ def _train(config: RewardTrainingConfig, source: str, folder: Path, stop: Interr
 def _runner(config: RewardTrainingConfig, source: str, folder: Path) -> Iterator[tuple[Act, Act]]:
     """(ask to stop, do the work) of the configured runtime."""
     if config.runtime == "local":
-        place = LocalPlace(folder / CHECKPOINTS, config.checkpoint.keep)
-        yield place.stop, lambda: run_worker(config, source, folder, place)
+        context = LocalContext(folder / CHECKPOINTS, config.checkpoint.keep)
+        yield context.stop, lambda: run_worker(config, source, folder, context)
         return
     from flashdmd_ray.runtime.environment import use_loopback
 
@@ -115,7 +115,7 @@ def _runner(config: RewardTrainingConfig, source: str, folder: Path) -> Iterator
         yield lambda: request_stop(storage), lambda: run(partial(run_worker, config, source, storage))
 
 
-def _steps_seen(folder: Path) -> int:
+def _last_step(folder: Path) -> int:
     records = read_metrics(folder / METRICS)
     return records[-1]["step"] if records else 0
 

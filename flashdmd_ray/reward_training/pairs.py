@@ -27,8 +27,11 @@ TRAIN, HELD_OUT = "train", "held_out"
 
 @dataclass(frozen=True)
 class Pairs:
-    """images: float32 (B, 2, 3, H, W) in [-1, 1]. labels: float32 (B,), how much the first is preferred, 0 to 1. truth: labels as they
-    were before rewards judged; the same where nobody did."""
+    """Pairs of images of one text each.
+
+    images: float32 (B, 2, 3, H, W) in [-1, 1]. labels: float32 (B,), how much the first is preferred, 0 to 1. truth: labels as they were
+    before rewards judged; the same where nobody did.
+    """
 
     images: Tensor
     texts: tuple[str, ...]
@@ -66,8 +69,8 @@ class PairFiles:
         return self._pairs([self.find(number, self.size) for number in numbers])
 
     def numbers(self, positions: Sequence[int]) -> list[int]:
-        found: list[int] = self._order.samples(TRAIN, np.array(positions, dtype=np.int64)).tolist()
-        return found
+        numbers: list[int] = self._order.samples(TRAIN, np.array(positions, dtype=np.int64)).tolist()
+        return numbers
 
     def find(self, number: int, size: Size) -> Decoded:
         """Both images of a pair, uint8 (2, H, W, 3), or of the next that can be decoded. Raises ValueError when none near can."""
@@ -101,12 +104,12 @@ def open_pair_data(config: PairsConfig, source: str, size: Size, seed: int) -> P
     """
     folder, tally = Path(source), Tally()
     if (folder / TRAIN).is_dir():
-        found = {}
+        parts = {}
         for name in (TRAIN, HELD_OUT):
             format = open_pairs(str(folder / name))
             index = _indexed(config, format, str(folder / name), tally)
-            found[name] = PairFiles(format, index, np.arange(len(index)), size, seed, config)
-        return PairData(found[TRAIN], found[HELD_OUT], tally)
+            parts[name] = PairFiles(format, index, np.arange(len(index)), size, seed, config)
+        return PairData(parts[TRAIN], parts[HELD_OUT], tally)
     format = open_pairs(source)
     index = _indexed(config, format, source, tally)
     held_out = np.array([is_held_out(text, config.held_out) for text in index.table.column("caption").to_pylist()])
@@ -123,7 +126,7 @@ def open_pair_data(config: PairsConfig, source: str, size: Size, seed: int) -> P
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether pairs of this prompt are held out: by a hash of it, so that no prompt is on both sides, on any machine."""
+    """Decide by a hash of the prompt whether its pairs are held out: no prompt is on both sides, on any machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
 
 

@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 def prepare_pairs(config: RewardTrainingConfig, folder: Path, load: Callable[[], Family], say: Say) -> str:
-    """Where the pairs to train on are: what `pairs.source` names, or tables below `folder`, which are made now as far as they are missing.
+    """Return the place of the pairs to train on: `pairs.source`, or tables below `folder`; those that are missing are made now.
 
     load: gives the model family, asked for only where images are made or judged. Raises ValueError for sources that cannot be used.
     """

@@ -1,4 +1,4 @@
-"""What the training leaves behind: the model as a directory that a run loads, its figures and its card."""
+"""Result of the training: the model as a directory that a run loads, its figures and its card."""
 
 from __future__ import annotations
 

@@ -28,20 +28,20 @@ STATE, STEP = "state.safetensors", "step.json"
 OBJECTIVE = "preference"
 
 
-class Place(Protocol):
-    """Where a rank runs, and who keeps its checkpoints."""
+class TrainContext(Protocol):
+    """Surroundings of a training rank: its number, its checkpoints, and whether to stop."""
 
     rank: int
     world_size: int
 
-    def newest(self) -> Path | None:
+    def newest_checkpoint(self) -> Path | None:
         """The folder of the newest complete checkpoint."""
 
-    def keep(self, step: int, metrics: Metrics, write: Callable[[Path], None]) -> None:
+    def save_checkpoint(self, step: int, metrics: Metrics, write: Callable[[Path], None]) -> None:
         """Make a checkpoint of what `write` puts into an empty folder. Every rank calls; rank 0 writes."""
 
     def is_stopping(self) -> bool:
-        """Whether to make a checkpoint and leave; the same answer on every rank."""
+        """True when it is time to save a checkpoint and leave; the same answer on every rank."""
 
 
 class RewardTrainer:
@@ -92,9 +92,11 @@ class RewardTrainer:
         done = max(0, step - optimizer.warmup) / max(1, self.config.steps - optimizer.warmup)
         return optimizer.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    def finished(self) -> tuple[LatentRewardModel, dict[str, Tensor]]:
-        """The model as it is now, averaged where that was asked for: as the engine computes with it, complete and frozen on every rank, and
-        on rank 0 the float32 masters of what was trained. Collective."""
+    def result(self) -> tuple[LatentRewardModel, dict[str, Tensor]]:
+        """The model as it is now, averaged where that was asked for. Collective.
+
+        Returns it as the engine computes with it, complete and frozen on every rank, and on rank 0 the float32 masters of what was trained.
+        """
         with self.average.applied() if self.average is not None else nullcontext():
             model, masters = self.engine.copy(), self.engine.weights()
         assert isinstance(model, LatentRewardModel)
@@ -122,20 +124,20 @@ class RewardTrainer:
         return int(json.loads((folder / STEP).read_text())["step"])
 
 
-def train(trainer: RewardTrainer, pairs: PairFiles, place: Place, note: Callable[[int, Metrics], None]) -> int:
+def train(trainer: RewardTrainer, pairs: PairFiles, context: TrainContext, note: Callable[[int, Metrics], None]) -> int:
     """Train until done or stopped; returns the steps done, of which there is a checkpoint. note: rank 0 tells it that so many are done."""
     config = trainer.config
-    newest = place.newest()
+    newest = context.newest_checkpoint()
     done = 0 if newest is None else trainer.restore(newest)
     for step in range(done, config.steps):
-        indices = torch.arange(config.batch).tensor_split(place.world_size)[place.rank]
+        indices = torch.arange(config.batch).tensor_split(context.world_size)[context.rank]
         metrics = trainer.step(step, pairs.take(step * config.batch + indices), indices)
         done = step + 1
-        if place.rank == 0:
+        if context.rank == 0:
             note(done, metrics)
-        stopping = place.is_stopping()
+        stopping = context.is_stopping()
         if stopping or done == config.steps or done % config.checkpoint.every == 0:
-            place.keep(done, metrics, lambda folder: trainer.write(folder, done))  # noqa: B023 (called at once)
+            context.save_checkpoint(done, metrics, lambda folder: trainer.write(folder, done))  # noqa: B023 (called at once)
         if stopping:
             break
     return done

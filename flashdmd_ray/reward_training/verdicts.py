@@ -1,4 +1,4 @@
-"""What pixel rewards say of pairs of clean images."""
+"""Verdicts of pixel rewards on pairs of clean images."""
 
 from __future__ import annotations
 

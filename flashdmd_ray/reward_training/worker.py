@@ -1,4 +1,4 @@
-"""What every rank does, from loading to the finished model, wherever it runs."""
+"""The work of one rank, from loading to the finished model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashdmd_ray.reward_training.accuracy import as_report, count_right
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.pairs import open_pair_data
 from flashdmd_ray.reward_training.result import save_result
-from flashdmd_ray.reward_training.training import Place, RewardTrainer, train
+from flashdmd_ray.reward_training.training import RewardTrainer, TrainContext, train
 from flashdmd_ray.reward_training.verdicts import load_judges
 from flashdmd_ray.roles.networks import load_parts
 from flashdmd_ray.run.metrics_log import MetricsLog
@@ -27,22 +27,22 @@ def load_spaces(config: RewardTrainingConfig) -> Family:
     return load_parts(config.model, ("vae", "text")).to(placed_device(config.workers.gpus, "workers.gpus"))
 
 
-def run_worker(config: RewardTrainingConfig, source: str, folder: Path, place: Place) -> None:
+def run_worker(config: RewardTrainingConfig, source: str, folder: Path, context: TrainContext) -> None:
     """Train on the pairs at `source`; after the last step measure, and let rank 0 write the model into the run's `folder`."""
     torch.set_num_threads(config.threads)
     family = load_spaces(config)
     data = open_pair_data(config.pairs, source, family.image_size, config.seed)
     trainer = RewardTrainer.from_config(config, family)
-    done = train(trainer, data.train, place, MetricsFile(folder / METRICS).write)
-    if place.rank == 0:
-        found = {**data.tally.as_json(), "damaged": {bad.key: bad.reason for bad in data.train.met}}
-        (folder / BAD_PAIRS).write_text(json.dumps(found, indent=1) + "\n")
+    done = train(trainer, data.train, context, MetricsFile(folder / METRICS).write)
+    if context.rank == 0:
+        report = {**data.tally.as_json(), "damaged": {bad.key: bad.reason for bad in data.train.met}}
+        (folder / BAD_PAIRS).write_text(json.dumps(report, indent=1) + "\n")
     if done < config.steps:
         return
-    model, masters = trainer.finished()
+    model, masters = trainer.result()
     judges = load_judges(config.rewards, family.device)
-    counts = count_right(config, family, model, judges, data.held_out, place.rank, place.world_size)
-    if place.rank == 0:
+    counts = count_right(config, family, model, judges, data.held_out, context.rank, context.world_size)
+    if context.rank == 0:
         report = as_report(counts, config.accuracy.timesteps, list(judges))
         save_result(folder, config, model, masters, report, done)
 

@@ -1,1 +1,1 @@
-"""A run's folder on disk, its tracking and progress, and what every command line shares."""
+"""One run on disk and on the screen: folder, records, tracking, progress; and what every command line shares."""

@@ -66,9 +66,9 @@ def run_command(work: Callable[[], int]) -> int:
 
 
 def run_training(work: Callable[[], int], run: RunDirectory, checkpoints: Location | None = None) -> int:
-    """As `run_command` for work in a run folder, which gets the traceback. A new folder in which nothing was recorded is removed.
+    """Do the work of a training command: errors as in `run_command`, and their traceback in the run folder.
 
-    checkpoints: where they lie; None: in the run folder.
+    A new folder in which nothing was recorded is removed. checkpoints: where they lie; None: in the run folder.
     """
     prepare_process()
     is_new = not run.exists

@@ -13,5 +13,5 @@ def one_line(error: object, longest: int = LONGEST) -> str:
 
 
 def typed_line(error: BaseException, longest: int = LONGEST) -> str:
-    """As `one_line`, with the type in front: "KeyError: 'weight'"."""
+    """Type and text of an error on one line: "KeyError: 'weight'"; see `one_line`."""
     return one_line(f"{type(error).__name__}: {error}".removesuffix(": "), longest)

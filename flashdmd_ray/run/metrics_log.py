@@ -57,6 +57,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _drop_later_steps(path: Path, after_step: int) -> None:
     if not path.is_file():
         return
-    kept = "".join(json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= after_step)
-    if kept != path.read_text(encoding="utf-8", errors="replace"):
-        write_atomically(path, kept)
+    remaining = "".join(json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= after_step)
+    if remaining != path.read_text(encoding="utf-8", errors="replace"):
+        write_atomically(path, remaining)

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder, or any store that fsspec has a driver for. Imports no torch."""
+"""Places for checkpoints: a folder, or any store that fsspec has a driver for. Imports no torch."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class RemotePath:
         return int(store.info(path)["size"])
 
     def children(self) -> list[RemotePath]:
-        """What lies directly in this folder, by name; nothing when there is no such folder."""
+        """Files and folders directly in this folder, by name; none when there is no such folder."""
         store, path = self._open()
         try:
-            found = store.ls(path, detail=False)
+            entries = store.ls(path, detail=False)
         except FileNotFoundError:
             return []
-        names = {str(entry).rstrip("/").rpartition("/")[2] for entry in found}
+        names = {str(entry).rstrip("/").rpartition("/")[2] for entry in entries}
         return [self / name for name in sorted(names) if name]
 
     def read_bytes(self) -> bytes:
@@ -145,7 +145,7 @@ def _how_to_install(protocol: str) -> str:
 
 
 def checkpoint_root(config: Config, run: Path) -> Location:
-    """Where the checkpoints of the run in folder `run` lie: in it, or under its name in `checkpoint.dir`."""
+    """Place of the checkpoints of the run in folder `run`: in it, or under its name in `checkpoint.dir`."""
     if config.checkpoint.dir is None:
         return run / "checkpoints"
     try:
@@ -180,7 +180,7 @@ def _try_to_write(root: Location) -> None:
 
 
 def children(folder: Location) -> Sequence[Location]:
-    """What lies directly in a folder, by name; nothing when there is no such folder."""
+    """Files and folders directly in a folder, by name; none when there is no such folder."""
     if isinstance(folder, RemotePath):
         return folder.children()
     return sorted(folder.iterdir()) if folder.is_dir() else []

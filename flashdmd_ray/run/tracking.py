@@ -1,4 +1,4 @@
-"""What a run tells the world: `metrics.jsonl` at once, MLflow in the background. Imports neither torch nor mlflow."""
+"""Tracking of a run: `metrics.jsonl` at once, MLflow in the background. Imports neither torch nor mlflow."""
 
 from __future__ import annotations
 

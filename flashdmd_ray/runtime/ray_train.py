@@ -49,19 +49,19 @@ class TrainSettings:
     keep: int
 
 
-class RayTrainPlace:
-    """`reward_training.training.Place` of a rank under Ray Train."""
+class RayTrainContext:
+    """`reward_training.training.TrainContext` of a rank under Ray Train."""
 
     def __init__(self, storage: Path) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self._stop = storage / STOP
 
-    def newest(self) -> Path | None:
+    def newest_checkpoint(self) -> Path | None:
         checkpoint = ray.train.get_checkpoint()
         return None if checkpoint is None else Path(checkpoint.path)
 
-    def keep(self, step: int, metrics: dict[str, float], write: Callable[[Path], None]) -> None:
+    def save_checkpoint(self, step: int, metrics: dict[str, float], write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory(prefix="flashdmd-") as folder:
             write(Path(folder))
             made = Checkpoint.from_directory(folder) if self.rank == 0 else None
@@ -77,7 +77,7 @@ class RayTrainPlace:
 
 
 @contextmanager
-def ray_train(settings: TrainSettings) -> Iterator[Callable[[Callable[[RayTrainPlace], None]], None]]:
+def ray_train(settings: TrainSettings) -> Iterator[Callable[[Callable[[RayTrainContext], None]], None]]:
     """Connect to Ray, in the main thread, and give `run(work)`, which blocks and may be called in any thread.
 
     run calls `work` on every rank, and again, from the newest checkpoint, after a rank was lost; an earlier job with the same storage is
@@ -94,7 +94,7 @@ def ray_train(settings: TrainSettings) -> Iterator[Callable[[Callable[[RayTrainP
         cluster.leave()
 
 
-def _run(settings: TrainSettings, work: Callable[[RayTrainPlace], None]) -> None:
+def _run(settings: TrainSettings, work: Callable[[RayTrainContext], None]) -> None:
     try:
         _trainer(work, settings).fit()
     except ray.train.TrainingFailedError as error:
@@ -125,7 +125,7 @@ def _prepare_environment(settings: TrainSettings) -> None:
     )  # else relative paths of a configuration would mean something else
 
 
-def _trainer(work: Callable[[RayTrainPlace], None], settings: TrainSettings) -> TorchTrainer:
+def _trainer(work: Callable[[RayTrainContext], None], settings: TrainSettings) -> TorchTrainer:
     resources = {"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {})
     return TorchTrainer(
         _on_rank,
@@ -146,9 +146,9 @@ def _trainer(work: Callable[[RayTrainPlace], None], settings: TrainSettings) -> 
 
 def _on_rank(config: dict[str, Any]) -> None:
     """Run the work on this rank. A ValueError or FloatingPointError is written down: starting again would not mend it."""
-    place = RayTrainPlace(config["storage"])
+    context = RayTrainContext(config["storage"])
     try:
-        config["work"](place)
+        config["work"](context)
     except (ValueError, FloatingPointError) as error:
         kind = next(name for name, refusal in _REFUSALS.items() if isinstance(error, refusal))
         (config["storage"] / REFUSED).write_text(json.dumps({"kind": kind, "text": str(error)}))

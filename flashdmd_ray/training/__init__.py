@@ -1,1 +1,1 @@
-"""Joint training as a job: command line, run, checkpoints."""
+"""Joint training as a job: command line, attempts, observers of the loop, checkpoints."""

@@ -1,4 +1,4 @@
-"""What a run has cost so far: updates of each kind, samples and seconds."""
+"""Counters of a run: updates of each kind, samples and seconds."""
 
 from __future__ import annotations
 

@@ -22,21 +22,21 @@ def start_report(folder: Path, config: DataConfig) -> dict[str, float]:
 
     Raises ValueError for unusable data, and when a resumed run would go on with other data: its order would be another.
     """
-    found = data_report(config)
-    if not found:
+    entries = data_report(config)
+    if not entries:
         return {}
     path = folder / FILE
     before = _read(path)
-    for key, entry in found.items():
-        known = before.get(key, {}).get("content", entry["content"])
-        if known != entry["content"]:
+    for key, entry in entries.items():
+        recorded = before.get(key, {}).get("content", entry["content"])
+        if recorded != entry["content"]:
             raise ValueError(
                 f"data.{key}: {entry['path']} has changed since this run began, so its order would too; restore it, or choose another "
                 f"run.name"
             )
-    write_atomically(path, json.dumps(before | found, indent=1) + "\n")
+    write_atomically(path, json.dumps(before | entries, indent=1) + "\n")
     metrics: dict[str, float] = {}
-    for key, entry in found.items():
+    for key, entry in entries.items():
         tally = Tally.from_json(entry)
         metrics |= {f"data/{key}_samples": tally.good, f"data/{key}_bad": tally.bad_count}
         for line in tally.lines():

@@ -65,7 +65,7 @@ class TrainingRun:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether a signal or the hack monitor has asked to stop."""
+        """True once a signal or the hack monitor has asked to stop."""
         return self.stop.requested or self.watch.monitor.wants_stop
 
     def steps(self) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Where a single process trains: checkpoints in folders of its own."""
+"""A single process that trains, with checkpoints in folders of its own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from flashdmd_ray.reward_training.training import STEP
 from flashdmd_ray.run.files import new_folder
 
 
-class LocalPlace:
-    """`Place` of a single process: checkpoints are folders that appear complete, in one rename."""
+class LocalContext:
+    """`TrainContext` of a single process: checkpoints are folders that appear complete, in one rename."""
 
     rank, world_size = 0, 1
 
@@ -26,10 +26,10 @@ class LocalPlace:
     def is_stopping(self) -> bool:
         return self._stopping
 
-    def newest(self) -> Path | None:
+    def newest_checkpoint(self) -> Path | None:
         return max(self._complete(), default=None)
 
-    def keep(self, step: int, metrics: Metrics, write: Callable[[Path], None]) -> None:
+    def save_checkpoint(self, step: int, metrics: Metrics, write: Callable[[Path], None]) -> None:
         with new_folder(self._folder / f"step-{step:08}") as unfinished:
             write(unfinished)
         for old in sorted(self._complete())[: -self._keep]:
