@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ def _positive(text: str) -> float:
 
 def main() -> int:
     from flashdmd_ray.demo import WEIGHTS_ROOT
+    from flashdmd_ray.run.command_line import prepare_process
     from recipes.parts import PARTS, make
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("work/prepare_demo"), help="resumable training state")
     parser.add_argument("--steps-scale", type=_positive, default=1.0, help="multiplies every training's length")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    prepare_process()
     try:
         for part in [name for name in PARTS if name in arguments.part]:
             metrics = make(part, arguments.out, arguments.work, arguments.steps_scale)

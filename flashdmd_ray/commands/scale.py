@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.plan.text import table
+from flashdmd_ray.run.command_line import FAILED, prepare_process, refuse, say
 from flashdmd_ray.run.folder import CONTROL
 
-FAILED, REFUSED = 1, 2
 ANSWER_S = 30.0
 
 
@@ -30,14 +29,14 @@ def scale_command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the training run, for example runs/demo")
     parser.add_argument("sizes", metavar="pool=workers", nargs="*", help="new sizes, for example rollout=2 reward=4")
     options = parser.parse_args(arguments)
+    prepare_process()
     try:
         sizes = dict(_size(text) for text in options.sizes)
         pools = ask(options.run, sizes)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+        return refuse(error)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(str(error))
         return FAILED
     print("\n".join(describe(pools)))
     return 0

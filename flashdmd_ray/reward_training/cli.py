@@ -12,7 +12,7 @@ from flashdmd_ray.config import DEFAULT_CONFIG, dump_config, load_as
 from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.models.teacher_files import teacher_files
 from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
-from flashdmd_ray.run.command_line import refuse, run_training, training_parser
+from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.variables import prepare_environment
 
@@ -29,6 +29,7 @@ def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
         "say what would be done",
         DEMO,
     ).parse_args(arguments)
+    prepare_process()
     try:
         config = load_as(RewardTrainingConfig, options.config, options.set)
         run = RunDirectory.check(config.run, config)

@@ -10,10 +10,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.interruption import leave_on_signals
 from flashdmd_ray.run.messages import one_line, typed_line
+from flashdmd_ray.run.output import outlive_readers
 from flashdmd_ray.run.storage import Location, RemotePath, children
 from flashdmd_ray.run.variables import prepare_environment
 
@@ -70,7 +71,6 @@ def run_training(work: Callable[[], int], run: RunDirectory, checkpoints: Locati
 
     A new folder in which nothing was recorded is removed. checkpoints: where they lie; None: in the run folder.
     """
-    prepare_process()
     is_new = not run.exists
     try:
         return work()
@@ -99,7 +99,11 @@ def next_start(run: RunDirectory, checkpoints: Location | None) -> str:
 
 
 def prepare_process() -> None:
-    """Prepare a command: settings that libraries read, quiet logs, modules of the working directory, an orderly end on SIGTERM."""
+    """Prepare a command's process, before it prints anything.
+
+    Settings that libraries read when they are imported, quiet logs, modules of the working directory, output that outlives its reader,
+    and an orderly end on SIGTERM and its like while models still load.
+    """
     prepare_environment(os.environ)
     for name, value in (
         ("TOKENIZERS_PARALLELISM", "false"),
@@ -113,11 +117,8 @@ def prepare_process() -> None:
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for classes of the user's own, as Ray does for its workers
-    signal.signal(signal.SIGTERM, _terminate)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    leave_on_signals()
+    outlive_readers()
 
 
 def refuse(error: ValueError) -> int:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from flashdmd_ray.run.interruption import write_directly
+from flashdmd_ray.run.output import write_directly
 
 SHORTEST_S, LONGEST_S = 5.0, 60.0
 """Between two plain lines: at most one in 5 s, at least one a minute (once a step has ended), else one every LINE_SHARE of the run."""

@@ -15,6 +15,7 @@ import grpc
 import psutil
 import ray
 
+from flashdmd_ray.run.interruption import notices_kept_from_children
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.environment import ray_address
 from flashdmd_ray.runtime.errors import NoRoom, WorkerLost
@@ -64,7 +65,7 @@ class Cluster:
         if ray.is_initialized():
             return cls(joined=False, private=False)
         address = ray_address(os.environ)
-        with _signals_kept():
+        with _signals_kept(), notices_kept_from_children():
             if address is None:
                 _start_private()
             else:

@@ -18,6 +18,7 @@ from typing import Any
 
 from flashdmd_ray.config import apply_override
 from flashdmd_ray.run.command_line import add_set, run_command
+from flashdmd_ray.run.interruption import stop_signals
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.api_keys import VARIABLE, is_loopback, read_keys
@@ -162,7 +163,7 @@ def _withdraw() -> None:
 def _until_stopped() -> threading.Event:
     """Return an event that the first SIGTERM or Ctrl-C sets from now on; before, they end the command where it is."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, lambda *_: stop.set())
     return stop
 

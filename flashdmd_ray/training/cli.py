@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from flashdmd_ray.config import Config, dump_config, load_config
 from flashdmd_ray.plan import GPUS, check, gpu_of, preview, sections
-from flashdmd_ray.run.command_line import refuse, run_training, training_parser
+from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.storage import checkpoint_root
 from flashdmd_ray.run.variables import prepare_environment
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--gpu", choices=sorted(GPUS), help="predict times on these; default: what gpu_memory_gib speaks of"
     )
     options = parser.parse_args(arguments)
+    prepare_process()
     try:
         config = load_config(options.config, options.set)
         run, parts = preview(config) if options.dry_run else check(config)

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -23,9 +24,13 @@ sys.exit(interruption.exit_code)
 """
 
 
-def start(seconds):
+def start(seconds, **options):
     process = subprocess.Popen(
-        [sys.executable, "-c", STEPS.format(seconds=seconds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", STEPS.format(seconds=seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
     assert process.stdout.readline() == "step 0\n"
     return process
@@ -50,6 +55,31 @@ def test_a_second_signal_does_not_wait_for_the_step(number, code):
     out, _ = process.communicate(timeout=20)
     assert process.returncode == code, "KeyboardInterrupt left alone ends Python by SIGINT itself"
     assert out == "cleaned up\n"
+
+
+NOTICES = [(signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140), (signal.SIGXCPU, 152)]
+
+
+@pytest.mark.parametrize(("number", "code"), NOTICES)
+def test_notices_of_terminals_and_batch_systems_may_come_several_times(number, code):
+    process = start(seconds=0.5)
+    for _ in range(3):
+        process.send_signal(number)
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # the time limit itself, which is the first that insists
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (code, "cleaned up\ncheckpoint\n")
+    assert err.count("finishing this step") == 1
+
+
+def test_nohup_is_respected():
+    process = start(seconds=0.2, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "cleaned up\n"
+    assert process.stdout.readline() == "step 1\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
 
 
 def test_the_former_handlers_are_restored():

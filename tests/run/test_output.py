@@ -1,0 +1,104 @@
+"""Readers that go away do not decide about a job: it goes on, and ends as without them. Each case is a real process."""
+
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+JOB = """
+import sys, time
+from pathlib import Path
+from flashdmd_ray.run.command_line import prepare_process
+from flashdmd_ray.run.interruption import Interruption
+from flashdmd_ray.run.progress import Progress
+prepare_process()
+ready, result, stopped = (Path(path) for path in sys.argv[1:])
+with Progress(1000) as progress, Interruption(progress.notice) as interruption:
+    for step in range(1000):
+        progress.say(f"step {step} " + "x" * 1000)
+        print("noise", file=sys.stderr, flush=True)
+        progress.step(step + 1, {"loss": 0.5})
+        ready.touch()
+        if interruption.requested or (stopped.exists() and step > 20):
+            break
+        time.sleep(0.02)
+    result.write_text("whole")
+sys.exit(interruption.exit_code or 5)
+"""
+
+
+class Job:
+    def __init__(self, folder: Path, **options) -> None:
+        self.ready, self.result, self.stop = (folder / name for name in ("ready", "result", "stop"))
+        command = [sys.executable, "-c", JOB, *(str(path) for path in (self.ready, self.result, self.stop))]
+        self.process = subprocess.Popen(command, **options)
+
+    def wait_until_ready(self) -> None:
+        while not self.ready.exists():
+            assert self.process.poll() is None, "it ended early"
+
+    def end(self) -> tuple[int, str]:
+        return self.process.wait(timeout=60), self.result.read_text()
+
+
+def test_a_pipe_that_breaks_is_not_noticed(tmp_path):
+    reader, writer = os.pipe()
+    job = Job(tmp_path, stdout=writer, stderr=writer)
+    os.close(writer)
+    job.wait_until_ready()
+    os.close(reader)
+    job.stop.touch()
+    assert job.end() == (5, "whole")
+
+
+def test_a_signal_after_the_pipe_broke_ends_it_in_order(tmp_path):
+    reader, writer = os.pipe()
+    job = Job(tmp_path, stdout=writer, stderr=writer)
+    os.close(writer)
+    job.wait_until_ready()
+    os.close(reader)
+    job.process.send_signal(signal.SIGINT)
+    assert job.end() == (130, "whole")
+
+
+def test_a_terminal_that_is_closed_ends_it_in_order(tmp_path):
+    """The kernel sends SIGHUP to the terminal's processes, and every write fails from then on."""
+    master, slave = pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    job = Job(tmp_path, stdin=slave, stdout=slave, stderr=slave, preexec_fn=take_terminal)
+    os.close(slave)
+    while not job.ready.exists():
+        os.read(master, 65536)
+    os.close(master)
+    assert job.end() == (129, "whole")
+
+
+@pytest.mark.parametrize("place", ["/dev/full", None])
+def test_output_that_goes_nowhere_costs_nothing(tmp_path, place):
+    """A full disk, or descriptors that were closed before it started: then no other file may take their number."""
+    if place is None:
+        job = Job(tmp_path, preexec_fn=lambda: [os.close(number) for number in (1, 2)])
+    else:
+        with open(place, "w") as full:
+            job = Job(tmp_path, stdout=full, stderr=full)
+    job.stop.touch()
+    assert job.end() == (5, "whole")
+
+
+def test_what_was_printed_arrives(tmp_path):
+    job = Job(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    job.stop.touch()
+    out, _ = job.process.communicate(timeout=60)
+    lines = out.decode().splitlines()
+    assert sum(" step " in f" {line}" and line.endswith("x") for line in lines) == 22
+    assert job.end() == (5, "whole")
