@@ -19,6 +19,7 @@ the docstring under it.
 
 from __future__ import annotations
 
+from flashdmd_ray.config.addresses import hide_passwords
 from flashdmd_ray.config.algorithm import (
     AdversarialConfig,
     GeneratorConfig,
@@ -60,6 +61,7 @@ from flashdmd_ray.config.section import (
     PathOrName,
     PositiveFloat,
     PositiveInt,
+    PublicUrl,
     Section,
     Timestep,
     changeable_keys,
@@ -94,6 +96,7 @@ __all__ = [
     "PositiveFloat",
     "PositiveInt",
     "PreferenceConfig",
+    "PublicUrl",
     "RateConfig",
     "RemoteConfig",
     "RewardConfig",
@@ -107,6 +110,7 @@ __all__ = [
     "apply_override",
     "changeable_keys",
     "dump_config",
+    "hide_passwords",
     "load_as",
     "load_config",
     "parse_config",

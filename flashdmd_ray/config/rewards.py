@@ -13,6 +13,8 @@ from pydantic import AfterValidator, Field, model_validator
 from flashdmd_ray.catalog.rewards import REWARDS, RewardEntry, kind_of_file
 from flashdmd_ray.config.section import PathOrName, PositiveFloat, PositiveInt, Section, suggestion
 
+LONGEST_NAME = 100
+
 
 class RemoteConfig(Section):
     timeout_s: PositiveFloat = 60.0
@@ -38,12 +40,23 @@ def _known_kind(kind: str) -> str:
     return kind
 
 
+def _metric_name(name: str) -> str:
+    """The name itself when every reader of metrics takes it. MLflow has the narrowest rules."""
+    plain = re.fullmatch(r"([\w.\-]([\w.\- ]*[\w.\-])?)?", name)
+    if not plain or name in (".", "..") or len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"must be letters, digits, spaces, '_', '-' and '.', at most {LONGEST_NAME} of them and no space at the ends: MLflow takes no "
+            "other name of a metric"
+        )
+    return name
+
+
 class RewardConfig(Section):
     kind: Annotated[str, AfterValidator(_known_kind), Field(json_schema_extra={"enum": list(REWARDS)})]
     """pickscore, hpsv2, hpsv2.1, imagereward, clipscore, aesthetic or mps: published models of images and prompts. latent: a latent reward
     model. remote: a server's. custom: a class of your own. See docs/rewards.md."""
-    name: str = ""
-    """What metrics call it; the kind when empty."""
+    name: Annotated[str, AfterValidator(_metric_name)] = ""
+    """Its name in metrics, of letters, digits, spaces, '_', '-' and '.'; the kind when empty."""
     path: PathOrName = "demo"
     """'demo' (pickscore, latent), a directory, a hub id, a file, or owner/name/file on the hub; the server's URL (remote);
     package.module:Class (custom)."""
@@ -64,7 +77,7 @@ class RewardConfig(Section):
     steps decode none, which at 1024 pixels costs as much as all forwards of the candidates."""
     skip_noise_check: str | None = None
     """Why this reward may prefer a destroyed image to a clean one, such as 'measures brightness'; null: a run with it is refused then."""
-    pool: str | None = None
+    pool: Annotated[str, AfterValidator(_metric_name)] | None = None
     """Rewards that name the same pool share its workers and one call; null is a pool of its own, under the reward's label."""
     remote: RemoteConfig | None = None
     """How a server is asked; null is the defaults. Only for kind remote."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field, model_validator
 
-from flashdmd_ray.config.section import LocalPath, MayChange, PathOrName, PositiveInt, Section
+from flashdmd_ray.config.section import LocalPath, MayChange, PositiveInt, PublicUrl, Section
 
 
 def _plain_name(name: str) -> str:
@@ -27,7 +27,7 @@ class RunConfig(Section):
 class CheckpointConfig(Section):
     every: MayChange[PositiveInt] = 50
     """Steps between checkpoints; the last step always writes one."""
-    dir: PathOrName | None = None
+    dir: PublicUrl | None = None
     """A folder or URL (s3://bucket/folder, gs://..., any that fsspec has a driver for) that gets a folder of the run's name;
     null keeps checkpoints in the run folder. All machines of a job must see it."""
     asynchronous: MayChange[bool] = True
@@ -41,12 +41,20 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    uri: PathOrName | None = None
+    uri: PublicUrl | None = None
     """MLflow tracking server; null uses a sqlite file beside the runs."""
-    experiment: str = "flashdmd_ray"
+    uri_env: str | None = None
+    """Environment variable that holds the address instead: for one with a password, which must not be printed and stored."""
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "flashdmd_ray"
     enabled: bool = True
     """false writes only the run folder."""
     samples_every: PositiveInt = 50
     """Steps between sample grids."""
     log_every: PositiveInt = 1
     """Steps between metric records."""
+
+    @model_validator(mode="after")
+    def _one_address(self) -> Self:
+        if self.uri is not None and self.uri_env is not None:
+            raise ValueError("uri_env: names the variable that holds the address, so uri must be null")
+        return self

@@ -11,6 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from flashdmd_ray.config.addresses import hide_passwords, without_password
+
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -33,12 +35,16 @@ def _local_path(value: object) -> object:
     if not isinstance(value, str | Path):
         return value
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
-        raise ValueError(f"must be a folder or file of this machine, got the address '{value}'")
+        raise ValueError(
+            f"must be a folder or file of this machine, got the address '{hide_passwords(str(value), str(value))}'"
+        )
     return Path(_expand_home(str(value)))
 
 
 PathOrName = Annotated[str, AfterValidator(_expand_home)]
 """A path of this machine, or one of the names that the setting explains: a hub id, an address, 'demo'. A leading ~ is the home folder."""
+PublicUrl = Annotated[str, AfterValidator(without_password), AfterValidator(_expand_home)]
+"""As `PathOrName`, an address only without a password: it is printed and stored."""
 LocalPath = Annotated[Path, BeforeValidator(_local_path)]
 """A folder or file of this machine; a leading ~ is the home folder."""
 

@@ -9,6 +9,7 @@ from flashdmd_ray.plan.models import Models, models_of
 from flashdmd_ray.plan.parts import Part, parts_of_models
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.storage import check_checkpoint_root
+from flashdmd_ray.run.tracking import tracking_uri
 
 
 def check(config: Config) -> tuple[RunDirectory, list[Part]]:
@@ -35,6 +36,7 @@ def preview(config: Config) -> tuple[RunDirectory, list[Part]]:
 def _inspected(config: Config) -> tuple[RunDirectory, list[Part], Models]:
     run = RunDirectory.check(config.run, config)
     check_checkpoint_root(config, run.path)
+    tracking_uri(config.tracking, run)
     models = models_of(config)
     parts = parts_of_models(config, models)
     return run, parts, models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import IO, Any, Literal, Self
 from flashdmd_ray.config import TrackingConfig
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.metrics_log import MetricsLog
+from flashdmd_ray.run.mlflow_names import LEFT_OUT, URI_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +42,7 @@ class Tracker:
     def __init__(self, run: RunDirectory, config: TrackingConfig, after_step: int) -> None:
         self._run = run
         self._metrics = MetricsLog(run.metrics, after_step)
-        self._mirror = (
-            MlflowProcess(run.path, config.uri or default_uri(run), config.experiment) if config.enabled else None
-        )
+        self._mirror = MlflowProcess(run.path, tracking_uri(config, run), config.experiment) if config.enabled else None
 
     def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record numbers (Python, numpy or torch scalars) of one step."""
@@ -64,11 +64,11 @@ class Tracker:
         """Log an exported pipeline of the run folder as a model, with its README.md as the card, and register it."""
         self._order({"model": self._relative(folder)})
 
-    def finish(self, status: Status, patience_s: float | None = None) -> None:
+    def finish(self, status: Status, timeout_s: float | None = None) -> None:
         """Close the metrics and give MLflow the rest; waits as long as MLflow makes progress. Further calls do nothing."""
         self._metrics.close()
         if self._mirror is not None:
-            self._mirror.finish(MLFLOW_STATUS[status], SILENCE_S if patience_s is None else patience_s)
+            self._mirror.finish(MLFLOW_STATUS[status], SILENCE_S if timeout_s is None else timeout_s)
             self._mirror = None
 
     def __enter__(self) -> Self:
@@ -90,6 +90,18 @@ class Tracker:
         return path.resolve().relative_to(self._run.path.resolve()).as_posix()
 
 
+def tracking_uri(config: TrackingConfig, run: RunDirectory) -> str:
+    """The address of MLflow, with its password if it has one. Raises ValueError when the variable that holds it is empty."""
+    if config.uri_env is None:
+        return config.uri or default_uri(run)
+    uri = os.environ.get(config.uri_env)
+    if not uri:
+        raise ValueError(
+            f"tracking.uri_env: the environment variable {config.uri_env} is not set; set it to MLflow's address, or use tracking.uri"
+        )
+    return uri
+
+
 def default_uri(run: RunDirectory) -> str:
     """A sqlite database beside the run folders."""
     return f"sqlite:///{(run.path.parent / 'mlflow.db').resolve()}"
@@ -102,7 +114,7 @@ class MlflowProcess:
         self._folder = folder
         self._last_sign = time.monotonic()
         self._warned = False
-        command = [sys.executable, "-m", "flashdmd_ray.run.mlflow_mirror", str(folder), "--uri", uri]
+        command = [sys.executable, "-m", "flashdmd_ray.run.mlflow_mirror", str(folder)]
         command += ["--experiment", experiment, "--registered-model", REGISTERED_MODEL]
         self._errors: IO[bytes] = (folder / "mlflow.log").open("ab")
         package_root = str(Path(__file__).resolve().parents[2])
@@ -113,7 +125,8 @@ class MlflowProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", URI_VARIABLE: uri},
+            start_new_session=True,  # a closed terminal, Ctrl-C and batch systems signal the group of the training
         )
         self._listener = threading.Thread(target=self._listen, name="mlflow-listener", daemon=True)
         self._listener.start()
@@ -127,16 +140,19 @@ class MlflowProcess:
         except (OSError, ValueError):
             self._warn("the MLflow process ended early; the run folder has everything")
 
-    def finish(self, status: str, patience_s: float) -> None:
+    def finish(self, status: str, timeout_s: float) -> None:
         self._last_sign = time.monotonic()
         self.order({"finish": status})
-        while self._process.poll() is None and time.monotonic() - self._last_sign < patience_s:
+        while self._process.poll() is None and time.monotonic() - self._last_sign < timeout_s:
             time.sleep(0.05)
         if self._process.poll() is None:
             self._process.kill()
-            self._warn(f"MLflow was silent for {patience_s:g} s and is left behind; the run folder has everything")
+            self._warn(f"MLflow was silent for {timeout_s:g} s and is left behind; the run folder has everything")
         self._process.wait()
         self._listener.join(timeout=5)
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what the other side did not read any more
+                pipe.close()  # type: ignore[union-attr]
         if self._process.returncode != 0:
             self._warn(f"the MLflow process failed; see {self._folder / 'mlflow.log'}")
         self._errors.close()
@@ -145,8 +161,11 @@ class MlflowProcess:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._last_sign = time.monotonic()
-            if line.strip() != "ok":
-                self._warn(line.strip())
+            text = line.strip()
+            if text.startswith(LEFT_OUT):
+                log.warning("tracking: %s", text)
+            elif text != "ok":
+                self._warn(text)
 
     def _warn(self, text: str) -> None:
         if not self._warned:

@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from flashdmd_ray.config import LocalPath, PathOrName, PositiveFloat, PositiveInt, Section, suggestion, validated
+from flashdmd_ray.config import (
+    LocalPath,
+    PathOrName,
+    PositiveFloat,
+    PositiveInt,
+    PublicUrl,
+    Section,
+    suggestion,
+    validated,
+)
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TEACHER = ":teacher"
@@ -78,7 +87,7 @@ class ServeSettings(Section):
     """Name of a base in an export's flashdmd.json -> directory or hub id of that pipeline, where the name alone is not enough."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
-    registry: PathOrName | None = None
+    registry: PublicUrl | None = None
     """Tracking URI of the MLflow registry; null is MLflow's own default (MLFLOW_TRACKING_URI)."""
     watch_s: PositiveFloat | None = 5.0
     """Seconds between looks at each source; a new version takes the old one's place. null: only at the start."""
