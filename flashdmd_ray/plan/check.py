@@ -8,6 +8,7 @@ from flashdmd_ray.plan.fit import check_fit
 from flashdmd_ray.plan.models import Models, models_of
 from flashdmd_ray.plan.parts import Part, parts_of_models
 from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.lock import check_free
 from flashdmd_ray.run.storage import check_checkpoint_root
 from flashdmd_ray.run.tracking import tracking_uri
 
@@ -21,6 +22,7 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
     if config.evaluation.prompts is not None:
         evaluation_prompts(config.evaluation.prompts)
     run, parts, models = _inspected(config)
+    check_free(run.path)
     for line in models.absent:
         raise ValueError(line)
     check_fit(config, models, parts)

@@ -14,6 +14,7 @@ from flashdmd_ray.models.teacher_files import teacher_files
 from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
 from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.lock import check_free
 from flashdmd_ray.run.variables import prepare_environment
 
 DEMO = DEFAULT_CONFIG.with_name("latent_reward_demo.yaml")
@@ -38,10 +39,13 @@ def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
         return refuse(error)
     print(dump_config(config), flush=True)
     print("\n".join(plan), flush=True)
-    return 0 if options.dry_run else run_training(lambda: _train(config), run)
+    if options.dry_run:
+        return 0
+    return run_training(lambda: _train(config, run), run)
 
 
-def _train(config: RewardTrainingConfig) -> int:
+def _train(config: RewardTrainingConfig, run: RunDirectory) -> int:
+    check_free(run.path)
     from flashdmd_ray.reward_training.job import run_reward_training
 
     return run_reward_training(config)

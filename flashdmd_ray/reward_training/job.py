@@ -19,6 +19,7 @@ from flashdmd_ray.reward_training.result import ACCURACY, FOLDER
 from flashdmd_ray.reward_training.worker import METRICS, load_spaces, run_worker
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import Interruption
+from flashdmd_ray.run.lock import hold
 from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.run.progress import Progress
 
@@ -33,6 +34,12 @@ def run_reward_training(config: RewardTrainingConfig) -> int:
     Raises ValueError for a run folder, pairs or models that cannot be used; other exceptions mean that the job failed.
     """
     directory = RunDirectory.prepare(config.run, config)
+    with hold(directory.path):
+        directory.reopen(config)
+        return _train_and_report(config, directory)
+
+
+def _train_and_report(config: RewardTrainingConfig, directory: RunDirectory) -> int:
     result = directory.path / FOLDER
     if (result / ACCURACY).is_file():
         print(f"{directory.path} is finished; choose another run.name to train again")

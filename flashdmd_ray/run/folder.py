@@ -4,6 +4,7 @@
 runs/<name>/config.yaml      the resolved configuration, ready to be run again
             versions.json    Python and package versions, one entry per environment that worked on the run
             metrics.jsonl    one JSON object per recorded step, never two for the same step
+            lock.json        the job that works here, while it does
             samples/  checkpoints/  export/
 ```
 The folder appears complete or not at all, and nothing is created before the configuration was found valid. Imports no torch.
@@ -13,14 +14,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from flashdmd_ray.config import Config, RunConfig, Section, dump_config, load_config
 from flashdmd_ray.run.files import check_writable, new_folder, write_atomically
+from flashdmd_ray.run.lock import hold
 from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.run.settings import changed_settings, fixed_settings, settings_not_used_yet
 from flashdmd_ray.run.versions import software_versions
@@ -94,30 +96,34 @@ class RunDirectory:
 
     @classmethod
     def prepare(cls, settings: RunConfig, config: Section) -> RunDirectory:
-        """Create the folder of a new run in one rename, or reopen that of an old one. Raises ValueError like `check`."""
+        """Create the folder of a new run in one rename; that of an old one stays as it is. Raises ValueError like `check`."""
         run = cls.check(settings, config)
-        versions = software_versions()
-        if not run.exists:
-            with new_folder(run.path) as unfinished:
-                for folder in FOLDERS:
-                    (unfinished / folder).mkdir()
-                cls(unfinished)._write(config, [versions])
+        if run.exists:
             return run
-        for folder in FOLDERS:
-            (run.path / folder).mkdir(exist_ok=True)
-        known = json.loads(run.versions.read_text()) if run.versions.is_file() else []
-        run._write(config, known if versions in known else [*known, versions])
+        try:
+            with new_folder(run.path) as unfinished:
+                cls(unfinished).reopen(config)
+        except OSError:
+            if not run.exists:  # else another job was quicker
+                raise
         return run
+
+    def reopen(self, config: Section) -> None:
+        """Write the configuration and the versions of this job. Only for the job that holds the folder."""
+        for folder in FOLDERS:
+            (self.path / folder).mkdir(exist_ok=True)
+        write_atomically(self.config, dump_config(config))
+        known = json.loads(self.versions.read_text()) if self.versions.is_file() else []
+        versions = software_versions()
+        if versions not in known:
+            write_atomically(self.versions, json.dumps([*known, versions], indent=1) + "\n")
 
     def discard_unused(self) -> None:
         """Remove the folder of a run that failed before it recorded or saved anything; one with results stays."""
-        recorded = bool(read_metrics(self.metrics))
-        if self.exists and not recorded and not any(any((self.path / folder).glob("*")) for folder in FOLDERS):
-            shutil.rmtree(self.path, ignore_errors=True)
-
-    def _write(self, config: Section, versions: list[Any]) -> None:
-        write_atomically(self.config, dump_config(config))
-        write_atomically(self.versions, json.dumps(versions, indent=1) + "\n")
+        with suppress(ValueError), hold(self.path):  # else another job works there
+            recorded = bool(read_metrics(self.metrics))
+            if self.exists and not recorded and not any(any((self.path / folder).glob("*")) for folder in FOLDERS):
+                shutil.rmtree(self.path, ignore_errors=True)
 
     def _check_same(self, config: Section) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from flashdmd_ray.batch import Metrics
 from flashdmd_ray.checkpoint import latest_checkpoint, latest_step, manifests, newest_healthy
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import build_images
@@ -11,6 +12,7 @@ from flashdmd_ray.driver import train
 from flashdmd_ray.results.report import report
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import Interruption
+from flashdmd_ray.run.lock import Lock, hold_run
 from flashdmd_ray.run.progress import Progress
 from flashdmd_ray.run.storage import Location, checkpoint_root
 from flashdmd_ray.run.tracking import Tracker
@@ -19,6 +21,7 @@ from flashdmd_ray.runtime.control import open_control
 from flashdmd_ray.runtime.protocol import Runtime
 from flashdmd_ray.runtime.supervisor import Supervisor
 from flashdmd_ray.training.data_report import start_report
+from flashdmd_ray.training.observer import Observer
 from flashdmd_ray.training.training_run import TrainingRun
 
 STOPPED_BY_MONITOR = 3
@@ -32,10 +35,16 @@ def run_job(config: Config) -> int:
     """
     directory = RunDirectory.prepare(config.run, config)
     root = checkpoint_root(config, directory.path)
-    done = latest_step(root)
-    if done >= config.steps and (directory.path / "report.json").is_file():
-        print(f"{directory.path} is finished ({done} steps); raise steps to go on, or choose another run.name")
-        return 0
+    with hold_run(directory.path, root) as lock:
+        directory.reopen(config)
+        done = latest_step(root)
+        if done < config.steps or not (directory.path / "report.json").is_file():
+            return _train(config, directory, root, lock, done)
+    print(f"{directory.path} is finished ({done} steps); raise steps to go on, or choose another run.name")
+    return 0
+
+
+def _train(config: Config, directory: RunDirectory, root: Location, lock: Lock, done: int) -> int:
     latest_checkpoint(root)  # a damaged one is refused before anything starts
     data = build_images(config.data, config.seed)  # and so is unusable data
     data_counts = start_report(directory.path, config.data)
@@ -49,6 +58,7 @@ def run_job(config: Config) -> int:
         def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> bool:
             """Train from the newest checkpoint on; returns whether the hack monitor stopped it."""
             run = TrainingRun(config, directory, runtime, tracker, progress, stop, data_counts)
+            run.observers.insert(0, StillAlone(lock))
             run.restore()
             loaded(run.done)
             with run.checkpoints.saver, open_control(config.control, runtime.pools, directory.control):
@@ -66,6 +76,16 @@ def run_job(config: Config) -> int:
             return STOPPED_BY_MONITOR if hacked else stop.exit_code
         report(config, directory, tracker, progress.say)
     return 0
+
+
+class StillAlone(Observer):
+    """Ends the run when another job has taken over its folder or the place of its checkpoints."""
+
+    def __init__(self, lock: Lock) -> None:
+        self._lock = lock
+
+    def after_step(self, done: int, metrics: Metrics) -> None:
+        self._lock.check()
 
 
 def how_to_go_on(directory: RunDirectory, root: Location) -> str:

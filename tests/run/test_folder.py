@@ -21,7 +21,9 @@ def config_of(root, name, **changes):
 
 def prepare(root, name, **changes):
     config = config_of(root, name, **changes)
-    return RunDirectory.prepare(config.run, config)
+    run = RunDirectory.prepare(config.run, config)
+    run.reopen(config)
+    return run
 
 
 def names_below(path):
