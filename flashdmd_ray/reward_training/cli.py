@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 the run failed, 2 the configuration or a file it names is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from flashdmd_ray.config import DEFAULT_CONFIG, dump_config, load_as
@@ -15,14 +14,13 @@ from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
 from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.lock import check_free
-from flashdmd_ray.run.variables import prepare_environment
 
 DEMO = DEFAULT_CONFIG.with_name("latent_reward_demo.yaml")
 
 
 def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
     """`train_latent_reward.py CONFIG.yaml [--set key=value ...] [--dry-run]`; returns the exit code."""
-    prepare_environment(os.environ)
+    prepare_process()
     options = training_parser(
         "train_latent_reward.py",
         "Train a latent reward model on labelled pairs of images, or on the verdicts of pixel rewards, and measure it.",
@@ -30,7 +28,6 @@ def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
         "say what would be done",
         DEMO,
     ).parse_args(arguments)
-    prepare_process()
     try:
         config = load_as(RewardTrainingConfig, options.config, options.set)
         run = RunDirectory.check(config.run, config)

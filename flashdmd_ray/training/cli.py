@@ -6,7 +6,6 @@ Ctrl-C and SIGTERM.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from flashdmd_ray.config import Config, dump_config, load_config
@@ -14,12 +13,11 @@ from flashdmd_ray.plan import GPUS, check, gpu_of, preview, sections
 from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.storage import checkpoint_root
-from flashdmd_ray.run.variables import prepare_environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    prepare_environment(os.environ)
+    prepare_process()
     parser = training_parser(
         "joint_train.py",
         "Distil a diffusion or flow model into a few-step generator and refine it with preference RL beside it.",
@@ -30,7 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--gpu", choices=sorted(GPUS), help="predict times on these; default: what gpu_memory_gib speaks of"
     )
     options = parser.parse_args(arguments)
-    prepare_process()
     try:
         config = load_config(options.config, options.set)
         run, parts = preview(config) if options.dry_run else check(config)
