@@ -19,7 +19,7 @@ from flashdmd_ray.diffusion.sampling import timesteps_like
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import LatentRewardModel, save_latent_reward
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
-from flashdmd_ray.reward_training.local_place import LocalPlace
+from flashdmd_ray.reward_training.local_context import LocalContext
 from flashdmd_ray.reward_training.pairs import open_pair_data
 from flashdmd_ray.reward_training.prepare import prepare_pairs
 from flashdmd_ray.reward_training.training import RewardTrainer, encode_pairs, noised, pair_rewards
@@ -62,8 +62,8 @@ def train(work: Path, teacher: Path, plan: Plan = PLAN) -> tuple[LatentRewardMod
     source = prepare_pairs(config, home / "pairs", lambda: family, print)
     pairs = open_pair_data(config.pairs, source, family.image_size, config.seed).train
     trainer = RewardTrainer.from_config(config, family)
-    train_pairs(trainer, pairs, LocalPlace(home / "checkpoints"), _note)
-    model, masters = trainer.finished()
+    train_pairs(trainer, pairs, LocalContext(home / "checkpoints"), _note)
+    model, masters = trainer.result()
     model.load_state_dict(masters, strict=False)
     return model.eval(), {"seconds": time.monotonic() - began, **evaluate(model.eval(), family)}
 
