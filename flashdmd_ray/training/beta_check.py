@@ -6,8 +6,8 @@ import logging
 from collections import deque
 from statistics import fmean
 
-from flashdmd_ray.training.observer import Observer
 from flashdmd_ray.batch import Metrics
+from flashdmd_ray.training.observer import Observer
 
 log = logging.getLogger(__name__)
 

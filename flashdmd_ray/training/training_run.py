@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flashdmd_ray.training.beta_check import BetaCheck
 from flashdmd_ray.batch import Metrics
 from flashdmd_ray.config import Config
 from flashdmd_ray.results.sample_grid import SampleGrid
@@ -13,6 +12,7 @@ from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.progress import Progress
 from flashdmd_ray.run.tracking import Tracker
 from flashdmd_ray.runtime.protocol import Runtime
+from flashdmd_ray.training.beta_check import BetaCheck
 from flashdmd_ray.training.checkpoints import Checkpoints
 from flashdmd_ray.training.counters import Counters
 from flashdmd_ray.training.hack_watch import HackWatch
