@@ -10,9 +10,9 @@ import pytest
 
 from flashdmd_ray.config import Config, Section, load_config
 from flashdmd_ray.plan.fit import processes
+from flashdmd_ray.plan.mean_step import step_of
 from flashdmd_ray.plan.models import models_of
 from flashdmd_ray.plan.parts import parts_of_models
-from flashdmd_ray.plan.roles import work_of
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 
 ROOT = Path(__file__).parents[1]
@@ -97,10 +97,10 @@ def test_every_preset_is_described():
 
 @pytest.mark.parametrize("preset", sorted(rows(ROOT / "docs/planning.md")))
 def test_the_memory_of_the_presets_is_what_the_plan_says(preset):
-    cell = rows(ROOT / "docs/planning.md")[preset][-1].strip("| ")
+    cell = rows(ROOT / "docs/planning.md")[preset][-2].strip("| ")
     config = load_config(CONFIGS / f"{preset}.yaml")
     models = models_of(config)
-    planned = processes(config, parts_of_models(config, models), work_of(config, models))
+    planned = processes(config, parts_of_models(config, models), step_of(config, models, repeats=1))
     sizes = {group: f"{process.gpu_gib:.0f}" for group, process in planned.items() if process is not None}
     local = [sizes["local"]] if "local" in sizes else [f"{group} {size}" for group, size in sizes.items()]
     assert cell == ("" if preset.startswith("demo") else ", ".join(local))
