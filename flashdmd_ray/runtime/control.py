@@ -20,6 +20,9 @@ from flashdmd_ray.config import ControlConfig
 from flashdmd_ray.runtime.protocol import ScalablePool
 
 END_S = 5.0
+"""Seconds for the server to end."""
+CONNECTIONS = 16
+HEAD_BYTES = 16_384
 
 
 @contextmanager
@@ -77,12 +80,12 @@ class _Server:
         self._thread.start()
 
     def _run(self) -> None:
-        import uvicorn
-
+        from flashdmd_ray.run.http_server import Bounds, make_server
         from flashdmd_ray.runtime.control_app import build_app
 
-        settings = uvicorn.Config(build_app(self._pools, self._token), log_level="warning", access_log=False)
-        self._server = uvicorn.Server(settings)
+        # The driver's descriptors and memory are for the training: a handful of connections is plenty.
+        bounds = Bounds(CONNECTIONS, CONNECTIONS, head_bytes=HEAD_BYTES, keep_alive_s=5)
+        self._server = make_server(build_app(self._pools, self._token), bounds, drain_s=END_S)
         self._server.should_exit = self._ended
         self._server.run(sockets=[self._listener])
 

@@ -24,8 +24,11 @@ Sizes = dict[str, Annotated[StrictInt, Field(le=100_000)]]
 
 
 def build_app(pools: Mapping[str, ScalablePool], token: str) -> FastAPI:
-    """GET /pools and PUT /pools. Every refusal is {"error": one line}: 401 without the token, 404 for an unknown pool,
-    409 for a size that cannot be had, 413 for a long body, 422 for one that does not map names to whole numbers."""
+    """Make the application that answers GET /pools and PUT /pools.
+
+    Every refusal is {"error": one line}: 400 for a body that is no JSON, 401 without the token, 404 for an unknown pool,
+    409 for a size that cannot be had, 413 for a long body, 422 for one that does not map names to whole numbers.
+    """
     app = FastAPI(title="flashdmd_ray pools", docs_url=None, redoc_url=None, openapi_url=None)
     expected = f"Bearer {token}".encode()
 
@@ -45,6 +48,8 @@ def build_app(pools: Mapping[str, ScalablePool], token: str) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:
+            return _refused(400, "the body is not valid JSON")
         return _refused(
             error.status_code, f"there are GET /pools and PUT /pools, not {request.method} {request.url.path}"
         )

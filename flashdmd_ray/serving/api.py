@@ -13,14 +13,16 @@ from typing import Any, Protocol
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from flashdmd_ray.serving import LOGGER
+from flashdmd_ray.serving.admission import Admission
 from flashdmd_ray.serving.api_keys import ApiKeys
-from flashdmd_ray.serving.errors import ApiError, deadline_exceeded, error_response, queue_full
-from flashdmd_ray.serving.image_request import make_job, parse_request, random_seed
+from flashdmd_ray.serving.errors import ApiError, deadline_exceeded, error_response
+from flashdmd_ray.serving.image_request import cost, make_job, parse_request, random_seed
 from flashdmd_ray.serving.messages import ImageJob, ImageResult, ModelInfo, Rejection, size_text
 from flashdmd_ray.serving.metrics import Metrics
 from flashdmd_ray.serving.middleware import RequestScope, state_of
@@ -50,7 +52,7 @@ def build_api(
     settings: ServeSettings, backend: ImageBackend, keys: Sequence[str], prompt_filter: PromptFilter | None = None
 ) -> Starlette:
     """Make the application, for any ASGI server."""
-    api_keys = ApiKeys(keys)
+    api_keys = ApiKeys(keys, settings.cors_origins)
     api = Api(settings, backend, api_keys.needs_key, prompt_filter)
     routes = [
         Route("/v1/images/generations", api.generate, methods=["POST"]),
@@ -63,11 +65,27 @@ def build_api(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(RequestScope, api_keys=api_keys, metrics=api.metrics)],
+        middleware=[*_cors(settings.cors_origins), Middleware(RequestScope, api_keys=api_keys, metrics=api.metrics)],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error},
     )
     app.router.redirect_slashes = False  # a redirect would be one more answer to document
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Let browsers show answers to pages of these origins; no cookies are involved."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=["X-Request-Id", "Retry-After", "OpenAI-Processing-Ms"],
+        )
+    ]
 
 
 class Api:
@@ -81,7 +99,7 @@ class Api:
         self._backend = backend
         self._needs_key = needs_key
         self._prompt_filter = prompt_filter
-        self._inside = 0
+        self._admission = Admission(settings.queue, settings.limits.teacher_share)
         self.metrics = Metrics()
         per_minute = self._limits.images_per_minute
         self._rate = None if per_minute is None else RateLimit(per_minute, self._limits.burst)
@@ -92,11 +110,12 @@ class Api:
         tree = await read_json(request, self._limits.body_bytes, self._limits.body_seconds)
         fields = parse_request(tree, self._limits)
         model = await self._find(fields.model)
-        job = make_job(fields, model, self._limits, self._settings.deadline_s, random_seed)
+        client = state_of(request).client
+        job = make_job(fields, model, client, self._limits, self._settings.deadline_s, random_seed)
         self._filter(request, fields.prompt)
         if self._rate is not None:
-            self._rate.take(state_of(request).client, len(job.seeds))
-        result = await unless_disconnected(request, self._generate(job))
+            self._rate.take(client, cost(job, model))
+        result = await unless_disconnected(request, self._generate(job, model.kind == "teacher"))
         return image_response(job, result, time.monotonic() - started)
 
     async def list_models(self, request: Request) -> Response:
@@ -138,24 +157,20 @@ class Api:
         if self._settings.log_prompts:
             log.info("request %s: prompt %r", state_of(request).request_id, prompt)
 
-    async def _generate(self, job: ImageJob) -> ImageResult:
-        if self._inside >= self._settings.queue:
-            raise queue_full()
+    async def _generate(self, job: ImageJob, teacher: bool) -> ImageResult:
         try:
-            self._count(+1)
-            result = await asyncio.wait_for(self._backend.generate(job), job.timeout_s)
+            with self._admission.place(job.client, teacher):
+                self.metrics.set_inside(self._admission.inside)
+                result = await asyncio.wait_for(self._backend.generate(job), job.timeout_s)
         except TimeoutError:
             raise deadline_exceeded(job.timeout_s) from None
         finally:
-            self._count(-1)
+            self.metrics.set_inside(self._admission.inside)
         if isinstance(result, Rejection):
-            raise ApiError(result.status, result.message, result.code, result.param)
+            headers = {} if result.retry_after_s is None else {"Retry-After": str(result.retry_after_s)}
+            raise ApiError(result.status, result.message, result.code, result.param, headers)
         self.metrics.record_result(job, result)
         return result
-
-    def _count(self, change: int) -> None:
-        self._inside += change
-        self.metrics.set_inside(self._inside)
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, ImageResult]) -> ImageResult:

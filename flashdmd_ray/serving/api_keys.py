@@ -12,6 +12,10 @@ from pathlib import Path
 from flashdmd_ray.serving.errors import ApiError
 
 VARIABLE = "FLASHDMD_API_KEYS"
+LOCAL = "local"
+"""Name of all clients of a service without keys. They share one machine, where every process may use any loopback address."""
+FORWARDED = ("x-forwarded-for", "x-real-ip")
+"""Headers in which a proxy on this machine names its client."""
 MIN_LENGTH = 16
 """Characters of a key."""
 HIDES_CLIENTS = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -39,7 +43,7 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
 
 def _read(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no UTF-8 text"
         raise ValueError(f"keys_file: cannot read {file} ({reason}); one key per line") from None
@@ -60,9 +64,16 @@ def _check(where: str, key: str) -> None:
 
 
 class ApiKeys:
-    """Access check. With keys: whoever has one. Without: whoever connects from this machine."""
+    """Access check. With keys: whoever has one. Without: programs on this machine, and the pages of `cors_origins` in its browsers."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    def __init__(self, keys: Sequence[str], cors_origins: Sequence[str] = ()) -> None:
+        """Raises ValueError for "*" without keys."""
+        if not keys and "*" in cors_origins:
+            raise ValueError(
+                "cors_origins: without API keys '*' would let every web page generate images; list the origins, "
+                f"or set {VARIABLE} or keys_file"
+            )
+        self._cors_origins = cors_origins
         self._keys = [key.encode() for key in keys]
         self._names = [hashlib.sha256(key).hexdigest()[:8] for key in self._keys]
 
@@ -70,20 +81,15 @@ class ApiKeys:
     def needs_key(self) -> bool:
         return bool(self._keys)
 
-    def identify(self, authorization: str | None, client: str | None) -> str:
-        """Return a name for who asks, for rate limits and logs: a part of the key's hash, else the address.
+    def identify(self, headers: Mapping[str, str], client: str | None) -> str:
+        """Return a name for who asks, for rate limits, turns and logs: a part of the key's hash; without keys it is LOCAL.
 
-        authorization: the header; client: address of the peer. Raises ApiError: 401 without a valid key, 403 without any keys.
+        client: address of the peer. Raises ApiError: 401 without a valid key, 403 without any keys.
         """
         if not self._keys:
-            if not is_loopback(client):
-                raise ApiError(
-                    403,
-                    f"This service has no API keys and answers loopback clients only. Its operator can set {VARIABLE} or keys_file.",
-                    "no_keys_configured",
-                )
-            return client or "local"
-        scheme, _, given = (authorization or "").partition(" ")
+            self._check_local(headers, client)
+            return LOCAL
+        scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise _unauthorized("Send an API key in the header: Authorization: Bearer YOUR_KEY")
         owner = None
@@ -93,6 +99,34 @@ class ApiKeys:
         if owner is None:
             raise _unauthorized("This API key is not known.")
         return owner
+
+    def _check_local(self, headers: Mapping[str, str], client: str | None) -> None:
+        """Raise ApiError unless a program of this machine asks, and no web page of another site through its browser."""
+        forwarded = [address.strip() for name in FORWARDED for address in headers.get(name, "").split(",")]
+        if not is_loopback(client) or not all(is_loopback(address) for address in forwarded if address):
+            raise ApiError(
+                403,
+                f"This service has no API keys and answers loopback clients only. Its operator can set {VARIABLE} or keys_file.",
+                "no_keys_configured",
+            )
+        host, origin = headers.get("host", ""), headers.get("origin")
+        # A page whose own name was made to lead here (DNS rebinding) gives itself away by that name.
+        if not is_loopback(host_name(host)):
+            raise ApiError(
+                403,
+                f"Without API keys this service answers to localhost and 127.0.0.1, not to the host {host[:100]!r}.",
+                "host_not_allowed",
+            )
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}", *self._cors_origins):
+            raise ApiError(
+                403, f"Pages of {origin[:100]!r} may not use this service; see cors_origins.", "origin_not_allowed"
+            )
+
+
+def host_name(host: str) -> str:
+    """Return the name or address in a Host header, without its port and the brackets of an IPv6 address."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.lower()
 
 
 def _unauthorized(message: str) -> ApiError:

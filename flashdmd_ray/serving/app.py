@@ -60,8 +60,9 @@ def _replicas(settings: ServeSettings) -> serve.Deployment:
     return serve.deployment(
         GeneratorReplica,
         name=GENERATOR,
-        max_ongoing_requests=max(2 * replica.batch, 8),
-        max_queued_requests=settings.queue + 16,  # room to ask which models there are
+        # Replicas hold all requests, so that they can give turns; where Serve let some wait, those would go first come, first served.
+        max_ongoing_requests=settings.queue * settings.ingress + 16,  # room to ask which models there are
+        max_queued_requests=settings.queue * settings.ingress + 16,
         graceful_shutdown_timeout_s=replica.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5.0,

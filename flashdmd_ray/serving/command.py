@@ -18,11 +18,11 @@ from typing import Any
 
 from flashdmd_ray.config import apply_override
 from flashdmd_ray.run.command_line import add_set, run_command
+from flashdmd_ray.run.http_server import default_bounds, listen_on, running_server
 from flashdmd_ray.run.interruption import stop_signals
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.serving import LOGGER
-from flashdmd_ray.serving.api_keys import VARIABLE, is_loopback, read_keys
-from flashdmd_ray.serving.http_server import listen_on, running_server
+from flashdmd_ray.serving.api_keys import VARIABLE, ApiKeys, is_loopback, read_keys
 from flashdmd_ray.serving.model_sources import open_source
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
 
@@ -99,8 +99,10 @@ def name_source(text: str) -> tuple[str, str]:
 
 
 def check_address(host: str, settings: ServeSettings) -> None:
-    """Raise ValueError for an address that others reach where there are no keys."""
-    if not read_keys(settings.keys_file) and not is_loopback(host):
+    """Raise ValueError for an address that others reach, or web pages of any site, where there are no keys."""
+    keys = read_keys(settings.keys_file)
+    ApiKeys(keys, settings.cors_origins)
+    if not keys and not is_loopback(host):
         raise ValueError(
             f"--host {host}: whoever reaches this machine could draw; set {VARIABLE} or keys_file, or listen on 127.0.0.1"
         )
@@ -144,7 +146,8 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         except RuntimeError as error:
             raise ValueError(_reason(str(error) + _messages(serve.status()))) from None
         stop = _until_stopped()
-        with running_server(api_over(generator, settings), listener, stop, settings.replica.drain_s):
+        bounds = default_bounds(settings.limits.connections, settings.limits.connections_per_address)
+        with running_server(api_over(generator, settings), listener, stop, settings.replica.drain_s, bounds):
             print(f"ready: http://{host}:{port}/", flush=True)
             stop.wait()
             print("stopping: requests that are here are finished", flush=True)

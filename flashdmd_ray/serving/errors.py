@@ -14,7 +14,7 @@ INVALID, LIMITED, FAILED = "invalid_request_error", "rate_limit_error", "server_
 ERRORS: Mapping[int, str] = {
     400: "The request is malformed, or asks for something the model has no use for; `param` names the field.",
     401: "No API key, or one that is not known.",
-    403: "The service has no keys and so answers loopback clients only.",
+    403: "The service has no keys and so answers clients of this machine only, and no page of another site.",
     404: "No such model, or no such page.",
     405: "The page exists, but not for this method.",
     408: "The body did not arrive in time.",

@@ -51,8 +51,8 @@ class ImageRequest(BaseModel):
     """Images; image i is the one of `seed + i`."""
     size: str | None = "auto"
     """WIDTHxHEIGHT in pixels; auto is the size the model was trained at."""
-    seed: Annotated[int, Field(strict=True, ge=0, lt=SEEDS), Whole] | None = None
-    """Same model version, prompt, size, steps and seed: same bytes. null takes a random one; the response says which."""
+    seed: Annotated[int, Field(strict=True, ge=-1, lt=SEEDS), Whole] | None = None
+    """Same model version, prompt, size, steps and seed: same bytes. null and -1 take a random one; the response says which."""
     num_inference_steps: Annotated[int, Field(strict=True, ge=1), Whole] | None = None
     """Denoising steps; null is what the model was trained for."""
     response_format: Literal["b64_json"] | None = "b64_json"
@@ -88,6 +88,25 @@ HINTS = {
     "background": "images have no transparency; leave it out",
 }
 
+OTHER_NAMES = {
+    "num_inference_steps": ("steps", "num_steps", "inference_steps", "sampling_steps", "sample_steps"),
+    "guidance_scale": ("cfg_scale", "cfg", "guidance", "text_guidance_scale"),
+    "size": ("width", "height", "image_size", "resolution", "aspect_ratio"),
+    "n": ("num_images", "num_images_per_prompt", "num_outputs", "batch_size", "batch_count", "n_iter", "samples"),
+    "seed": ("random_seed", "manual_seed", "noise_seed"),
+    "negative_prompt": ("negative", "uc"),
+    "prompt": ("input", "inputs", "text", "positive_prompt", "text_prompts"),
+    "model": ("model_id", "model_name", "sd_model_checkpoint", "override_settings"),
+    "output_format": ("format", "image_format"),
+}
+"""Name here -> names of the same field in other image APIs (diffusers, Stable Diffusion WebUI, Stability, Replicate)."""
+NO_SUCH_THING = {
+    "one sampler belongs to each model": ("sampler", "sampler_name", "sampler_index", "scheduler"),
+    "images are made from text alone": ("image", "init_image", "init_images", "mask", "strength", "denoising_strength"),
+    "its fields belong in the body itself": ("extra_body", "parameters", "options", "extra"),
+}
+"""Reason -> names of fields of other image APIs that have nothing to mean here."""
+
 
 def parse_request(tree: Mapping[str, Any], limits: LimitSettings) -> ImageRequest:
     """Check the fields of a body. Raises ApiError (400) with the first field that is wrong as its `param`."""
@@ -103,18 +122,27 @@ def parse_request(tree: Mapping[str, Any], limits: LimitSettings) -> ImageReques
 
 
 def _explain(error: ValidationError) -> ApiError:
-    unknown_first = sorted(
-        error.errors(), key=lambda detail: detail["type"] != "extra_forbidden"
-    )  # a typo explains more
-    detail = unknown_first[0]
+    # An unknown name explains more than a missing or wrong value.
+    detail = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     field = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         shown = field if len(field) <= 100 else field[:100] + "..."
-        message = f"Unknown parameter: '{shown}'{suggestion(field[:100], list(ImageRequest.model_fields))}"
-        return ApiError(400, message, "unknown_parameter", shown)
+        return ApiError(400, f"Unknown parameter: '{shown}'{_hint(field[:100])}", "unknown_parameter", shown)
     if detail["type"] == "missing":
         return ApiError(400, f"Missing required parameter: '{field}'.", "missing_required_parameter", field)
     return invalid(field, HINTS.get(field, detail["msg"][0].lower() + detail["msg"][1:]))
+
+
+def _hint(name: str) -> str:
+    """Say how an unknown field is called here, or why there is none."""
+    for ours, others in OTHER_NAMES.items():
+        if name.lower() in others:
+            written = "'size': \"WIDTHxHEIGHT\"" if ours == "size" else f"'{ours}'"
+            return f", which is {written} here"
+    for reason, others in NO_SUCH_THING.items():
+        if name.lower() in others:
+            return f": {reason}; leave it out"
+    return suggestion(name, list(ImageRequest.model_fields))
 
 
 def invalid(field: str, reason: str) -> ApiError:
@@ -123,9 +151,14 @@ def invalid(field: str, reason: str) -> ApiError:
 
 
 def make_job(
-    request: ImageRequest, model: ModelInfo, limits: LimitSettings, timeout_s: float, random: Callable[[], int]
+    request: ImageRequest,
+    model: ModelInfo,
+    client: str,
+    limits: LimitSettings,
+    timeout_s: float,
+    random: Callable[[], int],
 ) -> ImageJob:
-    """Make the job of a request. random() -> a seed, where it has none. Raises ApiError (400) for what `model` cannot do."""
+    """Make the job of a client's request. random() -> a seed, where it has none. Raises ApiError (400) for what `model` cannot do."""
     size = model.sizes[0] if request.size in (None, "auto") else parse_size(str(request.size))
     if size not in model.sizes:
         raise invalid("size", f"{model.name} draws {', '.join(map(size_text, model.sizes))}")
@@ -143,10 +176,15 @@ def make_job(
     image_format = request.output_format or "png"
     if image_format == "png" and request.output_compression not in (None, 100):
         raise invalid("output_compression", "png has no loss; use webp or jpeg, or leave it out")
-    first = random() if request.seed is None else request.seed
+    first = random() if request.seed in (None, -1) else request.seed
     seeds = tuple((first + i) % SEEDS for i in range(count))
     quality = QUALITY if request.output_compression is None else request.output_compression
-    return ImageJob(model.name, request.prompt, seeds, steps, size, image_format, quality, timeout_s)
+    return ImageJob(client, model.name, request.prompt, seeds, steps, size, image_format, quality, timeout_s)
+
+
+def cost(job: ImageJob, model: ModelInfo) -> float:
+    """Return how many images a job counts as: by forwards, in images of a student in its trained number of steps."""
+    return len(job.seeds) * job.steps * model.cost_per_step
 
 
 def random_seed() -> int:

@@ -98,10 +98,9 @@ class LoadedModels:
             self._serve(name, slot, slot.cache.fetch(source, self._settings.fetch_s))
             slot.refused = None
         except Exception as error:  # whatever is wrong with a new version, the old one goes on
-            reason = one_line(error, 600) if isinstance(error, ValueError) else type(error).__name__
-            reason = slot.cache.name_source(reason)
+            defect = not isinstance(error, ValueError | OSError)  # an OSError is a full or broken disk
+            reason = slot.cache.name_source(type(error).__name__ if defect else one_line(error, 600))
             if slot.refused is None or slot.refused.reason != reason:
-                defect = not isinstance(error, ValueError)
                 log.warning("model %s: its new version is refused: %s", name, reason, exc_info=defect)
             slot.refused = _Refusal(signature, reason, time.monotonic())
 
@@ -113,7 +112,10 @@ class LoadedModels:
         version = self._loader.load(name, cached.folder)
         self._warm_up(version)
         slot.version, slot.signature = version, cached.signature
-        slot.cache.mark_served(cached, self._settings.fetch_s)
+        try:
+            slot.cache.mark_served(cached, self._settings.fetch_s)
+        except (OSError, ValueError) as error:  # it is served all the same
+            log.warning("model %s: the cache does not remember its version: %s", name, one_line(error))
         log.info("model %s: version %s is served, ready after %.1f s", name, version.version, time.monotonic() - began)
 
     def _fall_back(self, name: str, slot: _Slot) -> None:

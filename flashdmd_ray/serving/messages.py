@@ -17,9 +17,10 @@ SEEDS = 2**63
 class ImageJob:
     """One checked request: images of one prompt, one for each seed.
 
-    timeout_s: seconds after which nobody waits for the result.
+    client: name of who asks, for fair turns. timeout_s: seconds after which nobody waits for the result.
     """
 
+    client: str
     model: str
     prompt: str
     seeds: tuple[int, ...]
@@ -53,6 +54,7 @@ class Rejection:
     message: str
     code: str
     param: str | None = None
+    retry_after_s: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class ModelInfo:
     sizes: tuple[Size, ...]
     guidance_scale: float | None
     """None: the model takes no guidance."""
+    cost_per_step: float
+    """Forwards of one step of an image, as a share of those of a student's image in its trained number of steps."""
     aliases: tuple[str, ...] = ()
     refused: str | None = None
     """Reason why a newer version of its source is not served; None when there is no such version."""

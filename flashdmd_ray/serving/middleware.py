@@ -58,9 +58,7 @@ class RequestScope:
         response = _Response(send, state.request_id)
         try:
             if not _is_open(scope["path"]):
-                state.client = self._api_keys.identify(
-                    headers.get("authorization"), (scope.get("client") or (None,))[0]
-                )
+                state.client = self._api_keys.identify(headers, (scope.get("client") or (None,))[0])
             await self._app(scope, receive, response.send)
         except ApiError as error:
             await error.response()(scope, receive, response.send)

@@ -118,6 +118,7 @@ class ModelLoader:
             base=str(facts["base"]),
             steps=sampler.step_counts if isinstance(sampler, StudentSampler) else (settings.teacher_steps,),
             sizes=offered_sizes(sampler.family, settings.limits.pixels),
+            cost_per_step=sampler.forwards_per_step / len(facts["timesteps"]),
             guidance_scale=sampler.guidance_scale if isinstance(sampler, TeacherSampler) else None,
             aliases=tuple(alias for alias, target in settings.aliases.items() if target == model),
         )

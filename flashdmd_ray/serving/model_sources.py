@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flashdmd_ray.results.export_facts import FACTS
 from flashdmd_ray.run.folder import RunDirectory, read_run_config
-from flashdmd_ray.run.messages import typed_line
+from flashdmd_ray.run.messages import one_line, typed_line
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
@@ -44,8 +44,9 @@ class ExportFolder(ModelSource):
         try:
             shutil.copytree(self._folder, into, dirs_exist_ok=True)
         except (OSError, shutil.Error) as error:
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error  # the first of its errors
             raise ValueError(
-                f"{self._folder} changed or went away while it was copied ({type(error).__name__})"
+                f"{self._folder} could not be copied ({one_line(reason)}); it changed or went away, or the cache has no room"
             ) from None
 
 

@@ -22,13 +22,13 @@ class RateLimit:
         self._clock = clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # name -> tokens, when they were counted
 
-    def take(self, name: str, images: int) -> None:
+    def take(self, name: str, images: float) -> None:
         """Take `images` from a name's bucket. Raises ApiError (429, with the seconds to wait) when it holds too few."""
         now = self._clock()
         tokens, counted = self._buckets.pop(name, (self._burst, now))
         tokens = min(self._burst, tokens + (now - counted) * self._rate)
         # More than the burst has to wait for a full bucket, which it then overdraws. Sums of floats may fall just short.
-        needed = min(float(images), self._burst) - 1e-9
+        needed = min(images, self._burst) - 1e-9
         enough = tokens >= needed
         self._buckets[name] = (tokens - images if enough else tokens, now)
         while len(self._buckets) > MAX_NAMES:

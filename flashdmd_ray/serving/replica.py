@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -44,7 +45,9 @@ class GeneratorReplica:
         if isinstance(prepared, Rejection):
             return prepared
         version, sampling = prepared
-        self._thread.add(sampling)
+        expected_s = self._thread.add(sampling, job.timeout_s)
+        if expected_s is not None:
+            return _too_late(expected_s, job.timeout_s)
         try:
             pixels = await asyncio.wait_for(asyncio.wrap_future(sampling.future), job.timeout_s)
         except TimeoutError:
@@ -78,7 +81,7 @@ class GeneratorReplica:
                 return Rejection(
                     400, f"Invalid '{param}': {info.name} has another version now.", "invalid_value", param
                 )
-        return version, SamplingJob(version.samplers[job.model], job.prompt, job.seeds, job.steps, job.size)
+        return version, SamplingJob(version.samplers[job.model], job.prompt, job.seeds, job.steps, job.size, job.client)
 
     def _encode(self, job: ImageJob, pixels: Tensor) -> list[bytes] | Rejection:
         images = [to_pil(image) for image in pixels]
@@ -87,6 +90,14 @@ class GeneratorReplica:
             if (reason := self._check(image)) is not None:
                 return Rejection(400, f"An image was withheld: {reason}", "content_policy_violation", "prompt")
         return [encode_image(image, job.image_format, job.quality) for image in images]
+
+
+def _too_late(expected_s: float, timeout_s: float) -> Rejection:
+    message = (
+        f"At the present pace this would take about {expected_s:.0f} s, more than the {timeout_s:.0f} s until its deadline; "
+        "ask for fewer images or steps, or try again later."
+    )
+    return Rejection(429, message, "queue_full", retry_after_s=min(60, math.ceil(expected_s - timeout_s)))
 
 
 def load_hook(path: str | None) -> Any:

@@ -43,9 +43,9 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def parse_object(body: bytes) -> Mapping[str, Any]:
-    """Parse strict JSON: UTF-8, no NaN or Infinity. Raises ApiError (400) when it is no object."""
+    """Parse strict JSON: UTF-8, with or without a byte order mark, no NaN or Infinity. Raises ApiError (400) when it is no object."""
     try:
-        tree = json.loads(body.decode(), parse_constant=_refuse_constant)
+        tree = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise ApiError(400, "The body is not valid JSON.", "invalid_json") from None
     if not isinstance(tree, dict):

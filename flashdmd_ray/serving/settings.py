@@ -22,6 +22,7 @@ from flashdmd_ray.config import (
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TEACHER = ":teacher"
 """Suffix of a student's name that makes the name of its teacher."""
+ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 HOOK = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -32,16 +33,23 @@ class LimitSettings(Section):
     """Bytes of a request's body; more is answered with 413."""
     body_seconds: PositiveFloat = 10.0
     """Seconds for a request's body to arrive; later is answered with 408."""
+    connections: PositiveInt | None = None
+    """Open connections of jobs/serve.py; null is a third of the process's file descriptors (`ulimit -n`), 4,096 at most."""
+    connections_per_address: PositiveInt | None = None
+    """Open connections of one client address; null is half of all. Behind a proxy all clients have the proxy's address."""
     prompt_characters: PositiveInt = 1000
     """Characters of a prompt. Text encoders read about 75 tokens, however long it is."""
     images: Annotated[int, Field(strict=True, ge=1, le=10)] = 10
     """Images of one request (`n`)."""
     pixels: PositiveInt = 16 * 1024 * 1024
     """Pixels of all images of one request together: bounds `n` for large models."""
+    teacher_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of `queue` that requests to teachers may have; at least one place. An image of theirs takes many times the forwards."""
     images_per_minute: PositiveFloat | None = None
     """Images per minute for each key (without keys: each client address), in the long run; null is no limit.
 
-    Counted by each ingress replica alone."""
+    Counted by forwards, in images of a student in its trained number of steps: a teacher's image counts as many. Each ingress replica
+    counts alone."""
     burst: PositiveInt = 60
     """Images that a key may ask for at once after a pause, with `images_per_minute`."""
 
@@ -107,6 +115,8 @@ class ServeSettings(Section):
     """File with one API key per line ('#' begins a comment), beside those of FLASHDMD_API_KEYS.
 
     Without any key only loopback clients are served."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may call the API from browsers, by origin such as https://studio.example; "*" is any, and needs API keys."""
     prompt_filter: str | None = None
     """Filter `module:function` that is called with each prompt and returns None, or why it is refused. None is shipped."""
     image_checker: str | None = None
@@ -131,6 +141,16 @@ class ServeSettings(Section):
             if not MODEL_NAME.fullmatch(alias):
                 raise ValueError(f"'{alias}' must be up to 64 letters, digits, '.', '_' or '-'")
         return aliases
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _plain_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"'{origin}' must be an origin such as https://studio.example:8443, without a path, or '*'"
+                )
+        return origins
 
     @field_validator("prompt_filter", "image_checker")
     @classmethod

@@ -73,6 +73,13 @@ class StepSampler(ABC):
         """Whether a prompt's embedding was measured to have the same bits at any place of an encoder's group."""
         self.batch_sizes: dict[Size, tuple[int, ...]] = {}
         """By image size, the batch sizes that give a sample the same bits (`batch_invariance.invariant_sizes`), ascending."""
+        self.step_s: dict[Size, float] = {}
+        """By image size, the measured seconds of one step of one sample in a large batch."""
+
+    @property
+    def forwards_per_step(self) -> int:
+        """Forwards of the network for one step of a sample."""
+        return 1
 
     @abstractmethod
     def timesteps(self, steps: int) -> tuple[int, ...]:
@@ -189,6 +196,10 @@ class TeacherSampler(StepSampler):
     def __init__(self, family: Family, network: Denoiser, guidance_scale: float) -> None:
         super().__init__(family, network)
         self.guidance_scale = guidance_scale
+
+    @property
+    def forwards_per_step(self) -> int:
+        return 1 if self.guidance_scale == 1 else 2
 
     def timesteps(self, steps: int) -> tuple[int, ...]:
         return trailing_timesteps(steps, self.schedule.num_timesteps)

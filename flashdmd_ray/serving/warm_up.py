@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -20,29 +21,37 @@ class WarmUp:
     def __init__(self, max_batch: int) -> None:
         """max_batch: samples in one forward."""
         self._max_batch = max_batch
-        self._measured: dict[Any, tuple[int, ...]] = {}
+        self._measured: dict[Any, tuple[tuple[int, ...], float]] = {}
 
     def __call__(self, version: ModelVersion) -> None:
         """Generate with every sampler of `version`. Raises ValueError when one cannot, or when its latents are not finite."""
         for name, sampler in version.samplers.items():
             sampler.encodes_groups = _encodes_groups(sampler)
             for size in version.infos[name].sizes:
-                sampler.batch_sizes[size] = self._batch_sizes(sampler, size)
+                sampler.batch_sizes[size], sampler.step_s[size] = self._measure(sampler, size)
             _generate(name, sampler, sampler.step_counts[0] if isinstance(sampler, StudentSampler) else 2)
 
-    def _batch_sizes(self, sampler: StepSampler, size: Size) -> tuple[int, ...]:
+    def _measure(self, sampler: StepSampler, size: Size) -> tuple[tuple[int, ...], float]:
+        """Measure the batch-invariant sizes, and the seconds of a step of one sample in the batch where it takes least."""
         modules = {"network": sampler.network.network, "vae": sampler.family.vae}
         key = (type(sampler), size, sampler.family.device, shapes_of(modules))
         if key not in self._measured:
-            self._measured[key] = invariant_sizes(lambda count: _bits(sampler, size, count), self._max_batch)
+            seconds: list[float] = []
+            sizes = invariant_sizes(lambda count: _bits(sampler, size, count, seconds), self._max_batch)
+            self._measured[key] = (sizes, min(seconds))
         return self._measured[key]
 
 
-def _bits(sampler: StepSampler, size: Size, count: int) -> bytes | None:
-    """Bits of one sample after one step in a batch of `count`; None when they differ between its first and last place."""
+def _bits(sampler: StepSampler, size: Size, count: int, seconds: list[float]) -> bytes | None:
+    """Return the bits of one sample after one step in a batch of `count`; None when they differ between its first and last place.
+
+    Appends the seconds of the step for each sample to `seconds`.
+    """
     seeds = [SEED, *range(count - 2), SEED][:count]
     samples = [sampler.begin(PROMPT, seed, 1, size) for seed in seeds]
+    began = time.perf_counter()
     latents = sampler.step(samples)
+    seconds.append((time.perf_counter() - began) / count)
     done = [Sample(s.conditioning, s.generator, s.timesteps, row, 1) for s, row in zip(samples, latents, strict=True)]
     images = sampler.pixels(done)
     same = torch.equal(latents[0], latents[-1]) and torch.equal(images[0], images[-1])

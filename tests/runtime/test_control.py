@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
+import socket
 import stat
 import threading
 import urllib.error
@@ -16,7 +19,7 @@ import pytest
 from flashdmd_ray.commands.scale import scale_command
 from flashdmd_ray.config import ControlConfig
 from flashdmd_ray.run.folder import CONTROL
-from flashdmd_ray.runtime.control import open_control
+from flashdmd_ray.runtime.control import CONNECTIONS, open_control
 from flashdmd_ray.runtime.usage import PoolState
 
 
@@ -90,6 +93,7 @@ def test_pools_are_shown_and_resized(run: Path, pools: dict[str, Sized], capsys:
         (b'{"rollout": 99999999999}', 422, "whole numbers of workers"),
         (b"[1]", 422, "whole numbers of workers"),
         (b"{", 422, "whole numbers of workers"),
+        (b'{"rollout": ' + b"[" * 15_000, 400, "the body is not valid JSON"),
         (b"{" + b" " * 20_000, 413, "at most 16384 bytes"),
     ],
 )
@@ -111,6 +115,23 @@ def test_nobody_gets_in_without_the_token(run: Path, pools: dict[str, Sized], to
     assert pools["rollout"].size == 1
     assert call(run, "GET", "/openapi.json")[0] == 404
     assert call(run, "DELETE", "/pools")[0] == 405
+
+
+def test_a_stranger_takes_neither_connections_nor_memory_of_the_job(run: Path) -> None:
+    address = ("127.0.0.1", int(json.loads((run / CONTROL).read_text())["url"].rpartition(":")[2]))
+    call(run, "GET", "/pools")  # it is up
+    with contextlib.ExitStack() as ends:
+        strangers = [ends.enter_context(socket.create_connection(address, timeout=60)) for _ in range(40)]
+        answers: list[bytes] = []
+        while answers.count(b"HTTP/1.1 503 ") < len(strangers) - CONNECTIONS:
+            readable = select.select(strangers, [], [], 60)[0]
+            assert readable, "further connections are kept"
+            answers += [stranger.recv(13) for stranger in readable]
+    with socket.create_connection(address, timeout=60) as stranger:
+        with contextlib.suppress(ConnectionError):
+            stranger.sendall(b"GET /pools HTTP/1.1\r\nX: " + b"y" * 2**20)
+        assert stranger.recv(100).startswith(b"HTTP/1.1 431 ")
+    assert call(run, "GET", "/pools")[0] == 200
 
 
 def test_only_the_owner_can_read_the_token_and_it_is_gone_afterwards(pools: dict[str, Sized], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.serving.exports import export_demo
 PROMPT = "a red 4 on a gray background"
 KEY = "a-key-that-is-long-enough"
 GENERATE = "/v1/images/generations"
+LOCAL = "http://localhost:8000"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def generator(settings):
 
 @pytest.fixture(scope="module")
 def client(settings, generator):
-    return TestClient(build_api(settings, generator, ()), client=("127.0.0.1", 5000))
+    return TestClient(build_api(settings, generator, ()), client=("127.0.0.1", 5000), base_url=LOCAL)
 
 
 def post(client, **body):
@@ -85,7 +86,10 @@ def test_without_a_seed_the_response_says_which(client):
     first = post(client)
     (drawn,) = pictures(first)
     assert pictures(post(client, seed=first.json()["data"][0]["seed"])) == [drawn]
-    assert pictures(post(client)) != [drawn]
+    for random in (None, -1):
+        response = post(client, seed=random)
+        assert response.json()["data"][0]["seed"] >= 0
+        assert pictures(response) != [drawn]
 
 
 @pytest.mark.parametrize(("output_format", "magic"), [("png", b"\x89PNG"), ("webp", b"RIFF"), ("jpeg", b"\xff\xd8")])
@@ -127,7 +131,7 @@ def test_an_alias_is_the_model(client):
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": True}, "n", "integer"),
         ({"n": "2"}, "n", "integer"),
-        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"seed": -2}, "seed", "greater than or equal to -1"),
         ({"seed": 2**63}, "seed", "less than"),
         ({"seed": 1.5}, "seed", "integer"),
         ({"prompt": ""}, "prompt", "at least 1 character"),
@@ -138,6 +142,13 @@ def test_an_alias_is_the_model(client):
         ({"stream": True}, "stream", "all at once"),
         ({"stream": 0}, "stream", "all at once"),
         ({"num_inference_step": 4}, "num_inference_step", "did you mean 'num_inference_steps'?"),
+        ({"steps": 4}, "steps", "which is 'num_inference_steps' here"),
+        ({"num_steps": 4}, "num_steps", "which is 'num_inference_steps' here"),
+        ({"cfg_scale": 1}, "cfg_scale", "which is 'guidance_scale' here"),
+        ({"width": 24, "height": 24}, "width", "which is 'size': \"WIDTHxHEIGHT\" here"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt", "which is 'n' here"),
+        ({"sampler_name": "Euler a"}, "sampler_name", "one sampler belongs to each model"),
+        ({"extra_body": {"seed": 1}}, "extra_body", "its fields belong in the body itself"),
     ],
 )
 def test_refusals_name_the_parameter(client, body, param, said):
@@ -169,6 +180,12 @@ def test_bodies_that_are_no_request(client, content, status):
     response = client.post(GENERATE, content=content, headers={"content-type": "application/json"})
     assert response.status_code == status
     assert error(response)["type"] == "invalid_request_error"
+
+
+def test_a_byte_order_mark_is_no_fault(client):
+    """Windows' editors and shells write one."""
+    body = b"\xef\xbb\xbf" + json.dumps({"prompt": PROMPT, "seed": 1, "num_inference_steps": 1}).encode()
+    assert len(pictures(client.post(GENERATE, content=body, headers={"content-type": "application/json"}))) == 1
 
 
 @pytest.mark.parametrize("prompt", ["\U0001f600" * 20, "\x00\x07\x1b[31m", "‮", " ", "x" * 1000])
@@ -211,18 +228,70 @@ def test_keys_and_request_ids(settings, generator):
 
 
 def test_without_keys_only_this_machine_is_served(settings, generator):
-    client = TestClient(build_api(settings, generator, ()), client=("192.0.2.1", 5000))
+    client = TestClient(build_api(settings, generator, ()), client=("192.0.2.1", 5000), base_url=LOCAL)
     response = client.get("/v1/models")
     assert (response.status_code, error(response)["code"]) == (403, "no_keys_configured")
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "192.0.2.1", "localhost.evil.example", ""])
+def test_without_keys_other_names_of_this_machine_are_not_answered(settings, generator, host):
+    """A page whose name was made to lead to this machine (DNS rebinding) says that name."""
+    client = TestClient(build_api(settings, generator, ()), client=("127.0.0.1", 5000), base_url=LOCAL)
+    for path in ("/v1/models", "/metrics"):
+        response = client.get(path, headers={"host": host})
+        assert (response.status_code, error(response)["code"]) == (403, "host_not_allowed")
+    assert client.get("/healthz", headers={"host": host}).status_code == 200
+    with_keys = TestClient(build_api(settings, generator, (KEY,)))
+    headers = {"host": host, "authorization": f"Bearer {KEY}"}
+    assert with_keys.get("/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST", "127.0.0.2:1"])
+def test_without_keys_this_machine_is_answered(settings, generator, host):
+    client = TestClient(build_api(settings, generator, ()), client=("127.0.0.1", 5000), base_url=LOCAL)
+    for origin in ({}, {"origin": f"http://{host}"}):
+        assert client.get("/v1/models", headers={"host": host} | origin).status_code == 200
+    for origin in ("http://evil.example", "null", "http://localhost:9999"):
+        response = client.get("/v1/models", headers={"host": host, "origin": origin})
+        assert (response.status_code, error(response)["code"]) == (403, "origin_not_allowed")
+
+
+@pytest.mark.parametrize("keys", [(), (KEY,)])
+def test_pages_of_named_origins_may_call_the_api(settings, generator, keys):
+    ours, theirs = "https://studio.example", "https://evil.example"
+    client = another(settings, generator, keys, cors_origins=[ours])
+    headers = {"authorization": f"Bearer {KEY}"} if keys else {}
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    for origin, allowed in ((ours, ours), (theirs, None)):
+        preflight = client.options(GENERATE, headers={"origin": origin} | asks)
+        assert (preflight.status_code == 200) == (allowed is not None)
+        response = client.get("/v1/models", headers=headers | {"origin": origin})
+        assert preflight.headers.get("access-control-allow-origin") == allowed
+        assert response.headers.get("access-control-allow-origin") == allowed
+        assert response.status_code == (200 if allowed or keys else 403)
+    refused = client.post(GENERATE, json={}, headers=headers | {"origin": ours})
+    assert refused.headers["access-control-allow-origin"] == ours, "a page could not read its error"
+    assert "access-control-allow-origin" not in another(settings, generator, keys).get("/healthz").headers
 
 
 def another(settings, generator, keys=(), prompt_filter=None, **changes):
     """A client of the same generator under other settings."""
     changed = parse_settings(settings.model_dump(mode="json") | changes)
-    return TestClient(build_api(changed, generator, keys, prompt_filter), client=("127.0.0.1", 5000))
+    return TestClient(build_api(changed, generator, keys, prompt_filter), client=("127.0.0.1", 5000), base_url=LOCAL)
 
 
-def test_a_deadline_is_answered_and_ends_the_drawing(settings, generator):
+def test_what_cannot_be_done_in_time_is_refused_at_once(settings, generator):
+    """By the measured pace of the teacher, whose image is many times the work of a student's."""
+    response = post(another(settings, generator, deadline_s=0.001), model="demo:teacher", n=10)
+    assert (response.status_code, error(response)["code"]) == (429, "queue_full")
+    assert 0 < int(response.headers["retry-after"]) <= 60
+    assert "ask for fewer images" in error(response)["message"]
+    assert generator.load == 0
+
+
+def test_a_deadline_is_answered_and_ends_the_drawing(settings, generator, monkeypatch):
+    version, _ = generator._models.find("demo:teacher")
+    monkeypatch.setattr(version.samplers["demo:teacher"], "step_s", {})  # as fast as one may hope
     response = post(another(settings, generator, deadline_s=0.02), model="demo:teacher", n=10)
     assert (response.status_code, error(response)["code"]) == (504, "deadline_exceeded")
     assert error(response)["type"] == "server_error"
@@ -247,6 +316,14 @@ def test_images_per_minute_are_limited_by_key(settings, generator):
     assert [answer.status_code for answer in answers] == [200, 429, 200]
     assert error(answers[1])["code"] == "rate_limit_exceeded"
     assert 0 < int(answers[1].headers["retry-after"]) <= 60
+    teacher = {"prompt": PROMPT, "model": "demo:teacher"}  # 3 steps of two forwards: 1.5 times a student's four
+    limited = another(settings, generator, limits={"images_per_minute": 1, "burst": 2})
+    answers = [limited.post(GENERATE, json=body) for body in (teacher, {"prompt": PROMPT})]
+    assert [answer.status_code for answer in answers] == [200, 429]
+    local = another(settings, generator, limits={"images_per_minute": 1, "burst": 2})
+    forwarded = [{"x-forwarded-for": address} for address in ("127.0.0.9", "127.0.0.10", "localhost", "::1")]
+    statuses = [local.post(GENERATE, json={"prompt": PROMPT}, headers=headers).status_code for headers in forwarded]
+    assert statuses == [200, 200, 429, 429], "a header makes nobody another client"
 
 
 def test_limits_of_pixels_and_characters(settings, generator):

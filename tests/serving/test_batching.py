@@ -1,10 +1,13 @@
 """The drawing thread: who shares forwards, who goes first, and when it stops."""
 
+import collections
 import copy
 import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,6 +15,7 @@ from flashdmd_ray.demo import weights_path
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.serving.batch_invariance import filled_size, invariant_sizes, make_batch_invariant
 from flashdmd_ray.serving.batching import SamplingJob, SamplingThread
+from flashdmd_ray.serving.fair_turns import FairTurns
 from flashdmd_ray.serving.messages import ModelInfo
 from flashdmd_ray.serving.model_loading import ModelVersion
 from flashdmd_ray.serving.step_sampler import StudentSampler, TeacherSampler
@@ -65,8 +69,8 @@ def thread():
     assert not thread.alive
 
 
-def job(sampler, steps=2, seeds=(0,), size=SIZE):
-    return SamplingJob(sampler, "a red 4", seeds, steps, size)
+def job(sampler, steps=2, seeds=(0,), size=SIZE, client=""):
+    return SamplingJob(sampler, "a red 4", seeds, steps, size, client)
 
 
 def test_a_late_job_joins_at_the_next_step(thread, sampler):
@@ -96,6 +100,67 @@ def test_those_who_came_first_go_first(thread, sampler):
     results = [one.future.result(WAIT_S) for one in jobs]
     assert [len(result) for result in results] == [2, 2, 1]
     assert [len(forward) for forward in sampler.forwards] in ([1, 3, 2], [1, 2, 3])
+
+
+def test_a_client_that_asks_for_much_does_not_keep_others_waiting(thread, sampler):
+    """Its third job goes after the first one of another client, though it came before."""
+    much = [job(sampler, steps=1, seeds=(0, 1, 2), client="a") for _ in range(3)]
+    little = job(sampler, steps=1, client="b")
+    thread.add(much[0])
+    assert sampler.reached.acquire(timeout=WAIT_S)
+    for one in [*much[1:], little]:
+        thread.add(one)
+    sampler.may_go.release()
+    sampler.go()
+    sampler.go()
+    assert little.future.result(WAIT_S).shape == (1, 24, 24, 3)
+    assert not much[2].future.done()
+    sampler.may_go.release(3)
+    assert all(len(one.future.result(WAIT_S)) == 3 for one in much)
+
+
+def test_a_job_that_would_be_late_is_not_taken(thread, sampler):
+    """Counted in steps of all that is waiting, shared with other clients."""
+    sampler.step_s[SIZE] = 1.0
+    assert thread.add(job(sampler, steps=4, seeds=(0, 1), client="a"), timeout_s=7.9) == 8.0
+    first = job(sampler, steps=4, seeds=(0, 1), client="a")
+    assert thread.add(first, timeout_s=8.0) is None
+    assert thread.add(job(sampler, steps=2, client="a"), timeout_s=19.0) == 20.0, "half is left to others"
+    assert thread.add(job(sampler, steps=2, client="b"), timeout_s=3.9) == 4.0, "of two clients each gets half"
+    assert thread.load == 1
+    first.future.cancel()
+    sampler.may_go.release()
+
+
+Turn = collections.namedtuple("Turn", "client model number")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xy")), min_size=2, max_size=12))
+def test_clients_and_their_models_share_the_seconds(waiting):
+    """While all of them have jobs, nobody is a whole turn ahead: no client, and no model of a client."""
+    turns, jobs = FairTurns(), [Turn(client, model, number) for number, (client, model) in enumerate(waiting)]
+    had = collections.Counter()
+    for _ in range(60):
+        job = turns.first(jobs)
+        assert job == next(one for one in jobs if one[:2] == job[:2]), "the oldest goes first"
+        turns.charge(job, 1.0)
+        had[job.client] += 1
+        had[job.client, job.model] += 1
+        assert turns.arrange(jobs, job)[0] == job
+    for kind in ({one.client for one in jobs}, *({(c, m) for c, m, _ in jobs if c == client} for client in "abc")):
+        seconds = [had[key] for key in kind]
+        assert max(seconds, default=0) - min(seconds, default=0) <= 1
+
+
+def test_who_comes_anew_neither_waits_for_its_past_nor_is_preferred_for_its_absence():
+    turns, a, b = FairTurns(), Turn("a", "x", 0), Turn("b", "x", 1)
+    for _ in range(10):
+        turns.charge(turns.first([a]), 1.0)
+    order = []
+    for _ in range(4):
+        order.append(turns.first([a, b]).client)
+        turns.charge(Turn(order[-1], "x", 2), 1.0)
+    assert order == ["a", "b", "a", "b"]
 
 
 def test_an_abandoned_job_ends_before_the_next_step(thread, sampler):
@@ -212,7 +277,7 @@ def test_a_copy_with_other_weights_convolves_with_its_own():
 
 
 def info(*sizes):
-    return ModelInfo("demo", "0", 0, "student", "", (4, 2, 1), sizes, None)
+    return ModelInfo("demo", "0", 0, "student", "", (4, 2, 1), sizes, None, 0.25)
 
 
 def test_the_largest_agreeing_set_of_sizes_is_used():

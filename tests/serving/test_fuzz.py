@@ -10,8 +10,8 @@ import pytest
 
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.results.export import export_pipeline
+from flashdmd_ray.run.http_server import listen_on, running_server
 from flashdmd_ray.serving.api import build_api
-from flashdmd_ray.serving.http_server import listen_on, running_server
 from flashdmd_ray.serving.replica import GeneratorReplica
 from flashdmd_ray.serving.settings import parse_settings
 from tests.serving.exports import FACTS

@@ -18,9 +18,9 @@ import ray
 import requests
 from ray import serve
 
+from flashdmd_ray.run.http_server import listen_on, running_server
 from flashdmd_ray.serving import generator_client
 from flashdmd_ray.serving.app import api_over, build_app
-from flashdmd_ray.serving.http_server import listen_on, running_server
 from flashdmd_ray.serving.settings import parse_settings
 from tests.serving.exports import export_demo, export_demo_lora
 
@@ -250,6 +250,22 @@ def test_metrics_count_what_was_asked(service):
     assert 'flashdmd_requests_total{route="/v1/images/generations",status="200"}' in text
     version = service.model()["version"]
     assert f'flashdmd_model_loaded{{model="demo",version="{version}"}} 1.0' in text
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}])
+def test_a_page_of_another_site_is_not_answered(service, headers):
+    response = requests.get(f"{service.url}/v1/models", headers=headers, timeout=30)
+    assert response.status_code == 403
+    assert response.json()["error"]["code"] == f"{next(iter(headers)).lower()}_not_allowed"
+
+
+def test_what_clients_send(service):
+    """A byte order mark, a random seed by -1, and a name from another API."""
+    url, headers = f"{service.url}/v1/images/generations", {"Content-Type": "application/json"}
+    for body, status in (({"seed": -1, "num_inference_steps": 1}, 200), ({"steps": 1}, 400)):
+        text = json.dumps({"prompt": PROMPT, **body}).encode("utf-8-sig")
+        response = requests.post(url, data=text, headers=headers, timeout=60)
+        assert response.status_code == status, response.text
 
 
 def test_bodies_over_the_wire(service):

@@ -1,5 +1,6 @@
 """Settings, keys and limits of the service."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashdmd_ray.serving.admission import Admission
 from flashdmd_ray.serving.api_keys import HIDES_CLIENTS, VARIABLE, ApiKeys, is_loopback, read_keys
 from flashdmd_ray.serving.command import check_address, name_source, settings_tree
 from flashdmd_ray.serving.errors import ApiError
@@ -32,6 +34,7 @@ MODELS = {"demo": "runs/demo"}
         ({"replica": {"count": 4, "most": 2}}, "replica.most: 2 is less than"),
         ({"limits": {"images": 11}}, "limits.images"),
         ({"queue": 0}, "queue"),
+        ({"cors_origins": ["https://a.example/page"]}, "'https://a.example/page' must be an origin"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(changes, said):
@@ -52,7 +55,7 @@ def test_models_are_called_after_their_folders(tmp_path):
 
 def test_keys_come_from_the_environment_and_a_file(tmp_path):
     file = tmp_path / "keys"
-    file.write_text(f"# ours\n{KEY}-file\n\n")
+    file.write_text(f"\ufeff# ours\n{KEY}-file\n\n")
     assert read_keys(file, {VARIABLE: f"{KEY}-1, {KEY}-2"}) == (f"{KEY}-1", f"{KEY}-2", f"{KEY}-file")
     assert read_keys(None, {}) == ()
     for text, said in (("short\n", "at least 16"), ("# nothing\n", "has no key")):
@@ -73,6 +76,15 @@ def test_without_keys_only_loopback_addresses_are_listened_on(monkeypatch):
     check_address("0.0.0.0", settings)
 
 
+def test_any_origin_needs_keys(monkeypatch):
+    settings = parse_settings({"models": MODELS, "cors_origins": ["*"]})
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(ValueError, match="cors_origins: without API keys"):
+        check_address("127.0.0.1", settings)
+    monkeypatch.setenv(VARIABLE, KEY)
+    check_address("127.0.0.1", settings)
+
+
 def test_where_addresses_are_hidden_there_must_be_keys():
     for value in ("", "0"):
         assert read_keys(None, {HIDES_CLIENTS: value}) == ()
@@ -88,7 +100,7 @@ def test_addresses_of_this_machine():
 
 def test_a_key_has_a_name_that_does_not_give_it_away():
     api_keys = ApiKeys([KEY, KEY + "2"])
-    names = {api_keys.identify(f"Bearer {key}", None) for key in (KEY, KEY + "2")}
+    names = {api_keys.identify({"authorization": f"Bearer {key}"}, None) for key in (KEY, KEY + "2")}
     assert len(names) == 2
     assert not any(KEY[:8] in name for name in names)
 
@@ -116,6 +128,40 @@ def test_keys_do_not_share_their_rate():
         limit.take("a", 1)
     assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "60")
     limit.take("b", 1)
+
+
+def fill(admission, ends, client, count, teacher=False):
+    """How many of `count` requests are admitted."""
+    admitted = 0
+    for _ in range(count):
+        with contextlib.suppress(ApiError):
+            ends.enter_context(admission.place(client, teacher))
+            admitted += 1
+    return admitted
+
+
+def test_one_client_fills_the_queue_only_while_it_is_alone():
+    now = 0.0
+    admission = Admission(12, teacher_share=0.25, clock=lambda: now)
+    with contextlib.ExitStack() as ends:
+        assert fill(admission, ends, "a", 20) == 12
+        assert fill(admission, ends, "b", 1) == 0
+    with contextlib.ExitStack() as ends:
+        assert fill(admission, ends, "a", 20) == 6, "b has asked"
+        assert fill(admission, ends, "b", 20) == 6
+    now = 31.0
+    with contextlib.ExitStack() as ends:
+        assert fill(admission, ends, "a", 20) == 12
+        assert fill(admission, ends, "b", 1) == 0
+    assert admission.inside == 0
+
+
+def test_teachers_have_a_share_of_the_queue():
+    admission = Admission(12, teacher_share=0.25)
+    with contextlib.ExitStack() as ends:
+        assert fill(admission, ends, "a", 20, teacher=True) == 3
+        assert fill(admission, ends, "a", 20) == 9
+    assert fill(Admission(1, teacher_share=0.01), contextlib.ExitStack(), "a", 2, teacher=True) == 1
 
 
 def test_help_and_wrong_options_need_no_torch():

@@ -115,6 +115,18 @@ def test_weights_that_are_no_numbers_are_refused(live, tmp_path):
     assert models.infos()[0].refused is None
 
 
+def test_a_broken_cache_is_named_and_the_old_version_stays(live, tmp_path):
+    models = models_of(live, tmp_path)
+    models.load_all()
+    before = models.find("demo")[0].version
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    (tmp_path / "cache").write_text("no folder")
+    (live / "README.md").write_text("a new version")
+    models.refresh("demo")
+    assert "Not a directory" in models.infos()[0].refused
+    assert models.find("demo")[0].version == before
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

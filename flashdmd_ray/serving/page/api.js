@@ -52,7 +52,7 @@ export async function models() {
 }
 
 // The answer with `seconds`: from sending the request to having the images, as this page saw it.
-export async function draw(body, signal) {
+export async function requestImages(body, signal) {
   const start = performance.now();
   const answer = await call("v1/images/generations", { body, signal });
   return { ...answer, seconds: (performance.now() - start) / 1000 };

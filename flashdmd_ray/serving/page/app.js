@@ -1,6 +1,6 @@
 // The page: draw, compare with the teacher, remember what was drawn in this session.
 
-import { ApiError, draw, key, models } from "./api.js";
+import { ApiError, key, models, requestImages } from "./api.js";
 import { button, element, find } from "./dom.js";
 import * as form from "./form.js";
 import * as notices from "./notices.js";
@@ -73,7 +73,7 @@ async function generate() {
     showEntry(entry, "student");
     showResult();
     try {
-      entry.student = await draw(request, state.abort.signal);
+      entry.student = await requestImages(request, state.abort.signal);
     } catch (error) {
       takeBack(before);
       throw error;
@@ -102,7 +102,7 @@ async function compare(entry) {
   notices.status("The teacher is drawing…");
   showEntry(entry, "teacher");
   const request = { ...entry.request, model: teacher.id, num_inference_steps: teacher.default_num_inference_steps };
-  entry.teacher = await draw(request, state.abort.signal);
+  entry.teacher = await requestImages(request, state.abort.signal);
   const [student, its] = [entry.student.seconds, entry.teacher.seconds].map(secondsText);
   notices.status(`Student ${student}, teacher ${its}: ${(entry.teacher.seconds / entry.student.seconds).toFixed(1)} times as long.`);
   showHistory();

@@ -13,8 +13,8 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, expect
 
+from flashdmd_ray.run.http_server import listen_on, running_server
 from flashdmd_ray.serving.api import build_api
-from flashdmd_ray.serving.http_server import listen_on, running_server
 from flashdmd_ray.serving.replica import GeneratorReplica
 from flashdmd_ray.serving.settings import parse_settings
 

@@ -11,8 +11,8 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from flashdmd_ray.run.http_server import listen_on, running_server
 from flashdmd_ray.serving.command import serve_command
-from flashdmd_ray.serving.http_server import listen_on, running_server
 
 
 def application(seconds: float = 0.0) -> tuple[Starlette, threading.Event]:
