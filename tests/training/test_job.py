@@ -4,14 +4,17 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
 from flashdmd_ray.checkpoint import latest_checkpoint, load_tensors, read_state
-from flashdmd_ray.config import Config, parse_config
+from flashdmd_ray.config import Config, dump_config, parse_config
 from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.serving.model_sources import open_source
 from flashdmd_ray.training import job
@@ -171,3 +174,31 @@ def test_one_two_and_eight_steps_train(root, timesteps):
 def test_another_configuration_does_not_resume_a_run(finished):
     with pytest.raises(ValueError, match="batch was 4 and is now 8"):
         job.run_job(small(finished.parent, "straight", batch=8))
+
+
+def test_a_terminal_that_is_closed_ends_the_job_in_order_and_mlflow_hears_of_it(root):
+    """As `joint_train.py ... 2>&1 | tee log` in a terminal: the pipe's reader goes, and SIGHUP reaches the whole process group."""
+    config = small(root, "closed", steps=400, tracking={"samples_every": 400}, evaluation={"samples": 0})
+    file = root / "closed.yaml"
+    file.write_text(dump_config(config))
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from flashdmd_ray.training.cli import main; sys.exit(main())",
+        str(file),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        while "step   1/400" not in process.stdout.readline():
+            assert process.poll() is None
+        process.stdout.close()
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(timeout=300) == 128 + signal.SIGHUP
+    saved = read_state(latest_checkpoint(root / "closed" / "checkpoints"))
+    assert saved["step"] == read_metrics(root / "closed" / "metrics.jsonl")[-1]["step"] < 400
+    mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
+    tracked = mlflow.MlflowClient().get_run(json.loads((root / "closed" / "mlflow.json").read_text())["run_id"])
+    assert tracked.info.status == "KILLED"
+    assert tracked.data.metrics.keys() == read_metrics(root / "closed" / "metrics.jsonl")[-1].keys() - {"step"}
