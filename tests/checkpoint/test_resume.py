@@ -67,6 +67,7 @@ def small(teacher: Path, folder: Path, where: str | None, steps: int, batch: int
 def advance(config: Config) -> list[tuple[int, str]]:
     """Train to the configuration's last step as `run_job` does, without the report; returns the versions published on the way."""
     directory = RunDirectory.prepare(config.run, config)
+    directory.reopen(config)
     runtime, published = build_runtime(config), []
     publish = runtime.publish
 

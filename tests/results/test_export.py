@@ -113,8 +113,8 @@ def test_fewer_steps_are_possible_with_the_same_export():
 
 
 def test_a_schedule_of_neither_kind_is_refused():
-    with pytest.raises(ValueError, match="EDMEulerScheduler has neither a beta_schedule nor a flow shift"):
-        few_step_scheduler({"_class_name": "EDMEulerScheduler", "sigma_max": 80.0}, (999, 499))
+    with pytest.raises(ValueError, match="OddScheduler has neither a beta_schedule nor a flow shift"):
+        few_step_scheduler({"_class_name": "OddScheduler", "sigma_max": 80.0}, (999, 499))
 
 
 @pytest.mark.parametrize("timesteps", [(999, 749, 499, 249), (999,), (999, 600, 100)])

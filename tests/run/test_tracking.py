@@ -21,7 +21,9 @@ from flashdmd_ray.serving.model_sources import open_source
 
 def new_run(root, name="first", **changes):
     config = Config.model_validate({"run": {"dir": str(root), "name": name}, **changes})
-    return RunDirectory.prepare(config.run, config)
+    run = RunDirectory.prepare(config.run, config)
+    run.reopen(config)
+    return run
 
 
 def grid(run, step):
