@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flashdmd_ray import ranking
 from flashdmd_ray.batch import Candidates, Metrics, PreferencePairs, Prompts, PublishedWeights, StepRng
 from flashdmd_ray.config import Config
 from flashdmd_ray.losses.preference import combine_rewards, pair_weights, select_pairs
+from flashdmd_ray.monitor import ranking
 from flashdmd_ray.monitor.signals import probe_signals
 from flashdmd_ray.runtime.protocol import Runtime, Task
 from flashdmd_ray.scoring import REASONS, score

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from flashdmd_ray import ranking
 from flashdmd_ray.batch import Metrics
 from flashdmd_ray.config import Config
+from flashdmd_ray.monitor import ranking
 from flashdmd_ray.run.progress import Progress
 from flashdmd_ray.training.observer import Observer
 

@@ -1,4 +1,4 @@
-"""Whether latent rewards rank the candidates of a run: they are compared with a pixel reward before anything is learnt from them.
+"""Check that latent rewards rank the candidates of a run, against a pixel reward, before anything is learnt from them.
 
 Candidates share their x0 and differ in noise only. A latent reward that orders images well may still not tell them apart, and pairs that
 it chooses are then chance.
@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Metrics
 from flashdmd_ray.config import Config
 from flashdmd_ray.monitor.agreement import Agreement, agreement
 
@@ -32,7 +31,7 @@ def judge_of(config: Config) -> str | None:
     return max(pixel, key=lambda reward: reward.held_out).label
 
 
-def check(config: Config, scores: Mapping[int, Sequence[Mapping[str, Tensor]]]) -> Metrics:
+def check(config: Config, scores: Mapping[int, Sequence[Mapping[str, Tensor]]]) -> dict[str, float]:
     """Agreement of every latent reward with the judge: metrics `ranking/<label>/<timestep>` (rank correlation) and .../best_beats_worst.
 
     scores: timestep of the candidates -> for each call label -> rewards float32 (B, K). Raises ValueError, one line, for an optimised
@@ -40,7 +39,7 @@ def check(config: Config, scores: Mapping[int, Sequence[Mapping[str, Tensor]]]) 
     """
     judge = judge_of(config)
     assert judge is not None, "check() without a reward to compare with"
-    metrics: Metrics = {}
+    metrics: dict[str, float] = {}
     for reward in config.rewards:
         if reward.reads_images:
             continue
