@@ -110,5 +110,5 @@ def kind_of_file(name: str) -> str | None:
 
 
 def is_published(hub_id: str) -> bool:
-    """Whether the sizes of that hub repository are in the catalogue, so that it can be planned without a download."""
+    """Return True if the sizes of that hub repository are in the catalogue, so that it can be planned without a download."""
     return hub_id in published.IDS or any(hub_id in (entry.path, entry.base) for entry in REWARDS.values())

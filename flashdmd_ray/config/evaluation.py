@@ -1,4 +1,4 @@
-"""What is drawn and measured of a student."""
+"""Settings of what is generated and measured of a student."""
 
 from __future__ import annotations
 

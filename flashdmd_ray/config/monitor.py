@@ -10,7 +10,7 @@ from flashdmd_ray.config.section import MayChange, PositiveFloat, PositiveInt, S
 
 
 class MonitorLimits(Section):
-    """How far a signal may move from its start before an alarm is raised. Beyond twice as far the alarm counts twice. null leaves it out.
+    """Largest moves of a signal from its start before an alarm is raised. Beyond twice as far the alarm counts twice. null leaves it out.
 
     docs/hack_monitor.md says where the defaults come from.
     """

@@ -1,4 +1,4 @@
-"""How weights are updated: learning rates, AdamW, and the engine that does it."""
+"""Settings of weight updates: learning rates, AdamW, and the engine that does it."""
 
 from __future__ import annotations
 

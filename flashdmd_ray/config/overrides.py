@@ -54,7 +54,7 @@ def _place(here: Any, part: str, name: str) -> str | int:
 
 
 def _default(annotation: Any, key: str) -> Any:
-    """What a setting that nobody gave is, as a tree: its default where that is a list, else an empty mapping to fill."""
+    """Value of a setting that nobody gave, as a tree: its default where that is a list, else an empty mapping to fill."""
     section = section_of(annotation)
     field = None if section is None else section.model_fields.get(key)
     default = None if field is None else field.get_default(call_default_factory=True)

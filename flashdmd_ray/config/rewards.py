@@ -100,12 +100,12 @@ class RewardConfig(Section):
 
     @property
     def reads_images(self) -> bool:
-        """Whether it judges decoded images; a latent reward reads the latent itself."""
+        """Return True if it judges decoded images; a latent reward reads the latent itself."""
         return not self.entry.reads_latents
 
     @property
     def base_path(self) -> str:
-        """Where `base` is, resolved; empty for kinds that read none."""
+        """Resolved location of `base`; empty for kinds that read none."""
         known = self.entry
         if known.base is None:
             return ""

@@ -77,5 +77,5 @@ def open_prompt_index(config: DataConfig) -> Index | None:
 
 
 def open_batch_reader(config: DataConfig, seed: int, size: Size) -> BatchReader:
-    """What a worker process needs to decode batches of positions."""
+    """Open what a worker process needs to decode batches of positions."""
     return BatchReader(open_image_reader(config, seed), size)

@@ -33,7 +33,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What was found. tally: of the index and of decoding together."""
+    """Findings of a check. tally: of the index and of decoding together."""
 
     kind: str
     index: Index
@@ -78,7 +78,7 @@ class Decoding:
 
 
 def table(checked: CheckResult, size: tuple[int, int] | None, max_bad_fraction: float) -> list[str]:
-    """What `--check` prints. size: (H, W) of the run, None where it is not known; then nothing is said about enlarging."""
+    """Table that `--check` prints. size: (H, W) of the run, None where it is not known; then nothing is said about enlarging."""
     tally, index = checked.tally, checked.index
     lines = [f"format      {checked.kind}", f"samples     {tally.samples:,}, of which {tally.bad_count:,} bad"]
     sizes = index.sizes()

@@ -14,7 +14,7 @@ from flashdmd_ray.data.index import Index, Scanned, default_cache, is_indexed, o
 
 
 def named_datasets(config: DataConfig) -> dict[str, TextFormat]:
-    """By key of the configuration, the data sets in files. Reads no sample. Raises ValueError when one is not there."""
+    """Data sets in files by their configuration key. Reads no sample. Raises ValueError when one is not there."""
     found: dict[str, TextFormat] = {}
     if config.source != "demo":
         found["source"] = image_format(config)
@@ -24,7 +24,7 @@ def named_datasets(config: DataConfig) -> dict[str, TextFormat]:
 
 
 def evaluation_prompts(path: str) -> TextFormat:
-    """What `evaluation.prompts` names. Reads no prompt. Raises ValueError when it is not there."""
+    """Open the prompts that `evaluation.prompts` names. Reads no prompt. Raises ValueError when it is not there."""
     return open_prompts(path, Columns(), "evaluation.prompts")
 
 
@@ -59,7 +59,7 @@ def accepted_index(config: DataConfig, key: str, format: TextFormat) -> Index:
 
 
 def describe_data(config: DataConfig) -> list[str]:
-    """What `--dry-run` says about the data, a line for each data set. Raises ValueError for one that is not there."""
+    """Describe the data for `--dry-run`, a line for each data set. Raises ValueError for one that is not there."""
     lines = [f"source: {config.scenes:,} digit scenes of the train split"] if config.source == "demo" else []
     for key, format in named_datasets(config).items():
         cache = cache_folder(config)
@@ -76,7 +76,7 @@ def describe_data(config: DataConfig) -> list[str]:
 
 
 def data_report(config: DataConfig) -> dict[str, dict[str, Any]]:
-    """What indexing found, by key: path, kind, a digest of the content, samples seen, and bad ones by reason."""
+    """Findings of indexing by key: path, kind, a digest of the content, samples seen, and bad ones by reason."""
     found = {}
     for key, format in named_datasets(config).items():
         index = open_indexed(config, format)
@@ -86,5 +86,5 @@ def data_report(config: DataConfig) -> dict[str, dict[str, Any]]:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where indexes are kept."""
+    """Folder of the indexes."""
     return default_cache() if config.cache is None else config.cache

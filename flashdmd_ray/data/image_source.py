@@ -1,4 +1,4 @@
-"""What a run reads: prompts by position in a stream, and real images by position."""
+"""Interface of a run's data: prompts by position in a stream, and real images by position."""
 
 from __future__ import annotations
 

@@ -99,12 +99,12 @@ def open_index(format: TextFormat, cache: Path, scan_all: ScanAll = scan_here) -
 
 
 def is_indexed(format: TextFormat, cache: Path) -> bool:
-    """Whether `open_index` would answer at once."""
+    """Return True if `open_index` would answer at once."""
     return (cache / f"{_identity(format)}.arrow").is_file()
 
 
 def default_cache() -> Path:
-    """Where indexes are kept unless the configuration says otherwise."""
+    """Folder of the indexes unless the configuration says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdmd_ray" / "data"
 
 

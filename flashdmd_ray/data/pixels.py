@@ -100,7 +100,7 @@ def _reason(error: Exception, otherwise: str) -> str:
 
 
 def _content(file: IO[bytes]) -> str:
-    """What a file is that is no image."""
+    """Name the content of a file that is no image."""
     file.seek(0)
     return (
         "Git LFS pointer instead of the image" if file.read(20).startswith(b"version https://git") else "not an image"

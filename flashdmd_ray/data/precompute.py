@@ -113,7 +113,7 @@ def distinct_texts(data: DataConfig) -> list[str]:
 
 
 def _is_written(file: Path, key: Key) -> bool:
-    """Whether an earlier call wrote this shard for the same key."""
+    """Return True if an earlier call wrote this shard for the same key."""
     try:
         with safe_open(file, framework="pt") as shard:
             return bool(shard.metadata() == {"key": json.dumps(key)})

@@ -32,7 +32,7 @@ Key = Mapping[str, Any]
 
 
 def text_digest(text: str) -> int:
-    """What embeddings are found by: 63 bits of the text's SHA-256."""
+    """Key of a stored embedding: 63 bits of the text's SHA-256."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -48,7 +48,7 @@ class StoredEmbeddings:
         self._sorted = flat[self._order]
 
     def __call__(self, texts: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
-        """Of every text that is stored, the tensors of the family's cache (one row each, as its encoders made them)."""
+        """For every stored text, the tensors of the family's cache (one row each, as its encoders made them)."""
         found = {}
         for text in texts:
             digest = text_digest(text)
@@ -150,7 +150,7 @@ def _check_key(found: Key, wanted: Key, folder: Path, setting: str) -> None:
 
 
 def embedding_key(family: Family, model: ModelConfig) -> Key:
-    """What text embeddings depend on. revision: the digest of the encoders' weights."""
+    """Facts that text embeddings depend on. revision: the digest of the encoders' weights."""
     return {
         "kind": "embeddings",
         "family": model.family,
@@ -160,7 +160,7 @@ def embedding_key(family: Family, model: ModelConfig) -> Key:
 
 
 def latent_key(family: Family, model: ModelConfig, content: str) -> Key:
-    """What latents depend on: weights of the VAE, size of the images, and `content`, the digest of the data set."""
+    """Facts that latents depend on: weights of the VAE, size of the images, and `content`, the digest of the data set."""
     return {
         "kind": "latents",
         "family": model.family,

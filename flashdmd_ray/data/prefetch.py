@@ -30,7 +30,7 @@ class Decoder(Protocol):
 
 
 class SampleReader(Protocol):
-    """What a decoder needs of the real images."""
+    """Interface of the real images to a decoder."""
 
     def numbers(self, positions: Sequence[int]) -> list[int]:
         """The samples at these positions."""
@@ -75,7 +75,7 @@ class ThreadDecoder:
 
 
 def stride(last: Sequence[int], now: Sequence[int]) -> int | None:
-    """How far a batch is from the one before; None when it does not follow it."""
+    """Distance of a batch from the one before; None when it does not follow it."""
     if len(last) != len(now) or not now:
         return None
     steps = {b - a for a, b in zip(last, now, strict=True)}

@@ -104,7 +104,7 @@ def read_caption(value: object, optional: bool) -> tuple[str, tuple[str, ...]]:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: no half of a surrogate pair, no byte that was no character."""
+    """Return True if it can be written as UTF-8: no half of a surrogate pair, no byte that was no character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -16,7 +16,7 @@ LONG_CAPTION = 300
 
 @dataclass
 class ReasonCount:
-    """How many samples, and the names of the first few."""
+    """Number of samples, and the names of the first few."""
 
     count: int = 0
     names: list[str] = field(default_factory=list)

@@ -29,7 +29,7 @@ class ModelFileError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of its weights. types: safetensors' names of them, such as "BF16"."""
+    """Header of a safetensors file. types: safetensors' names of them, such as "BF16"."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]

@@ -1,4 +1,4 @@
-"""Where a model is: a directory, a file, or a repository of the hub. One resolver for the checks and the loaders. Imports no torch.
+"""Location of a model: a directory, a file, or a repository of the hub. One resolver for the checks and the loaders. Imports no torch.
 
 `model.teacher` and its kind name 'demo', a local path, or owner/name on the hub, with a revision (owner/name@v1) and a file or folder in
 it (owner/name/folder) where wanted. What is in the hub's cache is used as it is, without asking the hub again.

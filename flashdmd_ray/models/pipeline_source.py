@@ -30,7 +30,7 @@ from flashdmd_ray.models.weight_files import DIFFUSERS, weight_files
 
 
 class PipelineSource(ABC):
-    """Where the parts of one pretrained pipeline come from. Every method raises ValueError as `load_part` does."""
+    """Source of the parts of one pretrained pipeline. Every method raises ValueError as `load_part` does."""
 
     def __init__(self, path: str, configs: str, pipeline_class: Any) -> None:
         """Read the pipeline's model_index.json, `index`.

@@ -14,7 +14,8 @@ from flashdmd_ray.config import RewardConfig
 from flashdmd_ray.models.config_files import check_json, check_module, check_tokenizer, read_json
 from flashdmd_ray.models.headers import ModelFileError
 from flashdmd_ray.models.locations import local, named_file, resolve
-from flashdmd_ray.models.teacher_files import ModelFiles, NamesModels, denoiser_config, file_size, inspect
+from flashdmd_ray.models.sam_files import file_size
+from flashdmd_ray.models.teacher_files import ModelFiles, NamesModels, denoiser_config, inspect
 from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
 
 LPO_FILE = "state_dict.pt"
@@ -31,7 +32,7 @@ _SHAPES = (
 
 
 def reward_files(config: NamesModels) -> dict[str, ModelFiles]:
-    """By label, the reward models. parameters: of all that is loaded; 0 for a server, nothing for a class of the user's.
+    """Reward models by label. parameters: of all that is loaded; 0 for a server, nothing for a class of the user's.
 
     Raises ValueError, one line naming the key, the file and the remedy.
     """
@@ -102,7 +103,10 @@ def _saved_latent_reward(place: Path) -> dict[str, int]:
 
 
 def is_lpo(path: str) -> bool:
-    """Whether a latent reward is in LPO's layout: such a directory, or owner/name/folder on the hub, where nothing else is read from."""
+    """Return True if a latent reward is in LPO's layout.
+
+    Such a directory, or owner/name/folder on the hub, where nothing else is read from.
+    """
     return (Path(path) / LPO_FILE).is_file() or (
         not Path(path).exists() and path.count("/") == 2 and path[0] not in "./~"
     )

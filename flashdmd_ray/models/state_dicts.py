@@ -38,7 +38,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def read_file(file: Path) -> Any:
-    """What a safetensors file or a torch file holds; nothing in it is executed.
+    """Read the tensors of a safetensors file or a torch file; nothing in it is executed.
 
     Raises ValueError when it is damaged, or holds pickled objects instead of tensors.
     """

@@ -1,4 +1,4 @@
-"""Teacher and Segment Anything before anything is loaded: are the files there, whole, and of the kind that the configuration says?
+"""The teacher before anything is loaded: are the files there, whole, and of the kind that the configuration says?
 
 Reads only JSON and the headers of safetensors files, so that a wrong path or a truncated download is an error of the first second and
 `--dry-run` can count the parameters of a 10 GB pipeline at once. Which files are meant is decided by `locations` and `weight_files`, as
@@ -16,10 +16,10 @@ from flashdmd_ray.catalog import published
 from flashdmd_ray.catalog.families import FamilyEntry, latent_size
 from flashdmd_ray.catalog.rewards import is_published
 from flashdmd_ray.catalog.schedulers import forward_process
-from flashdmd_ray.config import Config, ModelConfig, RewardConfig
+from flashdmd_ray.config import ModelConfig, RewardConfig
 from flashdmd_ray.models.config_files import check_json, check_module, check_tokenizer, read_json
-from flashdmd_ray.models.headers import Header, ModelFileError, read_header, refuse_stand_in, stated_scheduler
-from flashdmd_ray.models.locations import HubPath, explain, local, named_file, resolve
+from flashdmd_ray.models.headers import Header, ModelFileError, stated_scheduler
+from flashdmd_ray.models.locations import HubPath, explain, local, resolve
 from flashdmd_ray.models.single_file import (
     DENOISER,
     VAE,
@@ -275,30 +275,3 @@ def _single_file(model: ModelConfig) -> ModelFiles:
 
         inspect("model.teacher_config", model.teacher_config, None, configs)
     return ModelFiles(str(path), path.parent, parameters)
-
-
-def sam_files(config: Config) -> ModelFiles:
-    """The Segment Anything checkpoint of the discriminator. Raises ValueError like `teacher_files`."""
-    path, hub = Path(config.model.sam), HubPath.parse(config.model.sam)
-    if path.suffix in (".pth", ".pt") and not path.exists() and (hub is None or not hub.inside):
-        raise ValueError(f"model.sam: {path} does not exist; correct the path or download the checkpoint")
-    return inspect("model.sam", config.model.sam, "sam", sam_size)
-
-
-def sam_size(place: Path) -> dict[str, int]:
-    """Parameters of Segment Anything at a file or directory. Raises ModelFileError when it cannot be read."""
-    file = named_file(place, ["model.safetensors"])
-    if place.is_dir():
-        check_json(place / "config.json")
-        if file is None:
-            weight_files(place, TRANSFORMERS)
-    assert file is not None, "weight_files refuses a directory without"
-    return {"": file_size(file)}
-
-
-def file_size(file: Path) -> int:
-    """Parameters of a file of weights: counted in safetensors, for a torch file of float32 by its size. Raises ModelFileError."""
-    if file.suffix == ".safetensors":
-        return sum(read_header(file).sizes.values())
-    refuse_stand_in(file)
-    return file.stat().st_size // 4

@@ -1,4 +1,4 @@
-"""What candidates look like and how their rewards agree: pure functions, one number each for some prompt groups.
+"""Signals of candidates and of how their rewards agree: pure functions, one number each for some prompt groups.
 
 A reward that is hacked shows in the images long before anybody looks at them: they darken or glare, lose their edges or colours, and the
 candidates of a prompt become alike; or rewards that agreed stop agreeing. None of these numbers means anything alone, because training is
@@ -38,7 +38,7 @@ def probe_signals(images: Tensor, rewards: Mapping[str, Tensor], latent: Collect
 
 
 def image_signals(images: Tensor) -> dict[str, float]:
-    """By name, means over all candidates. images: uint8 (B, K, 3, H, W), K >= 1."""
+    """Means over all candidates, by name. images: uint8 (B, K, 3, H, W), K >= 1."""
     pixels = reduced(images.flatten(0, 1), LARGEST)
     light = luminance(pixels)
     small = reduced(images.flatten(0, 1), ALIKE).unflatten(0, images.shape[:2])
@@ -63,7 +63,7 @@ def reduced(images: Tensor, longest: int) -> Tensor:
 
 
 def luminance(pixels: Tensor) -> Tensor:
-    """Of pixels (N, 3, h, w), by the weights of ITU-R BT.709; (N, h, w)."""
+    """Luminance of pixels (N, 3, h, w), by the weights of ITU-R BT.709; (N, h, w)."""
     return torch.einsum("nchw,c->nhw", pixels, torch.tensor(LUMINANCE, device=pixels.device))
 
 
@@ -94,8 +94,9 @@ def mean_distance(images: Tensor) -> float:
 
 
 def reward_signals(rewards: Mapping[str, Tensor], latent: Collection[str] = ()) -> dict[str, float]:
-    """How the rewards stand, spread and agree. rewards: label -> (B, K), not finite where one failed; latent: the labels of latent rewards.
+    """Level, spread and agreement of the rewards.
 
+    rewards: label -> (B, K), not finite where one failed. latent: the labels of latent rewards.
     reward/<label>, spread/<label>: mean and standard deviation over all candidates. disagreement: 1 minus the mean rank correlation of two
     rewards within a prompt group, over groups and pairs of rewards; 0 when all order alike, 1 when they are unrelated, 2 when they are
     opposed (GARDO's sign of a reward that is being hacked). latent_correlation: that rank correlation over pairs of a latent and another

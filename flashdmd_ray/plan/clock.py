@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Past:
-    """What led to a moment: the last call and what led to that."""
+    """Chain of calls that led to a moment: the last call and its own past."""
 
     call: str
     seconds: float

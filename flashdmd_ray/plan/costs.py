@@ -28,7 +28,7 @@ class Line:
     slope: float
 
     def __call__(self, samples: float, calls: float = 1) -> float:
-        """Of `calls` calls on so many samples in all; bytes of one call, or operations."""
+        """Price of `calls` calls on so many samples in all: bytes of one call, or operations."""
         return calls * self.constant + samples * self.slope if samples else 0.0
 
 

@@ -43,7 +43,7 @@ Roles = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Prices:
-    """What the networks of a configuration cost, and the sizes of what passes between them. judge: None without a pixel discriminator."""
+    """Prices of a configuration's networks, and the sizes of what passes between them. judge: None without a pixel discriminator."""
 
     teacher: Cost
     generator: Cost

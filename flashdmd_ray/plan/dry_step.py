@@ -236,7 +236,7 @@ def _role_of(value: Any) -> Any:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """What arrives in another process."""
+    """The value as it arrives in another process."""
     return torch.empty_like(tensor) if without_values(tensor) else tensor
 
 

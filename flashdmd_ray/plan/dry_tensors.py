@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_any, tree_map
 
 
 def without_values(tensor: Any) -> bool:
-    """Whether this is a tensor on the meta device."""
+    """Return True for a tensor on the meta device."""
     return isinstance(tensor, Tensor) and tensor.is_meta
 
 

@@ -160,7 +160,7 @@ def _remedies(config: Config, models: Models, group: str, need: float) -> Iterat
 
 
 def _most_micro_batches(config: Config) -> int:
-    """As many as the samples of a rank allow."""
+    """Largest number of micro-batches that a rank's samples allow."""
     placement = config.placement
     shares = [config.batch // placement.learner.workers, config.batch // placement.discriminator.workers]
     if config.preference.updates:
@@ -173,7 +173,7 @@ def _next_stage(config: Config, stage: int) -> int | None:
 
 
 def _fewest_prompts(config: Config) -> int:
-    """So many that each rank of the learner still fills its micro-batches."""
+    """Fewest prompts with which each rank of the learner still fills its micro-batches."""
     return config.placement.learner.workers * config.engine.accumulation
 
 

@@ -1,4 +1,4 @@
-"""What a run would take on given GPUs, and a placement that would waste less of them."""
+"""Predicted time of a run on given GPUs, and a placement that would waste less of them."""
 
 from __future__ import annotations
 

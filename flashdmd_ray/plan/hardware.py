@@ -1,4 +1,4 @@
-"""What GPUs and links can do, from their data sheets, and what share of it is reached."""
+"""Rates of GPUs and links from their data sheets, and the share of them that is reached."""
 
 from __future__ import annotations
 

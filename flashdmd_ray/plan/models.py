@@ -14,8 +14,9 @@ from flashdmd_ray.catalog.families import FAMILIES, latent_size
 from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.models.demo_parts import refuse_demo_parts
 from flashdmd_ray.models.reward_files import is_lpo, reward_files
+from flashdmd_ray.models.sam_files import sam_files
 from flashdmd_ray.models.single_file import DENOISER, VAE
-from flashdmd_ray.models.teacher_files import ModelFiles, sam_files, teacher_files
+from flashdmd_ray.models.teacher_files import ModelFiles, teacher_files
 
 Json = Mapping[str, Any]
 OFFICIAL_SAM = re.compile(r"sam_(vit_[blh])_\w+\.pth")

@@ -91,12 +91,12 @@ def _reward_pool(config: Config, models: Models, pool: str, rewards: Sequence[Re
 
 
 def brings_text(model: Model) -> bool:
-    """Whether a latent reward has text encoders of its own, as LPO's have."""
+    """Return True if a latent reward has text encoders of its own, as LPO's have."""
     return bool((model.config or {}).get("lpo"))
 
 
 def reads_texts(models: Models, rewards: Sequence[RewardConfig]) -> bool:
-    """Whether one of them reads what the teacher's text encoders make."""
+    """Return True if one of them reads what the teacher's text encoders make."""
     return any(not reward.reads_images and not brings_text(models.rewards[reward.label]) for reward in rewards)
 
 
@@ -129,7 +129,7 @@ def _discriminator(models: Models, cost: Cost | None, frozen: float) -> list[Par
 
 
 def trained_parameters(config: Config, models: Models, role: str) -> int | None:
-    """Of the network that an engine trains: all, or an adapter's."""
+    """Number of trained parameters: all of the network, or the adapter's."""
     if role not in config.lora.networks:
         return models.denoiser.parameters
     cost = cost_of(specs.trained(config, models, role))
@@ -155,7 +155,7 @@ def published_bytes(config: Config, models: Models) -> float:
 
 
 def _training(config: Config, count: int, objectives: int) -> Held:
-    """What an engine keeps of `count` trained parameters on one rank (flashdmd_ray/engine)."""
+    """Memory an engine keeps for `count` trained parameters on one rank (flashdmd_ray/engine)."""
     engine, size = config.engine, BYTES[config.engine.precision]
     moments = MOMENTS[engine.optimizer] * objectives * count
     if engine.kind == "torch":

@@ -1,4 +1,4 @@
-"""What has to be known of each network and how a role uses it. A spec is plain JSON and says all that a cost depends on."""
+"""Facts about each network and how a role uses it. A spec is plain JSON and says all that a cost depends on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def key_of(spec: Spec) -> str:
 
 
 def tokens_of(config: Config, models: Models) -> int | None:
-    """How many text tokens the denoiser reads; None when unknown."""
+    """Number of text tokens the denoiser reads; None when unknown."""
     lengths = [model.config.get("max_position_embeddings") for model in models.texts if model.config]
     known = [length for length in lengths if length]
     if len(lengths) < len(models.texts) or not known:

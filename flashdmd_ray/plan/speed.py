@@ -31,7 +31,7 @@ class Call:
 
 
 def seconds_of(call: Call, config: Config, group: str, gpu: Gpu | None) -> float:
-    """Of one rank; 0 when nothing is known of its device."""
+    """Seconds of one rank; 0 when nothing is known of its device."""
     if gpu is None:
         return 0.0
     compute = sum(

@@ -29,7 +29,7 @@ class Spend(Protocol):
 
 
 def occupy(size: float) -> Tensor:
-    """So many bytes, which count as long as the result lives."""
+    """Occupy so many bytes, which count as long as the result lives."""
     return torch.empty(max(0, int(size)), dtype=torch.uint8, device=META)
 
 

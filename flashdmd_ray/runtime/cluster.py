@@ -78,7 +78,7 @@ class Cluster:
         return [Node(cpus=resources.get("CPU", 0.0), gpus=int(resources.get("GPU", 0))) for resources in alive]
 
     def is_alive(self) -> bool:
-        """Whether it can still be used: of a private one, whether its raylet runs."""
+        """Return True if it can still be used: for a private one, if its raylet runs."""
         if not ray.is_initialized():
             return False
         children = psutil.Process().children() if self.private else []

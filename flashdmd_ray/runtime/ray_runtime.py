@@ -124,7 +124,7 @@ class RayRuntime:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the cluster, and so its pools, can still be used."""
+        """Return True if the cluster, and so its pools, can still be used."""
         return self._cluster.is_alive()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What every format of data set can do."""
+"""Interface of every data set format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TextFormat(Protocol):
 
     @property
     def kind(self) -> str:
-        """What it is called."""
+        """Name of the format."""
 
     def files(self) -> Iterable[Path]:
         """Every file that what is found depends on."""
@@ -48,7 +48,7 @@ class ImageFormat(TextFormat, Protocol):
 
     @property
     def shuffle_blocks(self) -> int | None:
-        """How many blocks are best shuffled together; None where any sample can be read alone."""
+        """Number of blocks that are best shuffled together; None where any sample can be read alone."""
 
     def read(self, sample: Sample) -> bytes:
         """The encoded image. Raises BadSample when it cannot be had any more."""

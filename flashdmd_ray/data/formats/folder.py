@@ -85,7 +85,7 @@ class FolderImages:
 
     @cached_property
     def _folders(self) -> list[Path]:
-        """Where files may lie: in the folder, and for a snapshot in the hub's cache in the blobs that its links lead to."""
+        """Folders where files may lie: this one, and for a snapshot in the hub's cache in the blobs that its links lead to."""
         root = Path(os.path.realpath(self.root))
         snapshots = [parent.parent for parent in (root, *root.parents) if parent.parent.name == "snapshots"]
         return [root, *(folder.parent / "blobs" for folder in snapshots)]
@@ -138,7 +138,7 @@ class FolderImages:
         return self._inside(name).open("rb")
 
     def _listed(self, metadata: list[str]) -> Iterator[Captioned | Bad | Ignored]:
-        """What metadata files list, in their order, then the images that none mentions."""
+        """Images that metadata files list, in their order, then the images that none mentions."""
         names = set(self._files[0])
         alike = {same_name(name): name for name in names}
         seen: set[str] = set()

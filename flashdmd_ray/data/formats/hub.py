@@ -126,7 +126,7 @@ def image_bytes(value: Any) -> bytes:
 
 
 def _downloads() -> list[Path]:
-    """Where the library puts what it downloads; images that are not in the table itself must lie there."""
+    """Folder of the library's downloads; images that are not in the table itself must lie there."""
     from datasets import config
     from huggingface_hub import constants
 

@@ -44,7 +44,7 @@ class PairFormat(Protocol):
         """Both encoded images. Raises BadSample when they cannot be had any more."""
 
     def labels(self, sample: Sample) -> tuple[float, float]:
-        """How much the first image is preferred, 0 to 1: by the label, and by the label before rewards judged (the same without one)."""
+        """Preference for the first image, 0 to 1: by the label, and by the label before rewards judged (the same without one)."""
 
 
 def open_pairs(source: str) -> PairFormat:

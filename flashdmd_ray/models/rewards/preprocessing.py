@@ -92,7 +92,7 @@ class ClipPreprocessing(Preprocessing):
 
 
 class TorchvisionPreprocessing(ClipPreprocessing):
-    """As torchvision's Resize and CenterCrop, which round an odd margin to the even neighbour."""
+    """Preprocessing like torchvision's Resize and CenterCrop, which round an odd margin to the even neighbour."""
 
     def _margin(self, extra: int) -> int:
         return round(extra / 2)

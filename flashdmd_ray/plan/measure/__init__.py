@@ -1,4 +1,4 @@
-"""What one network costs, without its weights: floating-point operations and memory, observed on torch's meta device.
+"""Cost of one network, without its weights: floating-point operations and memory, observed on torch's meta device.
 
 `flashdmd_ray.plan` asks for this only when an architecture is not in its table: it needs torch, and some seconds.
 """

@@ -79,7 +79,7 @@ def _denoiser(spec: Mapping[str, Any]) -> Network:
 
 
 class _All(nn.Module):
-    """What is there before a call: an adapter does not list its base's parameters as its own."""
+    """Parameters that are there before a call: an adapter does not list its base's parameters as its own."""
 
     def __init__(self, *modules: nn.Module) -> None:
         super().__init__()
