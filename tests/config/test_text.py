@@ -141,7 +141,7 @@ PATHS = [
 
 @pytest.mark.parametrize(("section", "others", "key"), PATHS)
 def test_every_path_setting_knows_the_home_folder(monkeypatch, section, others, key):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
 
     def value(text):
         tree = {}
@@ -152,7 +152,7 @@ def test_every_path_setting_knows_the_home_folder(monkeypatch, section, others, 
             found = found[part] if isinstance(found, dict) else found[0] if part == "0" else getattr(found, part)
         return str(found)
 
-    assert value("~/x y") == "/home/me/x y"
+    assert value("~/x y") == "/users/me/x y"
     assert value("a/~b") == "a/~b"
     for wrong, message in (
         ("~nobody-here/x", "no home folder ~nobody-here"),

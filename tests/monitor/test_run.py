@@ -13,7 +13,7 @@ from flashdmd_ray.training import job
 
 
 def hackable(root: Path, **monitor: object) -> Config:
-    """Preference updates alone, towards brightness, at a rate that ruins the images within a few steps."""
+    """Preference updates alone, towards brightness, without a reference that holds, at a rate that ruins the images within a few steps."""
     brightness = {"kind": "custom", "name": "brightness", "path": "brightness:Brightness"}
     return parse_config(
         {
@@ -21,7 +21,7 @@ def hackable(root: Path, **monitor: object) -> Config:
             "batch": 2,
             "runtime": "local",
             "run": {"dir": str(root), "name": "hacked"},
-            "preference": {"distill": False, "updates": 1, "batch": 4, "lr": 5e-4, "warmup": 0},
+            "preference": {"distill": False, "updates": 1, "batch": 4, "lr": 5e-4, "warmup": 0, "beta": 0.005},
             "rewards": [brightness, {"kind": "pickscore", "held_out": True}],
             "monitor": {"warmup": 2, "window": 2, **monitor},
             "checkpoint": {"every": 1, "keep": 1},
