@@ -23,7 +23,7 @@ from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import UNetDenoiser
-from flashdmd_ray.plan.mean_step import step_of
+from flashdmd_ray.plan.mean_step import REPEATS, step_of
 from flashdmd_ray.plan.measure import measure
 from flashdmd_ray.plan.measure.networks import blank_conditioning
 from flashdmd_ray.plan.measure.observe import LiveMemory
@@ -65,15 +65,17 @@ class Step:
         self.config = settings()
         self.runtime = build_runtime(self.config)
         data = build_images(self.config.data, self.config.seed)
-        with FlopCounterMode(display=False) as counter:
-            train(self.config, self.runtime, data, Steps(range(1)))
-        self.flops = counter.get_total_flops()
+        with FlopCounterMode(
+            display=False
+        ) as counter:  # the plan is the mean of so many steps, of which the first checks the rewards
+            train(self.config, self.runtime, data, Steps(range(REPEATS)))
+        self.flops = counter.get_total_flops() / REPEATS
         alone = parse_config(
             SETTINGS | {"preference": {"updates": 0}}
         )  # publishing copies weights, which no plan counts
         there = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.layout is torch.strided]
         with LiveMemory(there) as memory:
-            train(alone, self.runtime, data, Steps(range(1, 2)))
+            train(alone, self.runtime, data, Steps(range(REPEATS, REPEATS + 1)))
         self.peak = memory.peak
 
 
