@@ -7,9 +7,12 @@ LONGEST = 300
 
 
 def one_line(error: object, longest: int = LONGEST) -> str:
-    """The text of an error without line breaks, cut after `longest` characters; the name of its type where it has no text."""
+    """The text of an error without line breaks, its middle left out beyond `longest` characters; the name of its type if it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= longest else f"{text[:longest]} ..."
+    if len(text) <= longest:
+        return text
+    end = longest // 3  # where a file's name often stands
+    return f"{text[: longest - end]} ... {text[-end:]}"
 
 
 def typed_line(error: BaseException, longest: int = LONGEST) -> str:
