@@ -1,7 +1,7 @@
 """Cost of a joint training step at full size, by method of each role: seconds, operations, share of the matmul peak, peak memory.
 
 Part of benchmarks/learner_step.py (--preset sdxl, or tiny for the same code on a CPU). Every figure comes from the real driver and roles on
-the local runtime, with the configuration of jobs/configs/sdxl_lora_80gb.yaml and random weights.
+the local runtime, with the configuration of the preset sdxl_lora_80gb and random weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from flashdmd_ray.demo import weights_path
 from flashdmd_ray.driver import train
 from flashdmd_ray.runtime.build import build_runtime
 
-RECIPE = Path(__file__).parents[1] / "jobs" / "configs" / "sdxl_lora_80gb.yaml"
 UNET_ROLES = ("generator", "score")
 """Roles whose methods count as the U-Net's part. Encoding prompts is in it, and little."""
 MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
@@ -115,7 +114,7 @@ def measure_full_size(preset: str, random: bool, steps: int, overrides: Iterable
         changes = settings(preset, device)
         if random:
             changes |= write_models(preset, Path(name), device) | {"data.source": "demo"}
-        config = load_config(RECIPE, [*map(override, changes.items()), *overrides])
+        config = load_config("sdxl_lora_80gb", [*map(override, changes.items()), *overrides])
         meter = Meter(device)
         seconds = run(config, meter, steps)
         planned = plan.parts_of(config) if device.type == "cuda" else []

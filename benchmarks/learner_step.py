@@ -8,7 +8,7 @@ round makes the same step four times: Flash-DMD (TTUR 1) and the DMD2 preset (TT
 makes them in the opposite order. Ratios are taken within a round, the median over the rounds is printed with its quartiles: of seconds,
 and of CPU seconds, which say more on a busy machine.
 
-With a preset: a joint training step of jobs/configs/sdxl_lora_80gb.yaml on one GPU, by verb of each role, see full_size.py. The models are
+With a preset: a joint training step of the preset sdxl_lora_80gb on one GPU, by verb of each role, see full_size.py. The models are
 the recipe's, or with --random-weights random ones of their size. tiny: small random ones, on a CPU too.
 """
 
@@ -35,7 +35,6 @@ from flashdmd_ray.roles.latent_adversary import AdversarialScoreEstimator, Denoi
 from flashdmd_ray.roles.networks import load_family
 from flashdmd_ray.runtime.build import build_runtime
 
-CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 COMMON = ["runtime=local", "preference.updates=0", "evaluation.ema=0", "matching.guidance_scale=2.0"]
 """Distillation alone, and equal teachers for both algorithms: the demo's scale of 1 would save Flash-DMD a forward."""
 
@@ -103,7 +102,7 @@ def count_operations(step: Way) -> int:
 
 def flash_dmd(overrides: list[str]) -> dict[str, Way]:
     """Our step and the straight-line step of the shipped demo."""
-    config = load_config(CONFIGS / "demo.yaml", overrides)
+    config = load_config("demo", overrides)
     runtime, data = build_runtime(config), build_images(config.data, config.seed)
     family = load_family(config.model)
     heads = Discriminator.from_config(config)
@@ -121,7 +120,7 @@ def flash_dmd(overrides: list[str]) -> dict[str, Way]:
 
 def baseline(overrides: list[str]) -> dict[str, Way]:
     """Our step and the straight-line step of the DMD2 preset."""
-    config = load_config(CONFIGS / "demo_dmd2.yaml", overrides)
+    config = load_config("demo_dmd2", overrides)
     runtime, data = build_runtime(config), build_images(config.data, config.seed)
     family = load_family(config.model)
     head = AdversarialScoreEstimator.from_config(config).engine.module

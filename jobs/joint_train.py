@@ -1,4 +1,4 @@
-"""Joint training: `python jobs/joint_train.py [CONFIG.yaml] [--set key=value ...] [--dry-run]`."""
+"""Joint training: `python jobs/joint_train.py [CONFIG] [--set key=value ...] [--dry-run]`."""
 
 import sys
 

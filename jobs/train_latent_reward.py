@@ -1,4 +1,4 @@
-"""Train a latent reward: `python jobs/train_latent_reward.py [CONFIG.yaml] [--set key=value ...] [--dry-run]`."""
+"""Train a latent reward: `python jobs/train_latent_reward.py [CONFIG] [--set key=value ...] [--dry-run]`."""
 
 import sys
 

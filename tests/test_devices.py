@@ -18,7 +18,6 @@ from flashdmd_ray.runtime.build import build_runtime
 from tests import tiny
 from tests.simulated_gpu import CPU, GPU, SimulatedGpu, device_of
 
-CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 GROUPS = ("learner", "discriminator", "rollout", "reward")
 SMALL = [
     *("runtime=local", "steps=1", "batch=2", "preference.updates=1", "preference.batch=2", "preference.candidates=2"),
@@ -37,8 +36,8 @@ CASES: dict[str, tuple[str | None, list[str]]] = {
     ),
     "sdxl lora": (None, [*BFLOAT, "lora.networks=[generator, score]", "engine.offload_optimizer=true"]),
     "sd15": (None, ["model.family=sd15", "model.teacher=TINY", "rewards=[{kind: pickscore}]"]),
-    "sd3 lora": ("demo_sd3.yaml", BFLOAT),
-    "dmd2": ("demo_dmd2.yaml", ["ttur=2"]),
+    "sd3 lora": ("demo_sd3", BFLOAT),
+    "dmd2": ("demo_dmd2", ["ttur=2"]),
 }
 
 
@@ -74,7 +73,7 @@ def test_no_role_mixes_devices(case: str, gpus: None, tmp_path: Path) -> None:
     name, changes = CASES[case]
     if case == "sd15":
         changes = [change.replace("TINY", str(tiny.save_sd15(tmp_path / "teacher"))) for change in changes]
-    config = load_config(None if name is None else CONFIGS / name, [*SMALL, *changes])
+    config = load_config(name, [*SMALL, *changes])
     networks._shared_family.cache_clear()
     run = OneStep()
     with SimulatedGpu():

@@ -47,7 +47,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where computed files go; started again, it goes on")
     parser.add_argument("--model", metavar="TEACHER", help="short for --set model.teacher=TEACHER")
     parser.add_argument(
-        "--config", type=Path, metavar="CONFIG.yaml", help="a run's configuration; its model and data keys hold"
+        "--config",
+        default="demo",
+        metavar="CONFIG",
+        help="a run's configuration or a preset; its model and data keys hold",
     )
     add_set(parser, "model.resolution=[512,512]")
     parser.add_argument("--workers", type=int, metavar="N", help="threads, or Ray actors (default: data.workers)")

@@ -32,7 +32,7 @@ from flashdmd_ray.config.data import DataConfig
 from flashdmd_ray.config.evaluation import EvaluationConfig
 from flashdmd_ray.config.joint import Config
 from flashdmd_ray.config.loading import (
-    DEFAULT_CONFIG,
+    PRESETS,
     dump_config,
     load_as,
     load_config,
@@ -69,7 +69,7 @@ from flashdmd_ray.config.section import (
 )
 
 __all__ = [
-    "DEFAULT_CONFIG",
+    "PRESETS",
     "AdversarialConfig",
     "CheckpointConfig",
     "Config",

@@ -16,24 +16,36 @@ from flashdmd_ray.config.overrides import apply_override
 from flashdmd_ray.config.section import Section, suggestion
 from flashdmd_ray.config.yaml_text import read_tree
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
+PRESETS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))}
+"""Name -> file of the configurations that the package brings."""
 _Section = TypeVar("_Section", bound=Section)
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """`load_as` of a joint training run; the shipped demo when `path` is None."""
-    return load_as(Config, DEFAULT_CONFIG if path is None else path, overrides)
+def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """`load_as` of a joint training run; the preset `demo` when `source` is None."""
+    return load_as(Config, "demo" if source is None else source, overrides)
 
 
-def load_as(section: type[_Section], path: Path, overrides: Sequence[str] = ()) -> _Section:
-    """Read a YAML file, apply `key.sub=value` overrides and validate it as that section.
+def load_as(section: type[_Section], source: str | Path, overrides: Sequence[str] = ()) -> _Section:
+    """Read a YAML file or a preset, apply `key.sub=value` overrides and validate it as that section.
 
     Raises ValueError, one line per problem, naming the key, what is wrong and the remedy.
     """
-    tree = read_file(Path(path), section)
+    tree = read_file(config_file(source), section)
     for override in overrides:
         apply_override(section, tree, override)
     return validated(section, tree)
+
+
+def config_file(source: str | Path) -> Path:
+    """The file that `source` names: a path, or else the name of a preset. Raises ValueError for a bare word that is neither."""
+    path, name = Path(source), str(source)
+    if path.is_file() or path.suffix or path.name != name or "=" in name:
+        return path
+    if name not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise ValueError(f"{name}: no file and no preset{suggestion(name, list(PRESETS))}; the presets are {known}")
+    return PRESETS[name]
 
 
 def read_file(path: Path, section: type[Section]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flashdmd_ray.config import DEFAULT_CONFIG, dump_config, load_as
+from flashdmd_ray.config import dump_config, load_as
 from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.models.teacher_files import teacher_files
 from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
@@ -15,18 +15,16 @@ from flashdmd_ray.run.command_line import prepare_process, refuse, run_training,
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.lock import check_free
 
-DEMO = DEFAULT_CONFIG.with_name("latent_reward_demo.yaml")
-
 
 def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
-    """`train_latent_reward.py CONFIG.yaml [--set key=value ...] [--dry-run]`; returns the exit code."""
+    """`train_latent_reward.py [CONFIG] [--set key=value ...] [--dry-run]`; returns the exit code."""
     prepare_process()
     options = training_parser(
         "train_latent_reward.py",
         "Train a latent reward model on labelled pairs of images, or on the verdicts of pixel rewards, and measure it.",
         "Every key is explained in flashdmd_ray/reward_training/config.py; see docs/latent_rewards.md.",
         "say what would be done",
-        DEMO,
+        "latent_reward_demo",
     ).parse_args(arguments)
     try:
         config = load_as(RewardTrainingConfig, options.config, options.set)

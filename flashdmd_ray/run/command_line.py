@@ -9,7 +9,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import leave_on_signals
@@ -23,10 +22,8 @@ FAILED, REFUSED = 1, 2
 LONGEST_MESSAGE = 600
 
 
-def training_parser(
-    prog: str, description: str, keys: str, dry_run: str, default: Path | None = None
-) -> argparse.ArgumentParser:
-    """A parser with CONFIG.yaml, --set and --dry-run. keys: where every key is explained. dry_run: what --dry-run does."""
+def training_parser(prog: str, description: str, keys: str, dry_run: str, default: str) -> argparse.ArgumentParser:
+    """A parser with CONFIG, --set and --dry-run. keys: where every key is explained. dry_run: what --dry-run does."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -34,11 +31,10 @@ def training_parser(
     )
     parser.add_argument(
         "config",
-        metavar="CONFIG.yaml",
+        metavar="CONFIG",
         nargs="?",
-        type=Path,
         default=default,
-        help="a configuration file; default: the shipped demo",
+        help="a YAML file, or the name of a preset (default: %(default)s)",
     )
     add_set(parser, "steps=400 run.name=long")
     parser.add_argument("--dry-run", action="store_true", help=f"{dry_run}, then stop")

@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "Distil a diffusion or flow model into a few-step generator and refine it with preference RL beside it.",
         "Every key is explained in flashdmd_ray/config/.",
         "print roles, parameters, schedule, memory, placement and time",
+        "demo",
     )
     parser.add_argument(
         "--gpu", choices=sorted(GPUS), help="predict times on these; default: what gpu_memory_gib speaks of"

@@ -3,31 +3,25 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashdmd_ray.config import Config, Section, dump_config, load_config, parse_config, validated
+from flashdmd_ray.config import PRESETS, Config, Section, dump_config, load_config, parse_config, validated
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 
-PRESETS = sorted(
-    path
-    for path in (Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml")
-    if not path.stem.startswith("latent_reward")  # those are of another job: tests/reward_training
-)
 
-
-@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_shipped_files_parse_and_are_short(path):
-    load_config(path)
-    assert len(path.read_text().splitlines()) <= 80
-
-
-def test_no_path_means_the_shipped_demo():
-    assert load_config() == load_config(PRESETS[[p.stem for p in PRESETS].index("demo")])
+def test_a_configuration_is_a_file_or_the_name_of_a_preset(tmp_path, monkeypatch):
+    assert load_config() == load_config("demo") == load_config(PRESETS["demo"])
+    with pytest.raises(
+        ValueError, match=r"no file and no preset, did you mean 'sdxl_lora_24gb'\?; the presets are demo,"
+    ):
+        load_config("sdxl_lora24gb")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sdxl_lora_24gb").write_text("steps: 3")
+    assert load_config("sdxl_lora_24gb").steps == 3, "a file of that name goes first"
 
 
 def test_overrides_win_and_types_are_coerced():

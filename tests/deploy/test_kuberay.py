@@ -68,10 +68,10 @@ def test_secrets_and_claims_are_those_of_the_guide(resource: kuberay.Resource) -
 def test_the_job_runs_a_file_of_the_image_with_a_configuration_that_is_read() -> None:
     job = kuberay.read(ROOT / "deploy/kuberay/rayjob.yaml")
     assert isinstance(job, kuberay.RayJob)
-    python, script, file, flag, *settings = shlex.split(job.spec.entrypoint)
+    python, script, preset, flag, *settings = shlex.split(job.spec.entrypoint)
     assert (python, flag) == ("python", "--set")
     assert (ROOT / script.removeprefix("/app/")).is_file()
-    config = load_config(ROOT / file.removeprefix("/app/"), settings)
+    config = load_config(preset, settings)
     mounts = {mount.mountPath for container in job.cluster().pods()[0].containers for mount in container.volumeMounts}
     assert str(config.run.dir) in mounts, "a retry is a new cluster: the run must be on the volume"
 

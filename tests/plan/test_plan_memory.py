@@ -1,17 +1,15 @@
 """The plan's bytes as closed forms, the refusal of what does not fit, and the shipped configurations."""
 
-from pathlib import Path
-
 import pytest
 
 from flashdmd_ray import plan
-from flashdmd_ray.config import load_config, parse_config
+from flashdmd_ray.config import PRESETS, load_config, parse_config
 from flashdmd_ray.plan import fit
 from flashdmd_ray.plan.mean_step import step_of
 from flashdmd_ray.plan.models import Model, Models, models_of
 from flashdmd_ray.plan.parts import BUCKET, parts_of_models
 
-CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("[!l]*.yaml"))  # not those of latent rewards
+CONFIGS = [path for name, path in PRESETS.items() if not name.startswith("latent_reward")]
 N = 1000
 UNKNOWN_NETWORKS = Models(
     denoiser=Model("a teacher", parameters=N),

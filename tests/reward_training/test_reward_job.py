@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flashdmd_ray.batch import StepRng
-from flashdmd_ray.config import dump_config, load_as, parse_config, validated
+from flashdmd_ray.config import PRESETS, dump_config, load_as, parse_config, validated
 from flashdmd_ray.losses.reward_model import pair_loss
 from flashdmd_ray.models import family_class
 from flashdmd_ray.models.latent_reward import load_latent_reward
@@ -37,7 +37,7 @@ from flashdmd_ray.roles.networks import load_parts
 from flashdmd_ray.run.metrics_log import read_metrics
 from tests.reward_training.conftest import write_pairs
 
-SHIPPED = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("latent_reward*.yaml"))
+SHIPPED = [name for name in PRESETS if name.startswith("latent_reward")]
 
 
 def result_of(config: RewardTrainingConfig) -> Path:
@@ -189,9 +189,9 @@ def test_timesteps_are_one_from_each_part_of_the_range() -> None:
     assert not torch.equal(times, spread_timesteps(StepRng(0, 6), 50, (100, 299)))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_shipped_files_parse_and_dump_to_the_same(path) -> None:
-    config = load_as(RewardTrainingConfig, path)
+@pytest.mark.parametrize("preset", SHIPPED)
+def test_presets_parse_and_dump_to_the_same(preset) -> None:
+    config = load_as(RewardTrainingConfig, preset)
     assert validated(RewardTrainingConfig, yaml.safe_load(dump_config(config))) == config
 
 
