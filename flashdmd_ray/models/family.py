@@ -116,6 +116,7 @@ class Family(ABC):
         self.latent_shape = (int(network["in_channels"]), height, width)
         self.image_size = (height * pixels, width * pixels)
         dtype: torch.dtype = getattr(torch, model.dtype)
+        self._source = source
         self._loaders: dict[str, Callable[[], nn.Module]] = {
             "denoiser": lambda: self._load_denoiser(source, dtype),
             "vae": lambda: _load_vae(source, model.vae, dtype),
@@ -221,6 +222,15 @@ class Family(ABC):
         if gradient_checkpointing:
             fresh.network.enable_gradient_checkpointing()
         return fresh.train()
+
+    def file_weights(self) -> Mapping[str, Tensor]:
+        """Weights float32 of the denoiser by parameter name, as the teacher's files hold them.
+
+        They are read again where the frozen teacher is kept in half precision, which rounded them.
+        """
+        if all(p.dtype == torch.float32 for p in self.teacher.parameters()):
+            return self.teacher.state_dict()
+        return self._load_denoiser(self._source, torch.float32).state_dict()
 
     def unconditional(self, count: int) -> Conditioning:
         """Conditioning of the unconditional branch of classifier-free guidance, `count` rows: the embedding of ""."""

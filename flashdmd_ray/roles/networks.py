@@ -64,7 +64,8 @@ def load_parts(model: ModelConfig, parts: Collection[str]) -> Family:
 
 
 def trained_network(config: Config, family: Family, role: NetworkName) -> Denoiser:
-    """Build the network a role starts from: a whole float32 copy of the teacher, or an adapter that changes nothing yet.
+    """Build the network a role starts from: a whole float32 network with the weights of the teacher's files, or an adapter that changes
+    nothing yet.
 
     A generator with `generator.start` has that student's weights. Raises ValueError for an unusable `lora.targets` or start.
     """
@@ -73,6 +74,8 @@ def trained_network(config: Config, family: Family, role: NetworkName) -> Denois
     network = family.denoiser(gradient_checkpointing=config.engine.gradient_checkpointing)
     if role == "generator" and config.generator.start is not None:
         network.network.load_state_dict(load_start(family, config.generator.start))
+    else:
+        network.load_state_dict(family.file_weights())
     return network
 
 
@@ -89,7 +92,7 @@ def trained_engine(config: Config, family: Family, role: NetworkName, settings: 
     if config.engine.gradient_checkpointing:
         network.network.enable_gradient_checkpointing()
     start = config.generator.start if role == "generator" else None
-    state = family.teacher.state_dict() if start is None else trained_network(config, family, role).state_dict()
+    state = family.file_weights() if start is None else trained_network(config, family, role).state_dict()
     return build_engine(config.engine, network, settings, role=name, source=state)
 
 
