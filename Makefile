@@ -28,19 +28,20 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## the main job on the shipped demo: distillation and preference RL on real images
-	$(BIN)/python jobs/joint_train.py
+	$(BIN)/flashdmd train
 
 serve: install ## what `make demo` made, as an image API with a page at http://127.0.0.1:8000
-	$(BIN)/python jobs/serve.py runs/demo
+	$(BIN)/flashdmd serve runs/demo
 
 test: install ## all tests
 	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
-check: install ## style, types, import rules
+check: install ## style, types, import rules, declared dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry flashdmd_ray jobs
 
 format: install ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix-only --quiet .

@@ -1,4 +1,4 @@
-"""The command that evaluates a run's student again: `jobs/evaluate.py RUN [--samples N] [--seed S]`.
+"""The command that evaluates a run's student again: `flashdmd evaluate RUN [--samples N] [--seed S]`.
 
 Exit codes: 0 done, 1 failed, 2 the folder or an option is wrong.
 """
@@ -18,9 +18,9 @@ EVALUATION = "evaluation.json"
 
 
 def evaluate_command(arguments: Sequence[str] | None = None) -> int:
-    """`evaluate.py RUN [--samples N] [--seed S]`: the table of teacher and student, also written to RUN/evaluation.json."""
+    """`flashdmd evaluate RUN [--samples N] [--seed S]`: the table of teacher and student, also written to RUN/evaluation.json."""
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", description="Compare a run's student with its teacher on held-out prompts and noise."
+        prog="flashdmd evaluate", description="Compare a run's student with its teacher on held-out prompts and noise."
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a training run, for example runs/demo")
     parser.add_argument("--samples", type=int, default=2000, help="held-out prompts per row (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""The command that exports a run's student: `jobs/export.py RUN [--format FORMAT] [--checkpoint STEP] [--out DIRECTORY]`.
+"""The command that exports a run's student: `flashdmd export RUN [--format FORMAT] [--checkpoint STEP] [--out DIRECTORY]`.
 
 Exit codes: 0 done, 1 failed, 2 the folder or an option is wrong.
 """
@@ -23,9 +23,10 @@ FOLDERS: Mapping[Format, str] = {"pipeline": "export", "lora": "lora", "kohya": 
 
 
 def export_command(arguments: Sequence[str] | None = None) -> int:
-    """`export.py RUN [--format FORMAT] [--checkpoint best|latest|healthy|STEP] [--out DIRECTORY]`: a checkpoint's student for others."""
+    """`flashdmd export RUN [--format FORMAT] [--checkpoint STEP] [--out DIRECTORY]`; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="export.py", description="Write the student of a run's checkpoint as a diffusers pipeline or a LoRA file."
+        prog="flashdmd export",
+        description="Write the student of a run's checkpoint as a diffusers pipeline or a LoRA file.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a training run, for example runs/demo")
     parser.add_argument(

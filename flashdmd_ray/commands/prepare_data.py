@@ -17,7 +17,7 @@ PROMPTS = (".txt", ".jsonl", ".ndjson")
 
 
 def prepare_data_command(arguments: Sequence[str] | None = None) -> int:
-    """`prepare_data.py SOURCE [--check] [--embeddings] [--latents] [--out DIR] ...`; returns the exit code."""
+    """`flashdmd data SOURCE [--check] [--embeddings] [--latents] [--out DIR] ...`; returns the exit code."""
     options = _parse(arguments)
     return run_command(lambda: _prepare(options))
 
@@ -32,7 +32,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="prepare_data.py",
+        prog="flashdmd data",
         description="Judge a data set before a run (--check, what is done without other options), or precompute what a run reads of it.",
         epilog="Formats and keys are explained in docs/data.md.",
     )

@@ -22,9 +22,9 @@ ANSWER_S = 30.0
 
 
 def scale_command(arguments: Sequence[str] | None = None) -> int:
-    """`scale.py RUN [pool=workers ...]`: print the pools of a running job, or resize some of them first."""
+    """`flashdmd scale RUN [pool=workers ...]`: print the pools of a running job, or resize some of them first."""
     parser = argparse.ArgumentParser(
-        prog="scale.py", description="Look at the pools of a running job, and give them more or fewer workers."
+        prog="flashdmd scale", description="Look at the pools of a running job, and give them more or fewer workers."
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the training run, for example runs/demo")
     parser.add_argument("sizes", metavar="pool=workers", nargs="*", help="new sizes, for example rollout=2 reward=4")

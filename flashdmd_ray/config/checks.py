@@ -97,7 +97,7 @@ def check_family(config: Config) -> None:
             packaged = ", ".join(f"'{name}'" for name, other in FAMILIES.items() if other.demo_latent_reward)
             raise ValueError(
                 f"rewards.{index}.path: the packaged latent reward reads latents of the packaged model.family {packaged}, not '{family}'; "
-                "name one that jobs/train_latent_reward.py made for it, or use kind 'pickscore'"
+                "name one that flashdmd reward train made for it, or use kind 'pickscore'"
             )
 
 

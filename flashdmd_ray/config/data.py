@@ -39,9 +39,9 @@ class DataConfig(Section):
     cache: MayChange[LocalPath | None] = None
     """Folder of the indexes of data sets; null is flashdmd_ray/data in the user's cache folder."""
     embeddings: LocalPath | None = None
-    """Folder of text embeddings from jobs/prepare_data.py --embeddings; prompts that are not in it are encoded as usual."""
+    """Folder of text embeddings from flashdmd data --embeddings; prompts that are not in it are encoded as usual."""
     latents: LocalPath | None = None
-    """Folder of latents of `source` from jobs/prepare_data.py --latents, for real images that pass through the VAE's encoder."""
+    """Folder of latents of `source` from flashdmd data --latents, for real images that pass through the VAE's encoder."""
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -118,7 +118,7 @@ class DeadlineConfig(Section):
 
 class ControlConfig(Section):
     enabled: bool = True
-    """Serve the pools of a job on Ray for jobs/scale.py, to look at and to resize (docs/operations.md)."""
+    """Serve the pools of a job on Ray for flashdmd scale, to look at and to resize (docs/operations.md)."""
     host: str = "127.0.0.1"
     """Address to listen on. Whoever reaches it still needs the token in control.json of the run folder, but nothing is encrypted."""
     port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 0

@@ -70,7 +70,7 @@ def describe_data(config: DataConfig) -> list[str]:
                 f", {ignored:,} ignored" if ignored else ""
             )
         else:
-            state = "not indexed yet; jobs/prepare_data.py --check judges it"
+            state = "not indexed yet; flashdmd data --check judges it"
         lines.append(f"{key}: {getattr(config, key)} ({format.kind}, {state})")
     return lines
 

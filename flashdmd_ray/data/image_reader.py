@@ -56,7 +56,7 @@ def first_decodable(index: Index, numbers: Iterable[int], read: Callable[[Sample
             bad.append(Bad(sample.key, error.reason))
     raise ValueError(
         f"{key}: {len(bad)} samples in a row cannot be decoded, from {bad[0].key} ({bad[0].reason}) to {bad[-1].key}; "
-        "mend or remove them (jobs/prepare_data.py --check names all that are bad)"
+        "mend or remove them (flashdmd data --check names all that are bad)"
     )
 
 

@@ -128,7 +128,7 @@ def read_manifest(folder: Path, setting: str) -> dict[str, Any]:
         known = known and all(e["rows"] >= 0 and Path(e["file"]).name == e["file"] for e in manifest["shards"])
     except OSError:
         raise ValueError(
-            f"{setting}: {folder} has no {MANIFEST}; precompute with jobs/prepare_data.py, or let it finish"
+            f"{setting}: {folder} has no {MANIFEST}; precompute with flashdmd data, or let it finish"
         ) from None
     except (ValueError, KeyError, TypeError):
         known = False

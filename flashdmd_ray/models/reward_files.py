@@ -176,6 +176,6 @@ def _check_shapes(key: str, source: str, own: Mapping[str, Any], teacher: Mappin
             other = "LPO's, such as casiatao/LRM/lrm_sdxl, or " if has_lpo else ""
             raise ValueError(
                 f"{key}: the latent reward of the {source} was made for another teacher ({name} {own[name]}, this has {teacher[name]}); "
-                f"name {other}one that jobs/train_latent_reward.py made for this teacher, or use kind pickscore "
+                f"name {other}one that flashdmd reward train made for this teacher, or use kind pickscore "
                 "with yuvalkirstain/PickScore_v1"
             )

@@ -17,10 +17,10 @@ from flashdmd_ray.run.lock import check_free
 
 
 def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
-    """`train_latent_reward.py [CONFIG] [--set key=value ...] [--dry-run]`; returns the exit code."""
+    """`flashdmd reward train [CONFIG] [--set key=value ...] [--dry-run]`; returns the exit code."""
     prepare_process()
     options = training_parser(
-        "train_latent_reward.py",
+        "flashdmd reward train",
         "Train a latent reward model on labelled pairs of images, or on the verdicts of pixel rewards, and measure it.",
         "Every key is explained in flashdmd_ray/reward_training/config.py; see docs/latent_rewards.md.",
         "say what would be done",

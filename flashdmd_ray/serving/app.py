@@ -30,7 +30,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
 
 
 def build_replicas(settings: ServeSettings) -> Application:
-    """Build the replicas alone, for a process that answers HTTP itself, as jobs/serve.py does.
+    """Build the replicas alone, for a process that answers HTTP itself, as flashdmd serve does.
 
     A model that cannot be loaded ends the start at once, without further attempts.
     """

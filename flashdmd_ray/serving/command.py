@@ -1,4 +1,4 @@
-"""Command `jobs/serve.py EXPORT_OR_RUN ...`: the service on this machine, until SIGTERM or Ctrl-C.
+"""Command `flashdmd serve EXPORT_OR_RUN ...`: the service on this machine, until SIGTERM or Ctrl-C.
 
 Exit codes: 0 stopped in order, 1 failed, 2 an option or a model is wrong.
 """
@@ -51,7 +51,7 @@ def _serve(options: argparse.Namespace) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="serve.py",
+        prog="flashdmd serve",
         description="Serve exported students by an OpenAI-compatible images API.",
         epilog="Every key of --set is explained in flashdmd_ray/serving/settings.py.",
     )
@@ -112,7 +112,7 @@ def check_ingress(settings: ServeSettings) -> None:
     """Raise ValueError for ingress replicas, which this command would not use."""
     if settings.ingress != 1:
         raise ValueError(
-            "ingress: jobs/serve.py answers HTTP itself; `serve deploy` has ingress replicas. Leave it out"
+            "ingress: flashdmd serve answers HTTP itself; `serve deploy` has ingress replicas. Leave it out"
         )
 
 

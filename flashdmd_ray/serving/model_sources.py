@@ -30,7 +30,7 @@ class ModelSource(ABC):
 
 
 class ExportFolder(ModelSource):
-    """A directory that jobs/export.py wrote, which replaces it in one rename."""
+    """A directory that flashdmd export wrote, which replaces it in one rename."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

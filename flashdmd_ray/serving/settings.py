@@ -1,4 +1,4 @@
-"""Settings of the service: the `args` of `build_app` and the keys of `jobs/serve.py --set`. Imports no torch."""
+"""Settings of the service: the `args` of `build_app` and the keys of `flashdmd serve --set`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LimitSettings(Section):
     body_seconds: PositiveFloat = 10.0
     """Seconds for a request's body to arrive; later is answered with 408."""
     connections: PositiveInt | None = None
-    """Open connections of jobs/serve.py; null is a third of the process's file descriptors (`ulimit -n`), 4,096 at most."""
+    """Open connections of flashdmd serve; null is a third of the process's file descriptors (`ulimit -n`), 4,096 at most."""
     connections_per_address: PositiveInt | None = None
     """Open connections of one client address; null is half of all. Behind a proxy all clients have the proxy's address."""
     prompt_characters: PositiveInt = 1000
@@ -79,7 +79,7 @@ class ServeSettings(Section):
     """All settings of the service."""
 
     models: Annotated[dict[str, PathOrName], Field(min_length=1)]
-    """Name -> source: a directory that `jobs/export.py` wrote (a pipeline or a LoRA), a run folder (its export, or the
+    """Name -> source: a directory that `flashdmd export` wrote (a pipeline or a LoRA), a run folder (its export, or the
     newest checkpoint while it has none), or `models:/name@alias` or `models:/name/version` of an MLflow registry."""
     default: str | None = None
     """Model of a request that names none; null is the first."""
@@ -108,7 +108,7 @@ class ServeSettings(Section):
     queue: PositiveInt = 64
     """Requests in the service, in sampling or waiting, per process that answers HTTP; more are answered with 429."""
     ingress: PositiveInt = 1
-    """Ingress replicas of `serve deploy`: processes that answer HTTP. jobs/serve.py answers HTTP itself."""
+    """Ingress replicas of `serve deploy`: processes that answer HTTP. flashdmd serve answers HTTP itself."""
     deadline_s: PositiveFloat = 60.0
     """Seconds for one request, waiting and retries included; later is answered with 504."""
     keys_file: LocalPath | None = None

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     prepare_process()
     parser = training_parser(
-        "joint_train.py",
+        "flashdmd train",
         "Distil a diffusion or flow model into a few-step generator and refine it with preference RL beside it.",
         "Every key is explained in flashdmd_ray/config/.",
         "print roles, parameters, schedule, memory, placement and time",

@@ -94,6 +94,6 @@ def how_to_go_on(directory: RunDirectory, root: Location) -> str:
     saved = (
         "no checkpoint was written before"
         if healthy is None
-        else f"{healthy.folder.name} is healthy: jobs/export.py {directory.path} --checkpoint healthy"
+        else f"{healthy.folder.name} is healthy: flashdmd export {directory.path} --checkpoint healthy"
     )
     return f"stopped by the hack monitor (monitor.action); {saved}; with monitor.action=report the same command goes on"

@@ -1,8 +1,8 @@
 """The services of docker-compose.yml as processes of this machine.
 
 A container gives a service a host name, ports, mounted volumes and secrets, and an image. Here these become the loopback address, free
-ports, folders and files of a temporary directory, and the environment of this interpreter. Commands, variables and health checks are
-otherwise those of the file.
+ports, folders and files of a temporary directory, and a wheel of this project installed there, over the dependencies of this interpreter.
+Commands, variables and health checks are otherwise those of the file.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Stack:
             tempfile.mkdtemp(prefix="fd-", dir="/tmp")
         )  # short: Ray's sockets are below it, 107 characters at most
         file = read()
+        install(directory)
+        (directory / "app").mkdir()
         (directory / "secrets").mkdir(mode=0o700)
         for name in file.secrets:
             (directory / "secrets" / name).write_text(secrets.token_hex(32))
@@ -101,7 +103,6 @@ class Stack:
         text = text.replace("/run/secrets/", f"{self.directory}/secrets/")
         for volume in self.file.volumes:
             text = re.sub(rf"(?<![\w.-])/{volume}(?=[/\s]|$)", f"{self.directory}/{volume}", text)
-        text = re.sub(r"(?<![\w.-])/app(?=/|$)", str(ROOT), text)
         for host in self.file.services:
             text = re.sub(
                 rf"\b{host}:(\d+)", lambda match, host=host: f"127.0.0.1:{self.port(host, int(match[1]))}", text
@@ -120,7 +121,8 @@ class Stack:
         image = parse(ROOT / "deploy/Dockerfile").environment(service.build.target)
         image.pop("PATH", None)
         machine = {
-            "PATH": os.pathsep.join([str(BIN), "/usr/local/bin", "/usr/bin", "/bin"]),
+            "PATH": os.pathsep.join([str(self.directory / "venv/bin"), str(BIN), "/usr/local/bin", "/usr/bin", "/bin"]),
+            "PYTHONPATH": str(packages(self.directory)),
             "HOME": str(self.directory),
             "RAY_TMPDIR": str(self.directory),
             # Ray replaces 127.0.0.1 by an interface's address unless told otherwise; and these machines are busy.
@@ -132,7 +134,7 @@ class Stack:
         }
         patience = {key: value for key, value in SYSTEM_CONFIG.items() if key.endswith(("_ms", "_seconds"))}
         machine |= {f"RAY_{key}": str(value) for key, value in patience.items()}
-        machine |= {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+        machine |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         return machine | image | {key: self.here(value, container) for key, value in service.environment.items()}
 
     def start(self, name: str, number: int = 1) -> Running:
@@ -178,7 +180,13 @@ class Stack:
         words = [self.here(word, container) for word in command]
         words[0] = shutil.which(words[0], path=environment["PATH"]) or words[0]
         return subprocess.run(
-            words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+            words,
+            env=environment,
+            cwd=self.directory / "app",
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
 
     def stop(self) -> dict[str, int | None]:
@@ -201,9 +209,26 @@ class Stack:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+def install(directory: Path) -> None:
+    """As the Dockerfile: the project as a wheel, without what else lies in the checkout."""
+    source = directory / "source"
+    shutil.copytree(ROOT / "flashdmd_ray", source / "flashdmd_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    uv = [str(BIN / "uv"), "pip", "install", "--quiet", "--offline", "--no-deps", "--no-build-isolation"]
+    target = ["--python", sys.executable, "--prefix", str(directory / "venv")]
+    subprocess.run([*uv, *target, str(source)], check=True, timeout=300)
+    shutil.rmtree(source)
+
+
+def packages(directory: Path) -> Path:
+    (folder,) = (directory / "venv").glob("lib/python*/site-packages")
+    return folder
+
+
 def _run(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
-        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output)
+        return subprocess.Popen(command, env=environment, cwd=log.parent / "app", stdout=output, stderr=output)
 
 
 def _kill(processes: list[psutil.Process]) -> None:

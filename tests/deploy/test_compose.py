@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 
 import pytest
 from compose_file import ROOT, ComposeFile, content_of, read
@@ -103,10 +102,3 @@ def test_the_gpu_file_gives_all_gpus_to_one_worker_and_the_service() -> None:
         deploy = merged.services[name].deploy
         assert deploy.resources is not None, name
         assert deploy.replicas == 1, name
-
-
-def test_commands_name_files_of_the_checkout() -> None:
-    for service in FILE.services.values():
-        for word in service.command:
-            if word.startswith("jobs/"):
-                assert Path(ROOT / word).is_file(), word

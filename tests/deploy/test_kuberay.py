@@ -65,12 +65,11 @@ def test_secrets_and_claims_are_those_of_the_guide(resource: kuberay.Resource) -
                 assert f"create secret generic {volume.secret.secretName} " in GUIDE
 
 
-def test_the_job_runs_a_file_of_the_image_with_a_configuration_that_is_read() -> None:
+def test_the_job_runs_a_preset_of_the_image() -> None:
     job = kuberay.read(ROOT / "deploy/kuberay/rayjob.yaml")
     assert isinstance(job, kuberay.RayJob)
-    python, script, preset, flag, *settings = shlex.split(job.spec.entrypoint)
-    assert (python, flag) == ("python", "--set")
-    assert (ROOT / script.removeprefix("/app/")).is_file()
+    program, command, preset, flag, *settings = shlex.split(job.spec.entrypoint)
+    assert (program, command, flag) == ("flashdmd", "train", "--set")
     config = load_config(preset, settings)
     mounts = {mount.mountPath for container in job.cluster().pods()[0].containers for mount in container.volumeMounts}
     assert str(config.run.dir) in mounts, "a retry is a new cluster: the run must be on the volume"

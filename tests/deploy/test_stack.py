@@ -1,5 +1,5 @@
 """The stack of docker-compose.yml runs, trains and serves: its services as processes on the loopback address, with the commands of
-docs/deployment.md. The one head that the suite starts as an operator would."""
+docs/deployment.md and the package installed from a wheel. The one head that the suite starts as an operator would."""
 
 from __future__ import annotations
 
@@ -104,6 +104,18 @@ def test_the_documented_command_trains_the_demo_on_the_workers(stack: Stack) -> 
     run = stack.directory / "runs" / "demo"
     assert "preference/loss" in (run / "metrics.jsonl").read_text()
     assert (run / "export" / "model_index.json").is_file()
+
+
+def test_the_wheel_plans_its_presets_and_exports_the_run(stack: Stack) -> None:
+    for words, said in (
+        (["python", "-c", "import flashdmd_ray; print(flashdmd_ray.__file__)"], str(stack.directory)),
+        (["flashdmd", "train", "sdxl_lora_24gb", "--dry-run"], "memory in all"),
+        (["flashdmd", "export", "/runs/demo", "--out", "/runs/exported"], "written to"),
+    ):
+        done = stack.execute("ray-head", words, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout
+    assert (stack.directory / "runs/exported/model_index.json").is_file()
 
 
 def test_mlflow_has_the_run_and_its_model_and_refuses_other_host_names(stack: Stack) -> None:

@@ -101,4 +101,4 @@ def test_a_taken_port_is_said_before_anything_is_loaded(tmp_path, capsys):
 
 def test_ingress_replicas_are_refused(capsys):
     assert serve_command(["runs/absent", "--set", "ingress=2"]) == 2
-    assert "ingress: jobs/serve.py answers HTTP itself" in capsys.readouterr().err
+    assert "ingress: flashdmd serve answers HTTP itself" in capsys.readouterr().err
