@@ -11,7 +11,7 @@ TEST_PROCESSES ?= 2
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check format lock clean
+.PHONY: help install demo serve test check reference format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ check: install ## style, types, import rules, declared dependencies
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry flashdmd_ray jobs
+
+reference: install ## docs/configuration.md and the schemas for editors, from the configuration's types
+	$(BIN)/python -m flashdmd_ray.reference.pages
 
 format: install ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix-only --quiet .

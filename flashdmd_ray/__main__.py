@@ -19,6 +19,10 @@ COMMANDS = {
     "reward": {
         "train": ("reward_training.cli:train_latent_reward_command", "train a latent reward"),
     },
+    "config": (
+        "reference.command:config_command",
+        "explain a setting (config KEY), print a configuration (config show)",
+    ),
     "scale": ("commands.scale:scale_command", "look at the pools of a running job and resize them"),
 }
 """Command -> the function that runs it and what it does; a group of commands is a mapping of its own."""

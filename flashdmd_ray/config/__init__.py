@@ -33,6 +33,7 @@ from flashdmd_ray.config.evaluation import EvaluationConfig
 from flashdmd_ray.config.joint import Config
 from flashdmd_ray.config.loading import (
     PRESETS,
+    dump_changes,
     dump_config,
     load_as,
     load_config,
@@ -109,6 +110,7 @@ __all__ = [
     "TrackingConfig",
     "apply_override",
     "changeable_keys",
+    "dump_changes",
     "dump_config",
     "hide_passwords",
     "load_as",

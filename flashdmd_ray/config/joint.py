@@ -30,6 +30,7 @@ class Config(Section):
     """Everything a joint training run is told."""
 
     seed: Count = 0
+    """Of everything random: the same configuration and seed give the same result."""
     steps: MayChange[PositiveInt] = 200
     """Passes of the loop: one generator update each, with its score, discriminator and preference updates."""
     batch: PositiveInt = 32
@@ -39,27 +40,46 @@ class Config(Section):
     runtime: MayChange[Literal["local", "ray"]] = "ray"
     """local: one process, no Ray. ray: learner, discriminator, rollout and reward workers."""
     run: MayChange[RunConfig] = RunConfig()
+    """The run's name and where its folder lies; the same name again resumes it."""
     model: ModelConfig = ModelConfig()
+    """The teacher: its family, files, image size and number type."""
     data: DataConfig = DataConfig()
+    """Real images and prompts to train on."""
     sampling: SamplingConfig = SamplingConfig()
+    """The generator's denoising timesteps."""
     generator: GeneratorConfig = GeneratorConfig()
+    """The generator's optimizer, for distillation."""
     score: ScoreConfig = ScoreConfig()
+    """The score estimator, which follows the generator's images."""
     matching: MatchingConfig = MatchingConfig()
+    """Distribution matching: the teacher's guidance and noise levels."""
     adversarial: AdversarialConfig = AdversarialConfig()
+    """The discriminator and its losses."""
     preference: PreferenceConfig = PreferenceConfig()
+    """Preference RL beside distillation: candidates, pairs, updates."""
     rewards: tuple[RewardConfig, ...] = (
         RewardConfig(kind="pickscore", pool="reward"),
         RewardConfig(kind="latent", pool="reward", held_out=True),
     )
+    """Rewards to raise, and held-out ones that only judge. The defaults are the demo's."""
     monitor: MonitorConfig = MonitorConfig()
+    """The hack monitor: is a reward being hacked?"""
     engine: EngineConfig = EngineConfig()
+    """What runs the optimizers, in which precision, sharded or not."""
     lora: LoraConfig = LoraConfig()
+    """Training as low-rank adapters instead of whole networks."""
     placement: MayChange[PlacementConfig] = PlacementConfig()
+    """Workers, CPUs and GPUs of each role."""
     deadlines: MayChange[DeadlineConfig] = DeadlineConfig()
+    """How long the job waits for its workers."""
     control: MayChange[ControlConfig] = ControlConfig()
+    """The address by which a running job is looked at and resized."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written, where to, and which stay."""
     tracking: MayChange[TrackingConfig] = TrackingConfig()
+    """Metrics, sample grids and MLflow."""
     evaluation: MayChange[EvaluationConfig] = EvaluationConfig()
+    """The table and the grid at the end."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

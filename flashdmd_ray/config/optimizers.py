@@ -36,6 +36,7 @@ class RateConfig(Section):
 
 class OptimizerConfig(RateConfig):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's, decoupled: an update also takes lr x weight_decay of every weight off. Preference updates do so at their own rate."""
     clip: PositiveFloat = 1.0

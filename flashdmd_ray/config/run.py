@@ -46,6 +46,7 @@ class TrackingConfig(Section):
     uri_env: str | None = None
     """Environment variable that holds the address instead: for one with a password, which must not be printed and stored."""
     experiment: Annotated[str, Field(min_length=1, max_length=500)] = "flashdmd_ray"
+    """Experiment in MLflow, and the name of its registered model."""
     enabled: bool = True
     """false writes only the run folder."""
     samples_every: PositiveInt = 50

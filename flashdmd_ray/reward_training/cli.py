@@ -6,8 +6,9 @@ Exit codes: 0 done, 1 the run failed, 2 the configuration or a file it names is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import indent
 
-from flashdmd_ray.config import dump_config, load_as
+from flashdmd_ray.config import dump_changes, load_as
 from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.models.teacher_files import teacher_files
 from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
@@ -22,7 +23,7 @@ def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
     options = training_parser(
         "flashdmd reward train",
         "Train a latent reward model on labelled pairs of images, or on the verdicts of pixel rewards, and measure it.",
-        "Every key is explained in flashdmd_ray/reward_training/config.py; see docs/latent_rewards.md.",
+        "`flashdmd config KEY` explains a key; see docs/latent_rewards.md.",
         "say what would be done",
         "latent_reward_demo",
     ).parse_args(arguments)
@@ -32,8 +33,8 @@ def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
         plan = describe(config, run)
     except ValueError as error:
         return refuse(error)
-    print(dump_config(config), flush=True)
     print("\n".join(plan), flush=True)
+    print(f"settings that differ from the defaults\n{indent(dump_changes(config), '  ')}", flush=True)
     if options.dry_run:
         return 0
     return run_training(lambda: _train(config, run), run)

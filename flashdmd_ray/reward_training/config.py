@@ -127,6 +127,7 @@ class RewardTrainingConfig(Section):
     """Everything the training of a latent reward is told."""
 
     seed: Count = 0
+    """Of everything random: the same configuration and seed give the same result."""
     steps: PositiveInt = 8000
     """Updates (LPO: 8,000). The number shapes the learning rate, so a resumed run has the same."""
     batch: PositiveInt = 32
@@ -134,9 +135,13 @@ class RewardTrainingConfig(Section):
     runtime: MayChange[Literal["local", "ray"]] = "ray"
     """local: one process, no Ray. ray: workers under Ray Train."""
     run: MayChange[RunConfig] = RunConfig(name="latent_reward")
+    """The run's name and where its folder lies; the same name again resumes it."""
     model: ModelConfig = ModelConfig()
+    """The teacher: its family, files, image size and number type."""
     latent_reward: RewardModelConfig = RewardModelConfig()
+    """The latent reward's network, and what of it is trained."""
     pairs: PairsConfig = PairsConfig()
+    """Labelled pairs of images, or how they are made."""
     rewards: tuple[RewardConfig, ...] = (RewardConfig(kind="pickscore"),)
     """Pixel rewards: those that are not held_out give the verdicts of pairs.labels 'rewards'; all are measured beside the latent reward, on
     the clean images."""
@@ -145,15 +150,21 @@ class RewardTrainingConfig(Section):
     noise: Literal["shared", "own"] = "shared"
     """Whether the two images of a pair get the same noise, or each its own. Both are measured at the end."""
     optimizer: RewardOptimizerConfig = RewardOptimizerConfig(lr=1e-5)
+    """The reward's optimizer."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of an average of the weights, which then is the result; 0 is off."""
     engine: EngineConfig = EngineConfig()
+    """What runs the optimizers, in which precision, sharded or not."""
     workers: MayChange[WorkersConfig] = WorkersConfig()
+    """Ranks that train together, and their CPUs and GPUs."""
     threads: MayChange[PositiveInt] = 1
     """torch threads of every process."""
     checkpoint: MayChange[RewardCheckpointConfig] = RewardCheckpointConfig()
+    """When checkpoints are written, where to, and which stay."""
     deadlines: MayChange[RewardDeadlineConfig] = RewardDeadlineConfig()
+    """How long the job waits for its workers."""
     accuracy: AccuracyConfig = AccuracyConfig()
+    """Accuracy on held-out pairs at the end."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -104,7 +104,9 @@ class ServeSettings(Section):
     cache: LocalPath | None = None
     """Folder for copies of what is served, so that a version outlives its source; null is ~/.cache/flashdmd_ray/serving."""
     replica: ReplicaSettings = ReplicaSettings()
+    """Processes that generate."""
     limits: LimitSettings = LimitSettings()
+    """What one request, connection or key may ask for."""
     queue: PositiveInt = 64
     """Requests in the service, in sampling or waiting, per process that answers HTTP; more are answered with 429."""
     ingress: PositiveInt = 1

@@ -7,8 +7,9 @@ Ctrl-C and SIGTERM.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import indent
 
-from flashdmd_ray.config import Config, dump_config, load_config
+from flashdmd_ray.config import Config, dump_changes, load_config
 from flashdmd_ray.plan import GPUS, check, gpu_of, preview, sections
 from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = training_parser(
         "flashdmd train",
         "Distil a diffusion or flow model into a few-step generator and refine it with preference RL beside it.",
-        "Every key is explained in flashdmd_ray/config/.",
+        "`flashdmd config KEY` explains a key, docs/configuration.md all of them.",
         "print roles, parameters, schedule, memory, placement and time",
         "demo",
     )
@@ -32,10 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.set)
         run, parts = preview(config) if options.dry_run else check(config)
-        print(dump_config(config), flush=True)
         if options.dry_run:
             for section in sections(config, run, parts, gpu_of(config, options.gpu)):
                 print(f"{section}\n", flush=True)
+        print(f"settings that differ from the defaults\n{indent(dump_changes(config), '  ')}", flush=True)
+        if options.dry_run:
             return 0
     except ValueError as error:
         return refuse(error)
