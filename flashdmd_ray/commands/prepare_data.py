@@ -13,8 +13,6 @@ from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.data.executor import Executor, in_threads
 from flashdmd_ray.run.command_line import FAILED, add_set, run_command
 
-PROMPTS = (".txt", ".jsonl", ".ndjson")
-
 
 def prepare_data_command(arguments: Sequence[str] | None = None) -> int:
     """`flashdmd data SOURCE [--check] [--embeddings] [--latents] [--out DIR] ...`; returns the exit code."""
@@ -64,7 +62,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _config(options: argparse.Namespace) -> Config:
-    is_prompts = Path(options.source).suffix in PROMPTS
+    is_prompts = _is_prompts(Path(options.source).expanduser())
     settings = [*options.set, f"data.{'prompts' if is_prompts else 'source'}={options.source}"]
     if options.model is not None:
         settings.append(f"model.teacher={options.model}")
@@ -72,6 +70,15 @@ def _config(options: argparse.Namespace) -> Config:
         settings.append(f"data.workers={options.workers}")
     # What is computed here cannot be read yet, and where a run decodes is the run's business.
     return load_config(options.config, [*settings, "data.embeddings=null", "data.latents=null", "data.decode=threads"])
+
+
+def _is_prompts(source: Path) -> bool:
+    """True for a file of prompts: by its name, or a table without a column of images."""
+    from flashdmd_ray.data.formats import PROMPTS, holds_images
+
+    if source.suffix.lower() == ".parquet" and source.is_file():
+        return not holds_images(source)
+    return source.name.lower().endswith(PROMPTS)
 
 
 def _on(runtime: str, work: Callable[[Executor], int]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,17 @@ SUFFIXES = (
     ".ppm",
 )
 
+OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
+"""Of pictures in forms that are not read."""
+_STAND_INS = (
+    (b"version https://git", "Git LFS pointer instead of the image"),
+    (b"<!doctype html", "web page instead of the image"),
+    (b"<html", "web page instead of the image"),
+)
+_FOREIGN = {b"ftyphei": "HEIC", b"ftypmif1": "HEIC", b"JXL ": "JPEG XL", b"jP  ": "JPEG 2000"}
+"""What bytes 4 to 12 of a file begin with in other forms."""
+FURTHER_FRAME = "further frame of an animation, or page, which is not used"
+
 LARGEST_METADATA = 64 * 2**20
 """Text and colour profiles of one PNG, unpacked: nobody needs them, and picture generators store whole workflows there."""
 STRIP = 256
@@ -47,15 +58,32 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_METADATA
 
 
-def image_size(file: IO[bytes], length: int) -> tuple[int, int]:
-    """(width, height) as the image is looked at, from its header alone. Raises BadSample."""
+class ImageFacts(NamedTuple):
+    """Size of an image as it is looked at, in pixels, and remarks on it: one for each thing that is left out."""
+
+    width: int
+    height: int
+    remarks: tuple[str, ...] = ()
+
+
+def image_facts(file: IO[bytes], length: int) -> ImageFacts:
+    """Read the header of an image. Raises BadSample."""
     image = _open(file, length)
+    remarks = (FURTHER_FRAME,) * _further_frames(image)
     width, height = image.size
     try:
         rotated = image.getexif().get(_ORIENTATION) in _ROTATED
     except Exception:  # damaged EXIF is no reason to lose an image
         rotated = False
-    return (height, width) if rotated else (width, height)
+    return ImageFacts(height, width, remarks) if rotated else ImageFacts(width, height, remarks)
+
+
+def _further_frames(image: Image.Image) -> int:
+    """Frames of an animation, or pages, beyond the first; the previews and depth maps that phones add to a JPEG are none."""
+    try:
+        return 0 if image.format == "MPO" else getattr(image, "n_frames", 1) - 1
+    except Exception:  # damage behind the first frame, which may be whole
+        return 0
 
 
 def decode(data: bytes, size: tuple[int, int]) -> Pixels:
@@ -100,11 +128,14 @@ def _reason(error: Exception, otherwise: str) -> str:
 
 
 def _content(file: IO[bytes]) -> str:
-    """Name the content of a file that is no image."""
+    """Name the content of a file that is no image that is read."""
     file.seek(0)
-    return (
-        "Git LFS pointer instead of the image" if file.read(20).startswith(b"version https://git") else "not an image"
-    )
+    start = file.read(64)
+    text, brand = start.lstrip().lower(), start[4:12]
+    foreign = next((name for mark, name in _FOREIGN.items() if brand.startswith(mark)), None)
+    if foreign is not None:
+        return f"{foreign} image, which is not read; convert it to JPEG, PNG or WebP"
+    return next((what for mark, what in _STAND_INS if text.startswith(mark)), "not an image")
 
 
 def _read_small(image: Image.Image, side: int) -> None:

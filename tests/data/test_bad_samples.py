@@ -12,6 +12,7 @@ from scenes_on_disk import encoded, pictures, samples, tar_members, write_folder
 from flashdmd_ray.config import DataConfig
 from flashdmd_ray.data.build import build_images, open_image_reader
 from flashdmd_ray.data.formats import Columns, open_images, open_prompts
+from flashdmd_ray.data.formats.folder import NO_NAME
 from flashdmd_ray.data.index import open_index, scan_piece
 from flashdmd_ray.data.sample import NOT_UTF8, Bad, Ignored, Sample
 from flashdmd_ray.data.tally import NAMES, Tally
@@ -67,14 +68,15 @@ def test_every_kind_in_an_image_folder(tmp_path, cache):
         "missing image": (3, ["gone.png", "sub", "nul\\x00.png"]),
         "leaves the data folder": (3, ["../secret.png", str(outside), "link.png"]),
         "empty image file": (1, ["empty.png"]),
-        "not an image": (1, ["page.png"]),
+        "web page instead of the image": (1, ["page.png"]),
         "missing caption": (2, ["a.png", "unlisted.jpg"]),
         "empty caption": (1, ["b.png"]),
         "caption is not text": (1, ["c.png"]),
         NOT_UTF8: (1, ["d.png"]),
         "caption longer than 65536 characters": (1, ["e.png"]),
         "duplicate key": (1, ["000.png"]),
-        "broken line": (3, [f"metadata.jsonl line {n}" for n in (21, 22, 23)]),
+        "broken line": (2, [f"metadata.jsonl line {n}" for n in (21, 22)]),
+        NO_NAME.format("file_name"): (1, ["metadata.jsonl line 23"]),
     }
     assert [index.sample(i).key for i in range(len(index))] == [
         *("000.png", "001.png", "002.png"),
@@ -168,7 +170,7 @@ def test_every_kind_in_a_table(tmp_path, cache):
         "empty caption": 1,
         "missing caption": 1,
         "missing image": 1,
-        "not an image": 1,
+        "web page instead of the image": 1,
     }
     assert bad["empty caption"][1] == ["a.parquet group 1 row 0"]
 

@@ -20,8 +20,10 @@ from flashdmd_ray.config import DataConfig, load_config
 from flashdmd_ray.data.build import build_images, open_reals
 from flashdmd_ray.data.datasets import accepted_index, image_format
 from flashdmd_ray.data.formats import Columns, open_images, open_prompts
+from flashdmd_ray.data.formats.folder import NO_NAME
+from flashdmd_ray.data.formats.names import ABSENT_SHARD
 from flashdmd_ray.data.index import scan_here
-from flashdmd_ray.data.pixels import decode
+from flashdmd_ray.data.pixels import FURTHER_FRAME, decode
 from flashdmd_ray.data.sample import AFTER_END, NOT_UTF8, SYSTEM_FILE
 from flashdmd_ray.data.tally import Tally
 
@@ -192,8 +194,11 @@ def test_text_files_beside_images(tmp_path):
         "e.png": "whole name",
         "i.png": "utf-16",
     }
-    assert counts(tally.bad) == {"missing caption": 1, "missing image": 2, NOT_UTF8: 1, "not a plain file": 1}
-    assert counts(tally.ignored) == {"neither image nor caption (.heic)": 1}
+    assert counts(tally.bad) == {"missing caption": 1, "missing image": 1, NOT_UTF8: 1} | {
+        "not an image": 1,
+        "not a plain file": 1,
+    }
+    assert not tally.ignored
 
 
 def test_names_that_look_equal_are_equal(tmp_path):
@@ -302,10 +307,85 @@ def test_metadata_of_a_picture_is_no_reason_to_lose_it(tmp_path):
     assert list(judge(tmp_path)[1].bad) == ["Git LFS pointer instead of the image"]
 
 
+def frames(format, count=4):
+    file = io.BytesIO()
+    pictures = [Image.fromarray(np.full((8, 8, 3), 60 * n, np.uint8)) for n in range(count)]
+    pictures[0].save(file, format, save_all=True, append_images=pictures[1:])
+    return file.getvalue()
+
+
+def test_frames_beyond_the_first_are_counted(tmp_path):
+    files = {"a.gif": "GIF", "b.webp": "WEBP", "c.png": "PNG", "d.tif": "TIFF", "e.jpg": "MPO"}
+    root = write_files(tmp_path, {name: frames(format) for name, format in files.items()})
+    _, tally = judge(write_files(root, {f"{name[0]}.txt": "t" for name in files}))
+    assert (tally.good, counts(tally.notes)) == (5, {FURTHER_FRAME: 12})
+
+
+def test_what_img2dataset_writes(tmp_path):
+    """Archives or folders, and beside each a table of its samples and its statistics."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    members = [
+        (f"{n}.{s}", c) for n in range(3) for s, c in (("png", IMAGE), ("txt", b"t"), ("json", b'{"caption": "t"}'))
+    ]
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    write_tar(packed / "00000.tar", members)
+    write_files(plain / "00000", dict(members))
+    for root in (packed, plain):
+        pq.write_table(pa.table({"url": ["u"] * 3, "caption": ["t"] * 3}), root / "00000.parquet")
+        write_files(root, {"00000_stats.json": "{}"})
+        _, tally = judge(root)
+        assert (tally.good, tally.bad_count) == (3, 0)
+        assert any("00000.parquet" in named.names for named in tally.ignored.values())
+
+
+def test_metadata_in_a_table_and_columns_that_name_nothing(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = write_files(tmp_path / "a", {f"{n}.png": IMAGE for n in range(2)})
+    pq.write_table(pa.table({"file_name": ["0.png", "1.png"], "text": ["zero", "one"]}), root / "metadata.parquet")
+    assert judge(root)[0] == {"0.png": "zero", "1.png": "one"}
+    root = write_files(tmp_path / "b", {"0.png": IMAGE, "metadata.jsonl": '{"path": "0.png", "text": "zero"}'})
+    assert counts(judge(root)[1].bad) == {NO_NAME.format("file_name"): 1, "missing caption": 1}
+    assert judge(root, Columns(image="path"))[0] == {"0.png": "zero"}
+    root = write_files(tmp_path / "c", {"0.png": IMAGE, "metadata.csv": "file_name,text,text\n0.png,a,b\n"})
+    with pytest.raises(ValueError, match="column text comes twice"):
+        judge(root)
+
+
+def test_forms_that_are_not_read_are_bad_unless_another_form_is_there(tmp_path):
+    files = {"a.heic": b"\0\0\0\x18ftypheic", "a.txt": "t", "b.heic": b"x", "b.png": IMAGE, "b.txt": "t"}
+    captions, tally = judge(write_files(tmp_path, files))
+    assert captions == {"b.png": "t"}
+    assert [named.names for named in (*tally.bad.values(), *tally.ignored.values())] == [["a.heic"], ["b.heic"]]
+
+
+def test_shards_that_the_names_of_others_promise_are_named(tmp_path):
+    members = [("0.png", IMAGE), ("0.txt", b"t")]
+    for number in (0, 2):
+        write_tar(tmp_path / f"train-{number:05}-of-00004.tar", members)
+    _, tally = judge(tmp_path)
+    assert tally.good == 2
+    assert tally.ignored[ABSENT_SHARD].names == ["train-00001-of-00004.tar", "train-00003-of-00004.tar"]
+
+
+def test_packed_prompts_are_read_whole_or_refused(tmp_path):
+    data = gzip.compress(b'{"text": "one"}\n') + gzip.compress(b'{"text": "two"}\n')
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(data)
+    assert list(judge(path, opened=open_prompts)[0].values()) == ["one", "two"]
+    for damaged in (data[:-9], data[:12], b"no gzip", data + b"more"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cut short or damaged"):
+            judge(path, opened=open_prompts)
+
+
 STEMS = st.sampled_from(["0", "1", "a.b", "a.c", "a", "sub/0", "x.y.z", "é"])
-SUFFIXES = st.sampled_from(["png", "PNG", "jpg", "seg.png", "txt", "caption", "json", "cls", "JSON"])
+SUFFIXES = st.sampled_from(["png", "PNG", "heic", "jpg", "seg.png", "txt", "caption", "json", "cls", "JSON"])
 NAMES = st.builds("{}.{}".format, STEMS, SUFFIXES) | st.sampled_from(SYSTEM)
-IMAGES = (".png", ".jpg")
+IMAGES = (".png", ".jpg", ".heic")
 
 
 @given(names=st.lists(NAMES, max_size=12, unique_by=str.lower), optional=st.booleans())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scenes_on_disk import encoded, pictures
 
-from flashdmd_ray.data.pixels import MAX_PIXELS, decode, image_size
+from flashdmd_ray.data.pixels import MAX_PIXELS, decode, image_facts
 from flashdmd_ray.data.sample import BadSample
 
 
@@ -91,7 +91,7 @@ def test_exif_orientation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(stored, "PNG", exif=exif)
-    assert image_size(io.BytesIO(data), len(data)) == (32, 16)
+    assert image_facts(io.BytesIO(data), len(data)) == (32, 16, ())
     assert np.array_equal(decode(data, (16, 32)), np.asarray(upright))
 
 
@@ -136,24 +136,25 @@ def test_cmyk_is_converted():
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "TIFF", "GIF"])
 def test_the_content_decides_not_the_name(name):
     data = encoded(picture(), name)
-    assert image_size(io.BytesIO(data), len(data)) == (24, 24)
+    assert image_facts(io.BytesIO(data), len(data)) == (24, 24, ())
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         (b"", "empty image file"),
-        (b"<html>404</html>", "not an image"),
+        (b"<html>404</html>", "web page instead of the image"),
+        (b"\0\0\0\x18ftypheic" + bytes(50), "HEIC image, which is not read; convert it to JPEG, PNG or WebP"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "not an image"),
         (png_header(30_000, 30_000), "image above 89,478,485 pixels"),
         (png_header(9_500, 9_500), "image above 89,478,485 pixels"),
         (png_header(0, 10), "not an image"),
     ],
-    ids=["empty", "html", "eps", "bomb", "just above the limit", "no pixels"],
+    ids=["empty", "html", "heic", "eps", "bomb", "just above the limit", "no pixels"],
 )
 def test_what_a_header_tells(data, reason):
     assert MAX_PIXELS < 9_500**2
-    for judge in (lambda: image_size(io.BytesIO(data), len(data)), lambda: decode(data, (8, 8))):
+    for judge in (lambda: image_facts(io.BytesIO(data), len(data)), lambda: decode(data, (8, 8))):
         with pytest.raises(BadSample, match=f"^{reason}$"):
             judge()
 

@@ -8,22 +8,26 @@ from flashdmd_ray.data.formats.base import Columns, ImageFormat, TextFormat
 from flashdmd_ray.data.formats.folder import METADATA, FolderImages
 from flashdmd_ray.data.formats.hub import PREFIX, HubImages
 from flashdmd_ray.data.formats.names import files_below
-from flashdmd_ray.data.formats.parquet import ParquetImages
+from flashdmd_ray.data.formats.parquet import ParquetImages, holds_images
 from flashdmd_ray.data.formats.prompts import JsonPrompts, ParquetPrompts, TextPrompts
 from flashdmd_ray.data.formats.tar import TarImages
-from flashdmd_ray.data.pixels import SUFFIXES
+from flashdmd_ray.data.pixels import OTHER_SUFFIXES, SUFFIXES
+from flashdmd_ray.data.sample import Ignored
 
-__all__ = ["Columns", "ImageFormat", "TextFormat", "open_images", "open_prompts"]
+__all__ = ["PROMPTS", "Columns", "ImageFormat", "TextFormat", "holds_images", "open_images", "open_prompts"]
 
+LIST_OF_ARCHIVE = "table that lists what is in an archive"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+PROMPTS = (".txt", ".jsonl", ".ndjson", ".txt.gz", ".jsonl.gz", ".ndjson.gz")
+"""Ends of files of prompts, beside tables."""
 FORMS = "a .tar or .parquet file, a folder of them, a folder of images, or hf:owner/name"
 
 
 def open_images(source: str, columns: Columns) -> ImageFormat:
     """The format of captioned images at `source`; reads no sample. Raises ValueError, one line, when there is none.
 
-    A .tar or .parquet file, a folder of them, a folder of images with metadata.jsonl, metadata.csv or a .txt beside each, a folder
-    written by `save_to_disk`, or hf:owner/name[:split].
+    A .tar or .parquet file, a folder of them, a folder of images with metadata.jsonl, .csv or .parquet or a .txt beside each, a folder
+    written by `save_to_disk`, or hf:owner/name[:split]. Tables beside archives or folders of the same name are lists of what is in them.
     """
     if source.startswith(PREFIX):
         return HubImages(source, columns)
@@ -37,8 +41,10 @@ def open_images(source: str, columns: Columns) -> ImageFormat:
     packed = files_below(path, COMPRESSED)
     if packed:
         _refuse_compressed(packed[0])
-    archives, tables = files_below(path, (".tar",)), files_below(path, (".parquet",))
-    images, lists = files_below(path, SUFFIXES), files_below(path, tuple(METADATA))
+    archives, found = files_below(path, (".tar",)), files_below(path, (".parquet",))
+    lists = files_below(path, tuple(METADATA))
+    tables = tuple(table for table in found if table not in lists and not _is_list(table))
+    images = files_below(path, SUFFIXES) or (() if archives or tables else files_below(path, OTHER_SUFFIXES))
     there = {".tar": archives, ".parquet": tables, "image": images or lists}
     kinds = [kind for kind, found in there.items() if found]
     if len(kinds) > 1:
@@ -47,12 +53,18 @@ def open_images(source: str, columns: Columns) -> ImageFormat:
     if len({file.parent for file in lists}) < len(lists):
         raise ValueError(f"data.source: {source} holds {' and '.join(METADATA)} in one folder; keep one of them")
     if archives:
-        return TarImages(archives, columns)
+        beside = tuple(Ignored(str(table.relative_to(path)), LIST_OF_ARCHIVE) for table in found)
+        return TarImages(archives, columns, beside)
     if tables:
         return ParquetImages(tables, columns)
     if images or lists:
         return FolderImages(path, columns)
     raise ValueError(f"data.source: {source} holds no image, no .tar and no .parquet file; see docs/data.md")
+
+
+def _is_list(table: Path) -> bool:
+    """True for the table that img2dataset writes beside each archive or folder of images."""
+    return (table.with_suffix(".tar").exists() or table.with_suffix("").is_dir()) and not holds_images(table)
 
 
 def _file(path: Path, source: str, columns: Columns) -> ImageFormat:
@@ -70,13 +82,24 @@ def _file(path: Path, source: str, columns: Columns) -> ImageFormat:
 
 
 def _refuse_compressed(path: Path) -> None:
-    raise ValueError(
-        f"data.source: {path} is compressed, so samples cannot be read by position; unpack it to a plain .tar or a folder"
-    )
+    raise ValueError(f"data.source: {path} is compressed, so samples cannot be read by position; {_unpack(path)}")
+
+
+def _unpack(path: Path) -> str:
+    name = path.name.lower()
+    for ends, program in (
+        ((".tar.gz", ".tgz"), "gunzip"),
+        ((".tar.bz2",), "bunzip2"),
+        ((".tar.xz",), "unxz"),
+        ((".tar.zst",), "unzstd"),
+    ):
+        if name.endswith(ends):
+            return f"unpack it to a plain .tar ({program} {path})"
+    return "unpack it to a folder"
 
 
 def open_prompts(source: str, columns: Columns, key: str = "data.prompts") -> TextFormat:
-    """The format of prompts at `source`: a .txt, .jsonl or .parquet file, or a folder of .parquet.
+    """The format of prompts at `source`: a .txt or .jsonl file, also packed as .gz, a .parquet file, or a folder of .parquet.
 
     Raises ValueError, naming the `key` of the configuration.
     """
@@ -85,12 +108,11 @@ def open_prompts(source: str, columns: Columns, key: str = "data.prompts") -> Te
         return ParquetPrompts(tables, columns)
     if not path.is_file():
         raise ValueError(f"{key}: no such file: {source}; give a .txt, .jsonl or .parquet file")
+    if path.name.lower().endswith(PROMPTS):
+        is_text = path.name.lower().removesuffix(".gz").endswith(".txt")
+        return TextPrompts(path) if is_text else JsonPrompts(path, columns)
     suffix = path.suffix.lower()
-    if suffix == ".txt":
-        return TextPrompts(path)
-    if suffix in (".jsonl", ".ndjson"):
-        return JsonPrompts(path, columns)
     if suffix == ".parquet":
         return ParquetPrompts((path,), columns)
-    remedy = "; unpack it" if suffix in (".gz", ".zst", ".bz2", ".xz", ".zip") else ""
+    remedy = "; unpack it" if suffix in (".zst", ".bz2", ".xz", ".zip") else ""
     raise ValueError(f"{key}: {source} is no .txt, .jsonl or .parquet file{remedy}")

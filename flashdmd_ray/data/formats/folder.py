@@ -1,4 +1,4 @@
-"""An image folder: images anywhere below it, with captions in metadata.jsonl or metadata.csv, or in a text file beside each image."""
+"""An image folder: images anywhere below it, with captions in metadata.jsonl, .csv or .parquet, or in a text file beside each image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from flashdmd_ray.data.formats.base import Columns, choose_caption
 from flashdmd_ray.data.formats.captions import caption_in
 from flashdmd_ray.data.formats.lines import HEAD, csv_rows, json_rows
 from flashdmd_ray.data.formats.names import Group, group_files, is_system_file, same_name
-from flashdmd_ray.data.pixels import SUFFIXES, image_size
+from flashdmd_ray.data.formats.parquet import table_rows
+from flashdmd_ray.data.pixels import OTHER_SUFFIXES, SUFFIXES, image_facts
 from flashdmd_ray.data.sample import (
     BROKEN_LINE,
     DUPLICATE,
@@ -29,8 +30,9 @@ from flashdmd_ray.data.sample import (
     read_caption,
 )
 
-METADATA = {"metadata.jsonl": json_rows, "metadata.csv": csv_rows}
+METADATA = {"metadata.jsonl": json_rows, "metadata.csv": csv_rows, "metadata.parquet": table_rows}
 FILE_NAME = "file_name"
+NO_NAME = "row that names no file in column {}; data.image names the right one"
 PIECE = 2048
 Captioned = tuple[str, object]
 """The name of an image, and its caption or how to read it: a function without arguments."""
@@ -67,12 +69,12 @@ class FolderImages:
             path = self._inside(name)
             length = path.stat().st_size
             with path.open("rb") as file:
-                width, height = image_size(file, length)
+                width, height, more = image_facts(file, length)
         except BadSample as bad:
             return Bad(name, bad.reason)
         except (OSError, ValueError):  # absent, a folder, or a name that no file can have
             return Bad(name, MISSING_IMAGE)
-        return Sample(name, text, 0, 0, length, width, height, remarks)
+        return Sample(name, text, 0, 0, length, width, height, (*remarks, *more))
 
     def _inside(self, name: str) -> Path:
         """The file, links followed. Raises BadSample when it lies elsewhere, or is no plain file."""
@@ -151,7 +153,8 @@ class FolderImages:
             for line, row in rows:
                 given = row.get(file_name) if isinstance(row, dict) else None
                 if not isinstance(given, str) or not given:
-                    yield Bad(f"{os.path.dirname(path)}/{line}".lstrip("/"), BROKEN_LINE)
+                    reason = NO_NAME.format(file_name) if isinstance(row, dict) else BROKEN_LINE
+                    yield Bad(f"{os.path.dirname(path)}/{line}".lstrip("/"), reason)
                     continue
                 name = self._found(os.path.dirname(path), given, names, alike)
                 yield Bad(name, DUPLICATE) if name in seen else (name, row.get(column))
@@ -159,6 +162,8 @@ class FolderImages:
         for name in self._files[0]:
             if name.lower().endswith(SUFFIXES) and name not in seen:
                 yield Ignored(name, SYSTEM_FILE) if is_system_file(name) else (name, None)
+            elif name.lower().endswith(OTHER_SUFFIXES) and name not in seen:
+                yield Ignored(name, "image of a form that is not read")
 
     def _found(self, folder: str, given: str, names: set[str], alike: dict[str, str]) -> str:
         """The file that a metadata file means by a name: as it is, with Windows' slashes, or with accents written otherwise."""

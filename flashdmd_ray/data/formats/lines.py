@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from flashdmd_ray.data.sample import LARGEST_CAPTION
 
@@ -18,13 +22,21 @@ _DELIMITERS = (",", ";", "\t")
 
 def text_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, or of a UTF-16 file with a byte order mark. Bytes that are no UTF-8 become lone surrogates."""
-    with path.open(newline=None, errors="surrogateescape", encoding=_encoding(path)) as file:
+    with _open_text(path, newline=None) as file:
         yield from file
 
 
-def _encoding(path: Path) -> str:
-    with path.open("rb") as file:
-        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+@contextmanager
+def _open_text(path: Path, newline: str | None) -> Iterator[TextIO]:
+    """A text file; one called .gz is unpacked. Raises ValueError where that is cut short or damaged."""
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opened(path, "rb") as file:
+            encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+            file.seek(0)
+            yield io.TextIOWrapper(file, encoding, "surrogateescape", newline)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}); make or fetch it again") from None
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -39,7 +51,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """("file line 3", {column: text}) for each row; `Ellipsis` for one with more or fewer columns than the header, or an open quote."""
-    with path.open(newline="", errors="surrogateescape", encoding=_encoding(path)) as file:
+    with _open_text(path, newline="") as file:
         first = file.readline()
         delimiter = max(_DELIMITERS, key=first.count)
         file.seek(0)
@@ -58,6 +70,8 @@ def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     continue
                 if header is None:
                     header = [name.strip() for name in row]
+                    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+                        raise ValueError(f"{path}: column {', '.join(twice)} comes twice; rename one of them")
                 elif row:
                     yield (
                         f"{path.name} line {line}",

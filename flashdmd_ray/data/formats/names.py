@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flashdmd_ray.data.pixels import SUFFIXES
+from flashdmd_ray.data.pixels import OTHER_SUFFIXES, SUFFIXES
 from flashdmd_ray.data.sample import DUPLICATE, MISSING_IMAGE, SYSTEM_FILE, Bad, Ignored
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
@@ -16,6 +17,7 @@ CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 SEVERAL_IMAGES = "several images for one caption; data.image names the suffix of the right one"
 FURTHER_IMAGE = "further image of a sample"
 NOT_WANTED = "image of another suffix than data.image"
+ABSENT_SHARD = "file that is not there, by the number in the names of the others"
 _SYSTEM = (
     "__macosx",
     "thumbs.db",
@@ -49,6 +51,19 @@ def files_below(folder: Path, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     return tuple(sorted(path for path in paths if not is_system_file(str(path.relative_to(folder)))))
 
 
+def absent_shards(files: Sequence[Path]) -> Iterator[Ignored]:
+    """Shards such as train-00001-of-00003.parquet that are missing among those that are there."""
+    found: dict[tuple[str, str, str], set[str]] = {}
+    for file in files:
+        if match := re.fullmatch(r"(.*)-(\d{1,6})-of-(\d{1,6})(\..*)", str(file)):
+            found.setdefault((match[1], match[3], match[4]), set()).add(match[2])
+    for (start, count, suffix), numbers in found.items():
+        width = len(next(iter(numbers)))
+        for number in range(int(count)):
+            if f"{number:0{width}}" not in numbers:
+                yield Ignored(f"{Path(start).name}-{number:0{width}}-of-{count}{suffix}", ABSENT_SHARD)
+
+
 def same_name(name: str) -> str:
     """Equal for names that look equal: letters with accents are one character or two, depending on who wrote them."""
     return unicodedata.normalize("NFC", name)
@@ -69,9 +84,11 @@ def group_files(names: Sequence[str], image_suffix: str | None = None) -> Iterat
         stem, suffix = _split(name)
         if is_system_file(name):
             yield Ignored(name, SYSTEM_FILE)
+        elif name.endswith("_stats.json"):
+            yield Ignored(name, "neither image nor caption (statistics of img2dataset)")
         elif suffix in CAPTION_SUFFIXES:
             captions.setdefault((stem, copies[name]), {})[suffix] = position
-        elif suffix not in SUFFIXES:
+        elif suffix not in (*SUFFIXES, *OTHER_SUFFIXES):
             yield Ignored(name, f"neither image nor caption ({suffix or 'no suffix'})")
         elif image_suffix is not None and not name.lower().endswith(f".{image_suffix.lower().lstrip('.')}"):
             yield Ignored(name, NOT_WANTED)
@@ -95,6 +112,7 @@ def _group(
     """The images that go with one caption: one of them is the sample, or nobody knows which."""
     exact = [position for position, stem in members if stem == owner]
     chosen = exact or [position for position, _ in members]
+    chosen = [position for position in chosen if _split(names[position])[1] in SUFFIXES] or chosen
     for position, _ in members:
         if position not in chosen:
             yield Ignored(names[position], FURTHER_IMAGE)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.data.formats.base import CAPTIONS, IMAGES, Columns, choose, is_filled
+from flashdmd_ray.data.formats.names import absent_shards
 from flashdmd_ray.data.formats.row import Row, captioned
 from flashdmd_ray.data.sample import MISSING_IMAGE, Bad, BadSample, Entry, Sample
 
@@ -65,6 +66,8 @@ class RowGroups(ABC):
         return len(self.blocks)
 
     def scan(self, piece: int) -> Iterator[Entry]:
+        if not piece:
+            yield from absent_shards(self.tables)
         path, group = self.blocks[piece]
         table, row, number = open_table(path), self.row(path), 0
         try:
@@ -106,6 +109,26 @@ class ParquetImages(RowGroups):
     def read(self, sample: Sample) -> bytes:
         (encoded,) = self.encoded(sample)
         return encoded
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """("file row 3", {column: value}) for each row of a table."""
+    batches = open_table(path).iter_batches(batch_size=ROWS)
+    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+        yield f"{path.name} row {number}", row
+
+
+def holds_images(path: Path) -> bool:
+    """True for a table with a column of images, or of anything else in bytes."""
+    import pyarrow.types as types
+
+    return any(
+        field.name in IMAGES
+        or types.is_struct(field.type)
+        or types.is_binary(field.type)
+        or types.is_large_binary(field.type)
+        for field in open_table(path).schema_arrow
+    )
 
 
 def open_table(path: Path) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashdmd_ray.data.formats.base import CAPTIONS, IMAGES, Columns, choose, is_filled
-from flashdmd_ray.data.pixels import image_size
+from flashdmd_ray.data.pixels import image_facts
 from flashdmd_ray.data.sample import Bad, BadSample, Sample, read_caption
 
 
@@ -34,10 +34,11 @@ class Row:
             if self.labels:
                 check_labels([values[name] for name in self.labels])
             encoded = [image_bytes(values[name]) for name in self.images]
-            sizes = [image_size(io.BytesIO(data), len(data)) for data in encoded]
+            facts = [image_facts(io.BytesIO(data), len(data)) for data in encoded]
         except BadSample as bad:
             return Bad(key, bad.reason)
-        return Sample(key, caption, block, offset, sum(map(len, encoded)), *sizes[0], remarks)
+        first, all_remarks = facts[0], (*remarks, *(remark for one in facts for remark in one.remarks))
+        return Sample(key, caption, block, offset, sum(map(len, encoded)), first.width, first.height, all_remarks)
 
 
 def captioned(columns: Columns, present: Sequence[str], where: object, head: Sequence[Mapping[str, Any]]) -> Row:

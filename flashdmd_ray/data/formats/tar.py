@@ -14,8 +14,8 @@ from typing import IO
 
 from flashdmd_ray.data.formats.base import Columns
 from flashdmd_ray.data.formats.captions import caption_in
-from flashdmd_ray.data.formats.names import Group, group_files
-from flashdmd_ray.data.pixels import image_size
+from flashdmd_ray.data.formats.names import Group, absent_shards, group_files
+from flashdmd_ray.data.pixels import image_facts
 from flashdmd_ray.data.sample import (
     AFTER_END,
     CUT_ARCHIVE,
@@ -23,6 +23,7 @@ from flashdmd_ray.data.sample import (
     Bad,
     BadSample,
     Entry,
+    Ignored,
     Sample,
     read_caption,
 )
@@ -37,6 +38,7 @@ class TarImages:
 
     archives: tuple[Path, ...]
     columns: Columns
+    left_out: tuple[Ignored, ...] = ()
     kind = "webdataset tar"
     shuffle_blocks = None
 
@@ -52,6 +54,8 @@ class TarImages:
         return str(self.archives[piece].relative_to(folder))
 
     def scan(self, piece: int) -> Iterator[Entry]:
+        if not piece:
+            yield from (*self.left_out, *absent_shards(self.archives))
         archive = self.name(piece)
         with self.archives[piece].open("rb") as file:
             members, damage = read_members(file)
@@ -70,10 +74,11 @@ class TarImages:
             texts = {suffix: members[position].plain().open for suffix, position in group.captions.items()}
             caption, remarks = read_caption(caption_in(texts, self.columns.caption), self.columns.captionless)
             image = members[group.image].plain()
-            width, height = image_size(image.open(), image.info.size)
+            width, height, more = image_facts(image.open(), image.info.size)
         except BadSample as bad:
             return Bad(name, bad.reason)
-        return Sample(name, caption, piece, image.info.offset_data, image.info.size, width, height, remarks)
+        place = piece, image.info.offset_data, image.info.size
+        return Sample(name, caption, *place, width, height, (*remarks, *more))
 
     def read(self, sample: Sample) -> bytes:
         with self.archives[sample.block].open("rb") as file:
