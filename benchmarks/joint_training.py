@@ -6,7 +6,8 @@
 | arm | what is trained |
 |---|---|
 | joint | the preset |
-| pixel, latent | joint training towards the pixel reward or the latent reward alone; the other one is held out |
+| pixel | joint training towards the pixel reward alone |
+| latent | joint training towards the latent reward alone; the pixel reward is held out |
 | control | distillation alone, equal steps |
 | rl_only | preference updates alone, which must show reward hacking, or the judge is blind |
 | ratio-1, ratio-10 | as pixel, with 1 or 10 preference updates beside a step |
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PIXEL = "rewards=[{kind: pickscore, pool: reward}, {kind: latent, pool: reward, held_out: true}]"
+PIXEL = "rewards=[{kind: pickscore, pool: reward}]"
 LATENT = "rewards=[{kind: latent, pool: reward}, {kind: pickscore, pool: reward, held_out: true}]"
 ARMS = {
     "joint": [],
@@ -128,7 +129,7 @@ class Training:
         from flashdmd_ray.monitor import HackMonitor
         from flashdmd_ray.runtime.build import build_runtime
 
-        self.config = config = load_config(ROOT / "jobs" / "configs" / f"{preset}.yaml", settings)
+        self.config = config = load_config(preset, settings)
         held_out = [reward.label for reward in config.rewards if reward.held_out]
         self.monitor = HackMonitor(config.monitor, config.optimised_rewards, held_out)
         self.runtime = build_runtime(config)
