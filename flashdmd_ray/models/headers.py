@@ -6,7 +6,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ _SCALES = re.compile(
     r"|SCB|weight_format|qweight|qzeros|scales|g_idx|comfy_quant|_data|_scale)$|\.quant_state\."
 )
 """Names of what goes beside quantised or scaled weights: bitsandbytes, GPTQ and AWQ, quanto, ComfyUI, compressed-tensors."""
-_WRAPPERS = ("_orig_mod.", "module.")
-"""Starts of all names when a compiled or distributed module was saved instead of the module inside."""
+_WRAPPERS = ("_orig_mod.", "module.", "model.")
+"""Starts of all names when a module around the network was saved: a compiled or distributed one, or Lightning's."""
 
 
 class ModelFileError(ValueError):
@@ -97,16 +97,24 @@ def _refuse_quantised(header: Header) -> None:
             )
 
 
-def wrapper_of(names: Mapping[str, Any]) -> str:
-    """The start that a wrapper gave all of the names; empty when there is none."""
-    return next((start for start in _WRAPPERS if names and all(name.startswith(start) for name in names)), "")
+def wrapper_of(names: Iterable[str]) -> str:
+    """The start that wrappers, one in another, gave all of the names; empty when there is none."""
+    start, rest = "", list(names)
+    while found := next((one for one in _WRAPPERS if rest and all(name.startswith(one) for name in rest)), ""):
+        start, rest = start + found, [name.removeprefix(found) for name in rest]
+    return start
 
 
-def refuse_wrapper(header: Header) -> None:
-    """Raises ModelFileError when the weights are those of a wrapped module, whose names no loader of pipelines knows."""
-    if start := wrapper_of(header.shapes):
+def refuse_wrapper(path: Path, names: Collection[str], several_parts: bool = False) -> None:
+    """Raises ModelFileError when the names are those of a wrapped module, which no loader of pipelines knows.
+
+    several_parts: of a network with several parts, so that any start of all names is a wrapper's.
+    """
+    first = {name.partition(".")[0] for name in names if "." in name}
+    common = f"{first.pop()}." if several_parts and len(first) == 1 and all("." in name for name in names) else ""
+    if start := wrapper_of(names) or common:
         raise ModelFileError(
-            f"{header.path} was saved from a compiled or distributed module (all names start with {start!r}); save the module inside"
+            f"{path} was saved from a module around the network (all names start with {start!r}); save the module inside"
         )
 
 

@@ -32,8 +32,9 @@ def teacher_starts(family: FamilyEntry, t5: bool, own_vae: bool) -> dict[str, tu
 def read_single_file(path: Path, family: FamilyEntry) -> Header:
     """The header of a teacher's file. Raises ModelFileError when it is damaged, quantised, or not a whole model of the family's layout."""
     header = read_header(path)
-    refuse_wrapper(header)
     names = list(header.shapes)
+    if not any(name.startswith(DENOISER_STARTS) for name in names):
+        refuse_wrapper(path, names)
     if any(_LORA.search(name) for name in names):
         raise ModelFileError(
             f"{path} is a LoRA, weights that are added to a model; name the model, or one that it is merged into"
@@ -65,8 +66,9 @@ def part_size(header: Header, starts: Sequence[str]) -> int:
 def vae_file(path: Path) -> tuple[Header, int]:
     """The header of a VAE in one file, and the channels of its latents. Raises ModelFileError when it is none."""
     header = read_header(path)
-    refuse_wrapper(header)
-    name = next((name for name in header.shapes if name.endswith("decoder.conv_in.weight")), None)
+    refuse_wrapper(path, header.shapes)
+    known = [f"{start}decoder.conv_in.weight" for start in ("", *VAE_STARTS)]
+    name = next((name for name in known if name in header.shapes), None)
     if name is None or len(header.shapes[name]) != 4:
         raise ModelFileError(f"{path} holds no VAE (no weight is called decoder.conv_in.weight); choose another file")
     return header, header.shapes[name][1]

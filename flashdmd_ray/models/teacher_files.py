@@ -7,7 +7,7 @@ in the loaders. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -169,6 +169,8 @@ def _check_configs(model: ModelConfig, root: Path, header: Header | None = None)
     header: of the single file that they go with, which may state its scheduler itself.
     """
     entry = model.entry
+    if not root.is_dir():
+        raise ModelFileError(explain(str(root)))
     index = check_json(root / "model_index.json", ("_class_name",))
     if index["_class_name"] != entry.pipeline:
         raise ModelFileError(
@@ -179,11 +181,13 @@ def _check_configs(model: ModelConfig, root: Path, header: Header | None = None)
     scheduler = check_json(root / "scheduler" / "scheduler_config.json")
     denoiser = check_module(root / entry.denoiser / "config.json", ("sample_size", "in_channels"), entry.network)
     check_denoiser(denoiser, entry)
+    check_shape(denoiser, root / entry.denoiser, ("sample_size", "in_channels"))
     if model.vae is None:
         vae = check_module(root / VAE / "config.json", ("block_out_channels",), "AutoencoderKL")
         check_vae(vae, entry, denoiser["in_channels"], str(root / VAE))
     else:
         vae = check_json(root / VAE / "config.json", ("block_out_channels",))
+    check_shape(vae, root / VAE)
     try:
         forward_process(scheduler if header is None else scheduler_of(scheduler, header))
     except ModelFileError:
@@ -207,6 +211,18 @@ def _refuse_absent(model: ModelConfig, index: Mapping[str, Any], root: Path) -> 
             )
 
 
+def check_shape(config: Mapping[str, Any], folder: Path, counts: Sequence[str] = ()) -> None:
+    """Raises ModelFileError unless `counts` of a network's config.json are numbers and its block_out_channels a list of them."""
+    wrong = next((key for key in counts if not isinstance(config[key], int) or config[key] < 1), None)
+    channels = config.get("block_out_channels", [1])
+    if not isinstance(channels, list) or not channels or not all(isinstance(count, int) for count in channels):
+        wrong = "block_out_channels"
+    if wrong is not None:
+        raise ModelFileError(
+            f"{folder / 'config.json'} has {wrong} {config[wrong]!r}, which is not read; choose another model"
+        )
+
+
 def check_denoiser(config: Mapping[str, Any], entry: FamilyEntry) -> None:
     """Raises ModelFileError for a network that wants inputs which the family does not give it."""
     for key, value in entry.fixed_keys.items():
@@ -221,6 +237,11 @@ def check_vae(config: Mapping[str, Any], entry: FamilyEntry, channels: int | Non
 
     channels: of the latents that the denoiser reads; None when unknown.
     """
+    scaling = config.get("scaling_factor", 1.0)
+    if not isinstance(scaling, int | float) or not scaling > 0:
+        raise ModelFileError(
+            f"{path} has scaling_factor {scaling!r}; write the factor of its latents into its config.json"
+        )
     own = config.get("latent_channels", channels)
     if channels is not None and own != channels:
         raise ModelFileError(f"{path} has {own} latent channels, the teacher {channels}; choose a VAE of its family")

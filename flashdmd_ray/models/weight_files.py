@@ -45,9 +45,9 @@ def weight_files(folder: Path, stem: str) -> WeightFiles:
     choice = choose(names, stem, str(folder))
     files = shards(folder / choice.file) if choice.is_index else [choice.file]
     headers = tuple(read_header(folder / file) for file in files)
-    for header in headers:
-        refuse_wrapper(header)
-    return WeightFiles(headers, choice.variant)
+    found = WeightFiles(headers, choice.variant)
+    refuse_wrapper(folder / choice.file, found.sizes, several_parts=stem == DIFFUSERS)
+    return found
 
 
 def choose(names: Collection[str], stem: str, folder: str) -> Choice:

@@ -153,6 +153,11 @@ def test_the_final_step_follows_set_alpha_to_one():
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0.0}, "shift must be positive"),
         ({"_class_name": "CMStochasticIterativeScheduler", "sigma_min": 0.002}, "CMStochasticIterativeScheduler"),
         ({}, "scheduler config has neither"),
+        (SDXL_SCHEDULER | {"num_train_timesteps": 500}, "500 training timesteps"),
+        (SDXL_SCHEDULER | {"beta_schedule": "cosine"}, "beta_schedule 'cosine' is unknown"),
+        (SDXL_SCHEDULER | {"beta_end": "0.012"}, "beta_end must be a positive number"),
+        (SDXL_SCHEDULER | {"trained_betas": [0.1] * 10}, "trained_betas must be 1000"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "invert_sigmas": True}, "invert_sigmas"),
     ],
 )
 def test_unsupported_schedulers_are_named(config, message):
@@ -163,4 +168,3 @@ def test_unsupported_schedulers_are_named(config, message):
 def test_the_family_is_chosen_by_the_config():
     assert isinstance(schedule_from_config(SDXL_SCHEDULER), VPSchedule)
     assert isinstance(schedule_from_config(diffusers.FlowMatchLCMScheduler(shift=3.0).config), FlowSchedule)
-    assert schedule_from_config(SDXL_SCHEDULER | {"num_train_timesteps": 500}).num_timesteps == 500

@@ -298,3 +298,26 @@ def test_a_module_in_another_library_s_name_is_refused(tmp_path):
     with pytest.raises(ModelFileError, match=r"holds model\.safetensors, but no diffusion_pytorch_model\.safetensors"):
         weight_files(tmp_path / "unet", DIFFUSERS)
     assert sum(weight_files(tmp_path / "unet", TRANSFORMERS).sizes.values()) == 20
+
+
+@pytest.mark.parametrize(
+    ("part", "prefix"), [("unet", "unet."), ("vae", "model."), ("text_encoder", "module._orig_mod.")]
+)
+def test_names_that_all_start_alike_are_a_wrapper_s(part, prefix, whole, tmp_path):
+    os.system(f"cp -r {whole}/. {tmp_path}")
+    file = next((tmp_path / part).glob("*.safetensors"))
+    save_file({f"{prefix}{name}": value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"module around the network \(all names start with '{prefix}'\)"):
+        checked(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("unet", "sample_size", [8, 8]), ("vae", "block_out_channels", 8), ("vae", "scaling_factor", None)],
+)
+def test_numbers_of_another_form_are_named(name, key, value, whole, tmp_path):
+    os.system(f"cp -r {whole}/. {tmp_path}")
+    path = tmp_path / name / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=f"has {key} "):
+        checked(tmp_path)
