@@ -64,7 +64,7 @@ def _job(job: str, settings: Sequence[Setting]) -> Iterator[str]:
     for top in (setting for setting in settings if setting.is_section and "." not in setting.key):
         yield from (f"### {job}: {top.key}", "")
         if top.kind != "section":
-            yield from (f"{_short(top.kind)}; default `{top.default}`.", "")
+            yield from (f"{_short(top.kind)}. Default:", "", "```json", top.default, "```", "")
         inner = [one for one in settings if one.key.startswith(f"{top.key}.") and one.kind != "section"]
         yield from _table(inner)
 
