@@ -238,7 +238,7 @@ def test_more_than_one_percent_damaged_bodies_stop_the_run(tmp_path, cache):
 def test_nothing_readable_ends_at_once(tmp_path, cache):
     root, _ = cut_bodies(tmp_path, 4, {0, 1, 2, 3})
     source = build_images(DataConfig(source=str(root), cache=cache), 5)
-    with pytest.raises(ValueError, match=r"4 samples in a row cannot be decoded.*prepare_data.py --check"):
+    with pytest.raises(ValueError, match=r"4 samples in a row cannot be decoded.*flashdmd data --check"):
         source.reals(torch.arange(2), SIZE)
 
 
