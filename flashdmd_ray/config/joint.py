@@ -30,7 +30,7 @@ class Config(Section):
     """Everything a joint training run is told."""
 
     seed: Count = 0
-    """Of everything random: the same configuration and seed give the same result."""
+    """Seed of everything random: the same configuration and seed give the same result."""
     steps: MayChange[PositiveInt] = 200
     """Passes of the loop: one generator update each, with its score, discriminator and preference updates."""
     batch: PositiveInt = 32
@@ -65,13 +65,13 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
     """The hack monitor: is a reward being hacked?"""
     engine: EngineConfig = EngineConfig()
-    """What runs the optimizers, in which precision, sharded or not."""
+    """The engine behind the optimizers, its precision and ZeRO stage."""
     lora: LoraConfig = LoraConfig()
     """Training as low-rank adapters instead of whole networks."""
     placement: MayChange[PlacementConfig] = PlacementConfig()
     """Workers, CPUs and GPUs of each role."""
     deadlines: MayChange[DeadlineConfig] = DeadlineConfig()
-    """How long the job waits for its workers."""
+    """Seconds that the job waits for its workers."""
     control: MayChange[ControlConfig] = ControlConfig()
     """The address by which a running job is looked at and resized."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -107,19 +107,19 @@ def _keys_at(root: type[Section], location: Sequence[int | str]) -> list[str]:
 
 
 def dump_changes(config: Section) -> str:
-    """As `dump_config`, without what is at its default: as YAML, the same configuration."""
+    """The settings that differ from the defaults, as YAML. Loaded again, they give the same configuration."""
     changed = _differences(config.model_dump(mode="json"), type(config)().model_dump(mode="json"))
     return yaml.safe_dump(changed, sort_keys=False, default_flow_style=None, width=120)
 
 
 def _differences(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     for key, value in tree.items():
         usual = defaults.get(key)
         if value != usual:
             both = isinstance(value, Mapping) and isinstance(usual, Mapping)
-            found[key] = _differences(value, usual or {}) if both else value
-    return found
+            differences[key] = _differences(value, usual or {}) if both else value
+    return differences
 
 
 def dump_config(config: Section) -> str:

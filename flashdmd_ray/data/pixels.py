@@ -34,14 +34,14 @@ SUFFIXES = (
 )
 
 OTHER_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
-"""Of pictures in forms that are not read."""
+"""Suffixes of image formats that are not read."""
 _STAND_INS = (
     (b"version https://git", "Git LFS pointer instead of the image"),
     (b"<!doctype html", "web page instead of the image"),
     (b"<html", "web page instead of the image"),
 )
 _FOREIGN = {b"ftyphei": "HEIC", b"ftypmif1": "HEIC", b"JXL ": "JPEG XL", b"jP  ": "JPEG 2000"}
-"""What bytes 4 to 12 of a file begin with in other forms."""
+"""Start of a file's bytes 4 to 12 -> an image format that is not read."""
 FURTHER_FRAME = "further frame of an animation, or page, which is not used"
 
 LARGEST_METADATA = 64 * 2**20

@@ -1,4 +1,4 @@
-"""The command `flashdmd config`: explain keys, print a whole configuration, write one to start from.
+"""The command `flashdmd config`: explain keys, or print a whole configuration.
 
 Exit codes: 0 done, 2 no such key, or a configuration that is wrong.
 """
@@ -17,7 +17,7 @@ WIDTH = 100
 
 
 def config_command(arguments: Sequence[str] | None = None) -> int:
-    """`flashdmd config [KEY ...]`, `flashdmd config show`, `flashdmd config new`; returns the exit code."""
+    """`flashdmd config [KEY ...]` or `flashdmd config show [CONFIG]`; returns the exit code."""
     words = list(arguments or ())
     if words[:1] == ["show"]:
         return _show(words[1:])

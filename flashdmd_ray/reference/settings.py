@@ -29,7 +29,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One key. kind, default: in words; default is '' for a section and for what must be given. depth: of its section."""
+    """One key. kind, default: in words; default is '' for a section and for what must be given."""
 
     key: str
     kind: str

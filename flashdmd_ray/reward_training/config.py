@@ -127,7 +127,7 @@ class RewardTrainingConfig(Section):
     """Everything the training of a latent reward is told."""
 
     seed: Count = 0
-    """Of everything random: the same configuration and seed give the same result."""
+    """Seed of everything random: the same configuration and seed give the same result."""
     steps: PositiveInt = 8000
     """Updates (LPO: 8,000). The number shapes the learning rate, so a resumed run has the same."""
     batch: PositiveInt = 32
@@ -154,7 +154,7 @@ class RewardTrainingConfig(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of an average of the weights, which then is the result; 0 is off."""
     engine: EngineConfig = EngineConfig()
-    """What runs the optimizers, in which precision, sharded or not."""
+    """The engine behind the optimizers, its precision and ZeRO stage."""
     workers: MayChange[WorkersConfig] = WorkersConfig()
     """Ranks that train together, and their CPUs and GPUs."""
     threads: MayChange[PositiveInt] = 1
@@ -162,7 +162,7 @@ class RewardTrainingConfig(Section):
     checkpoint: MayChange[RewardCheckpointConfig] = RewardCheckpointConfig()
     """When checkpoints are written, where to, and which stay."""
     deadlines: MayChange[RewardDeadlineConfig] = RewardDeadlineConfig()
-    """How long the job waits for its workers."""
+    """Seconds that the job waits for its workers."""
     accuracy: AccuracyConfig = AccuracyConfig()
     """Accuracy on held-out pairs at the end."""
 
