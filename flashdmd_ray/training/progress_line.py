@@ -26,9 +26,9 @@ class ProgressLine(Observer):
         self._progress = progress
 
     def after_step(self, done: int, metrics: Metrics) -> None:
+        self._progress.step(done, {label: metrics[name] for name, label in self._shown.items() if name in metrics})
         for line in ranking.summary(metrics):
             self._progress.say(line)
-        self._progress.step(done, {label: metrics[name] for name, label in self._shown.items() if name in metrics})
 
 
 def shown_figures(config: Config) -> dict[str, str]:

@@ -45,11 +45,11 @@ class TrainingRun:
         pictures = MonitorPictures(directory.path / FOLDER, grid, config.sampling.timesteps)
         self.watch = HackWatch(config, pictures, tracker, progress)
         followers: list[Observer] = [
+            ProgressLine(config, progress),  # before others say something, which restarts its clock
             self.watch,
             Counters(config),
             MetricsRecorder(config, tracker, data_counts),
             BetaCheck(config.preference.beta),
-            ProgressLine(config, progress),
             SampleGrids(config, directory, grid, tracker),
         ]
         self.checkpoints = Checkpoints(config, directory, runtime, followers, self.watch.monitor, stop)
