@@ -6,7 +6,15 @@ sums, as the last file. A process killed at any moment leaves the checkpoints be
 the largest step: a run continued from an earlier step writes newer checkpoints with smaller steps.
 """
 
-from flashdmd_ray.checkpoint.manifest import Part, manifests, read_manifest, read_state, verify_checkpoint
+from flashdmd_ray.checkpoint.damage import newest_whole, pass_over
+from flashdmd_ray.checkpoint.manifest import (
+    DamagedCheckpoint,
+    Part,
+    manifests,
+    read_manifest,
+    read_state,
+    verify_checkpoint,
+)
 from flashdmd_ray.checkpoint.parts import Destination, PartFile, Saved, save_part
 from flashdmd_ray.checkpoint.selection import (
     Best,
@@ -22,6 +30,7 @@ from flashdmd_ray.checkpoint.tensors import load_tensors, save_tensors
 __all__ = [
     "Best",
     "CheckpointStore",
+    "DamagedCheckpoint",
     "Destination",
     "Part",
     "PartFile",
@@ -32,7 +41,9 @@ __all__ = [
     "load_tensors",
     "manifests",
     "newest_healthy",
+    "newest_whole",
     "open_store",
+    "pass_over",
     "read_manifest",
     "read_state",
     "save_part",

@@ -13,7 +13,6 @@ from flashdmd_ray.checkpoint.manifest import (
     Manifest,
     manifests,
     newest_first,
-    read_manifest,
     verify_checkpoint,
 )
 from flashdmd_ray.config import CheckpointConfig
@@ -58,12 +57,8 @@ def latest_checkpoint(root: Location) -> Location | None:
 
 
 def latest_step(root: Location) -> int:
-    """Return the step of the newest checkpoint, by its manifest alone; 0 when there is none. Raises ValueError like `latest_checkpoint`."""
-    folders = newest_first(root)
-    if not folders:
-        return 0
-    with explain_damage(root):
-        return read_manifest(folders[0]).step
+    """Return the step of the newest checkpoint whose manifest can be read, by that alone; 0 when there is none."""
+    return next((manifest.step for manifest in manifests(root)), 0)
 
 
 @contextmanager

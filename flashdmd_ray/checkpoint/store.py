@@ -6,6 +6,7 @@ rename, so there the manifest, written last, is the commit, and a folder without
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -117,7 +118,7 @@ class LocalStore(CheckpointStore):
             (folder / name).write_bytes(data)
             flush(folder / name)
         flush(folder)
-        final = self.root / _free_name(manifest.step, {p.name for p in self.root.iterdir()})
+        final = self.root / free_name(_name(manifest.step), {p.name for p in self.root.iterdir()})
         folder.rename(final)
         flush(self.root)
         return final
@@ -141,7 +142,7 @@ class RemoteStore(CheckpointStore):
             if NAME.fullmatch(folder.name) and not is_committed(folder) and self._is_ours(folder):
                 self._remove(folder)
         # A name that nobody had: a worker that is just being ended may still write to the folder it knew.
-        folder = self.root / _free_name(step, {child.name for child in taken})
+        folder = self.root / free_name(_name(step), {child.name for child in taken})
         (folder / BEGUN).write_bytes(self._begun.encode())
         return folder
 
@@ -184,12 +185,13 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _free_name(step: int, taken: set[str]) -> str:
-    """Name for a step's checkpoint that nothing has yet: one of the same step is never replaced, so that it is always there."""
-    name, attempt = f"step-{step:08d}", 1
-    while name in taken:
-        name, attempt = f"step-{step:08d}.{attempt}", attempt + 1
-    return name
+def free_name(name: str, taken: set[str]) -> str:
+    """`name`, with a number where something has it already: a checkpoint is never replaced, so that it is always there."""
+    return next(new for new in (name, *(f"{name}.{number}" for number in itertools.count(1))) if new not in taken)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _check_size(file: Location, part: Part) -> None:

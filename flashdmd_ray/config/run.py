@@ -34,6 +34,8 @@ class CheckpointConfig(Section):
     """true: training goes on while a checkpoint is written, from copies in host memory. false: training waits."""
     keep: MayChange[PositiveInt] = 2
     """The newest so many complete checkpoints stay; older ones are removed when a new one is complete."""
+    on_damage: MayChange[Literal["previous", "refuse"]] = "previous"
+    """previous: a damaged newest checkpoint is set aside and named, and the one before it is used. refuse: the run ends."""
     best_metric: MayChange[str | None] = None
     """A metric such as matching/real_fake_gap: the checkpoint with the best mean of it over the steps since the one before stays too."""
     best_mode: MayChange[Literal["min", "max"]] = "min"

@@ -112,6 +112,9 @@ class DeadlineConfig(Section):
     """Replays of a call whose pool worker died, hung or failed."""
     checkpoint_s: PositiveFloat = 1800.0
     """For a checkpoint to be written; the next one, a stop and the end of the run wait for it."""
+    stop_s: PositiveFloat = 600.0
+    """After SIGTERM or Ctrl-C, for the step under way and its checkpoint; then the step is abandoned, and the newest checkpoint counts.
+    Below what the system gives a job before it kills it."""
     attempts: PositiveInt = 3
     """Attempts without a new checkpoint, before the job ends, when workers of the learner or discriminator are lost."""
 

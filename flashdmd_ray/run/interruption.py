@@ -23,11 +23,13 @@ class Interruption:
     `exit_code` (128 and the signal's number). A second SIGINT or SIGTERM does not wait: it raises KeyboardInterrupt or SystemExit(143)
     where the program is, so that cleanup still runs; a third one ends the process the default way. NOTICES that were ignored when the
     program started (nohup) stay ignored. `notify` gets a short text at the first signal; it is called inside the signal handler, so it
-    must not print through a buffer that may just be in use.
+    must not print through a buffer that may just be in use. grace_s: after a first signal of INSISTENT, how long step and checkpoint may
+    take; then the program is left as by a second one. None: as long as they need.
     """
 
-    def __init__(self, notify: Callable[[str], None] | None = None) -> None:
+    def __init__(self, notify: Callable[[str], None] | None = None, grace_s: float | None = None) -> None:
         self._notify = notify or write_directly
+        self._grace_s = grace_s
         self._received: signal.Signals | None = None
         self._insisted = False
         self._previous: dict[signal.Signals, Any] = {}
@@ -44,11 +46,15 @@ class Interruption:
     def __enter__(self) -> Self:
         for number in stop_signals():
             self._previous[number] = signal.signal(number, self._handle)
+        if self._grace_s is not None:
+            self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._insisted and self._grace_s is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -59,10 +65,17 @@ class Interruption:
                     signal.signal(each, signal.SIG_DFL)
                 raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
             self._insisted = True
+            if self._grace_s is not None:
+                signal.setitimer(signal.ITIMER_REAL, self._grace_s)
         if self._received is None:
             self._received = signal.Signals(number)
             again = " (Ctrl-C again stops at once)" if number == signal.SIGINT else ""
-            self._notify(f"{self._received.name}: finishing this step, then writing a checkpoint{again}")
+            within = f" within {self._grace_s:g} s" if self._grace_s and number in INSISTENT else ""
+            self._notify(f"{self._received.name}: finishing this step, then writing a checkpoint{within}{again}")
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self._notify(f"not done within {self._grace_s:g} s (deadlines.stop_s): the step is abandoned")
+        raise SystemExit(self.exit_code)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -85,12 +98,12 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def notices_kept_from_children() -> Iterator[None]:
-    """Processes started inside never get NOTICES.
+def kept_from_children() -> Iterator[None]:
+    """Processes started inside never get NOTICES, nor SIGTERM.
 
-    A terminal or batch system sends them to all processes of a job, but only the main one may decide when its helpers end.
+    Terminals, `timeout` and batch systems send them to all processes of a job, but only the main one may decide when its helpers end.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*NOTICES, signal.SIGTERM))
     try:
         yield
     finally:

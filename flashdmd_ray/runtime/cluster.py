@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import grpc
 import psutil
 import ray
 
-from flashdmd_ray.run.interruption import notices_kept_from_children
+from flashdmd_ray.run.interruption import kept_from_children
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.environment import ray_address
 from flashdmd_ray.runtime.errors import NoRoom, WorkerLost
@@ -50,11 +50,12 @@ SYSTEM_CONFIG = {
 class Cluster:
     """Connection to Ray.
 
-    joined: made here, so `leave` ends it, and with it all processes of a private cluster.
+    joined: made here, so `leave` ends it, and with it all processes of a private cluster. processes: that were started for that.
     """
 
     joined: bool
     private: bool
+    processes: tuple[psutil.Process, ...] = ()
 
     @classmethod
     def join(cls) -> Cluster:
@@ -64,13 +65,14 @@ class Cluster:
         """
         if ray.is_initialized():
             return cls(joined=False, private=False)
-        address = ray_address(os.environ)
-        with _signals_kept(), notices_kept_from_children():
+        address, others = ray_address(os.environ), set(psutil.Process().children())
+        with _signals_kept(), kept_from_children():
             if address is None:
                 _start_private()
             else:
                 join_running(address)
-        return cls(joined=True, private=address is None)
+        started = () if address is not None else tuple(set(psutil.Process().children()) - others)
+        return cls(True, address is None, started)
 
     def nodes(self) -> list[Node]:
         """Total resources of each living machine, in use or not."""
@@ -81,15 +83,14 @@ class Cluster:
         """Return True if it can still be used: for a private one, if its raylet runs."""
         if not ray.is_initialized():
             return False
-        children = psutil.Process().children() if self.private else []
-        return not self.private or any(
-            "raylet" in child.name() and child.status() != psutil.STATUS_ZOMBIE for child in children
-        )
+        return not self.private or any("raylet" in child.name() for child in _running(self.processes))
 
     def leave(self) -> None:
-        """Disconnect from a cluster that `join` connected to; a private one ends."""
+        """Disconnect from a cluster that `join` connected to; a private one ends, to its last process."""
         if self.joined and ray.is_initialized():
+            tree = {below for process in _running(self.processes) for below in _tree(process)}
             ray.shutdown()
+            _end(tree)
 
 
 def join_running(address: str) -> None:
@@ -147,6 +148,17 @@ def _start_private() -> None:
                 raise WorkerLost(
                     f"Ray did not start in {STARTS} tries: the machine is too busy. End other programs, or set runtime to local"
                 ) from None
+
+
+def _running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def _tree(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _end(processes: set[psutil.Process]) -> None:

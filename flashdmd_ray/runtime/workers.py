@@ -118,6 +118,7 @@ def start_worker(group: WorkerGroup, rank: int) -> Any:
     rebuilt by the supervisor from a checkpoint; pools put a new worker in the place of a lost one.
     """
     environment = worker_environment(group.config.placement.threads, group.gpus)
+    environment["FLASHDMD_WORKER"] = worker_name(group, rank)  # tells the processes of a machine apart
     options = {
         "num_cpus": group.cpus,
         "num_gpus": group.gpus,
@@ -131,7 +132,8 @@ def start_worker(group: WorkerGroup, rank: int) -> Any:
 class StatefulGroup:
     """Ranks of one worker group.
 
-    Every call goes to all ranks at once and has a deadline; the first failure ends the group.
+    Every call goes to all ranks at once and has a deadline. A process that fails, or that does not answer, ends the group; what all ranks
+    raise about their input or their numbers does not.
     """
 
     def __init__(self, group: WorkerGroup, current_step: Callable[[], int | None]) -> None:
@@ -173,13 +175,15 @@ class StatefulGroup:
             return ray.get(refs, timeout=timeout)
         except RayError as error:
             noticed = time.monotonic()
-            self._failure = self._explain(refs, error, call, timeout)
-        if isinstance(self._failure, WorkerError):
-            self._failure.detect_s = noticed - started
-        reraise(self._failure)
+            _, silent = ray.wait(refs, num_returns=len(refs), timeout=GRACE_S)
+            failure = self._explain(refs, error, call, timeout)
+        if isinstance(failure, WorkerError):
+            failure.detect_s = noticed - started
+        if silent or isinstance(failure, WorkerError):
+            self._failure = failure
+        reraise(failure)
 
     def _explain(self, refs: list[ray.ObjectRef], first: RayError, call: Call, timeout: float) -> Exception:
-        ray.wait(refs, num_returns=len(refs), timeout=GRACE_S)
         errors = []
         for rank, ref in enumerate(refs):
             try:

@@ -7,16 +7,25 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.batch import Metrics
-from flashdmd_ray.checkpoint import Best, explain_damage, latest_checkpoint, open_store, read_state
+from flashdmd_ray.checkpoint import (
+    Best,
+    DamagedCheckpoint,
+    newest_whole,
+    open_store,
+    pass_over,
+    read_state,
+    verify_checkpoint,
+)
 from flashdmd_ray.config import Config
 from flashdmd_ray.monitor import SEVERITY, HackMonitor
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.settings import SECOND_STAGE, changed_settings, fixed_settings, without
-from flashdmd_ray.run.storage import checkpoint_root
+from flashdmd_ray.run.storage import Location, checkpoint_root
 from flashdmd_ray.runtime.protocol import Runtime
 from flashdmd_ray.training.checkpoint_saver import CheckpointSaver
 from flashdmd_ray.training.data_report import note_replaced
@@ -57,14 +66,29 @@ class Checkpoints(Observer):
         )
 
     def restore(self) -> Mapping[str, Any]:
-        """Load every role from the newest complete checkpoint and return its state; {} when there is none.
+        """Load every role from the newest whole checkpoint and return its state; {} when there is none.
 
-        Raises ValueError when it is of another run, or damaged.
+        A damaged one is passed over and said, unless `checkpoint.on_damage` refuses it. Raises ValueError then, and when it is of another
+        run or not seen by every machine.
         """
-        checkpoint = latest_checkpoint(self._root)
-        if checkpoint is None:
-            return {}
-        state = read_state(checkpoint)
+        while (checkpoint := newest_whole(self._root, self._config.checkpoint.on_damage)) is not None:
+            state = read_state(checkpoint)
+            self._check_same_run(checkpoint, state)
+            try:
+                for role in self.saver.roles:
+                    role.load(checkpoint)
+                return state
+            except DamagedCheckpoint as error:
+                if isinstance(checkpoint, Path):
+                    verify_checkpoint(checkpoint)
+                    raise ValueError(
+                        f"{error}, but where the job was started {checkpoint} is whole: "
+                        "all machines of a job must see the same storage; set checkpoint.dir to a shared folder or a URL"
+                    ) from None
+                pass_over(self._root, checkpoint, error, self._config.checkpoint.on_damage)
+        return {}
+
+    def _check_same_run(self, checkpoint: Location, state: Mapping[str, Any]) -> None:
         unused = () if state["counters"]["preference_updates"] else SECOND_STAGE
         saved, new = (without(settings, unused) for settings in (state.get("settings", self._settings), self._settings))
         if changes := changed_settings(saved, new):
@@ -78,10 +102,6 @@ class Checkpoints(Observer):
                 f"preference.start_step: this run has made {state['step']} steps without preference updates, and the reference policy is "
                 f"frozen at the first of them; set it to {state['step']} or later"
             )
-        with explain_damage(self._root):
-            for role in self.saver.roles:
-                role.load(checkpoint)
-        return state
 
     def before_step(self, step: int) -> None:
         """Raise the CheckpointError of a checkpoint that has failed meanwhile."""

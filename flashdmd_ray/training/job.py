@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flashdmd_ray.batch import Metrics
-from flashdmd_ray.checkpoint import latest_checkpoint, latest_step, manifests, newest_healthy
+from flashdmd_ray.checkpoint import latest_step, manifests, newest_healthy, newest_whole
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
@@ -39,19 +39,20 @@ def run_job(config: Config) -> int:
         directory.reopen(config)
         done = latest_step(root)
         if done < config.steps or not (directory.path / "report.json").is_file():
-            return _train(config, directory, root, lock, done)
+            return _train(config, directory, root, lock)
     print(f"{directory.path} is finished ({done} steps); raise steps to go on, or choose another run.name")
     return 0
 
 
-def _train(config: Config, directory: RunDirectory, root: Location, lock: Lock, done: int) -> int:
-    latest_checkpoint(root)  # a damaged one is refused before anything starts
+def _train(config: Config, directory: RunDirectory, root: Location, lock: Lock) -> int:
+    newest_whole(root, config.checkpoint.on_damage)  # a damaged one is set aside or refused before anything starts
+    done = latest_step(root)
     data = build_images(config.data, config.seed)  # and so is unusable data
     data_counts = start_report(directory.path, config.data)
     with (
         Tracker(directory, config.tracking, after_step=done) as tracker,
         Progress(config.steps, done) as progress,
-        Interruption(progress.notice) as stop,
+        Interruption(progress.notice, config.deadlines.stop_s) as stop,
     ):
         progress.say(f"resuming after step {done}" if done else f"starting {directory.path}")
 

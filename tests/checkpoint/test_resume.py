@@ -154,6 +154,7 @@ def test_a_finished_distillation_can_be_given_a_second_stage(tmp_path, teacher):
 
 def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path, teacher):
     config = small(teacher, tmp_path, None, steps=30)
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"on_damage": "refuse"})})
     run = RunDirectory.prepare(config.run, config)
     older, newest = write(run.checkpoints, 10), write(run.checkpoints, 20)
     (newest / PART).write_bytes(b"x" + (newest / PART).read_bytes()[1:])

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,13 @@ from hypothesis import strategies as st
 
 from flashdmd_ray.checkpoint import (
     Best,
-    explain_damage,
+    DamagedCheckpoint,
     latest_checkpoint,
     latest_step,
     load_tensors,
     manifests,
+    newest_whole,
+    pass_over,
     read_state,
     save_tensors,
     select_checkpoint,
@@ -189,8 +190,8 @@ def flip_a_byte(file):
 
 @pytest.mark.parametrize("victim", [PART, "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_a_damaged_newest_checkpoint_is_never_passed_over(root, victim, damage):
-    """One line names the file and what to do; the one before is used once the user has removed the damaged one."""
+def test_a_damaged_newest_checkpoint_is_said_and_kept_aside_or_refused(root, victim, damage, caplog):
+    """Never passed over in silence; the one before it is used, whatever was written is still there, and it is not met again."""
     good, bad = write(root, 10), write(root, 20)
     file = bad / victim
     if damage == "flip":
@@ -200,14 +201,31 @@ def test_a_damaged_newest_checkpoint_is_never_passed_over(root, victim, damage):
     else:
         file.unlink()
     if victim == "manifest.json" and damage == "delete" and isinstance(root, RemotePath):
-        assert latest_checkpoint(root) == good, "in a store, no manifest means unfinished"
+        assert newest_whole(root, "previous") == good, "in a store, no manifest means unfinished"
         return
-    with pytest.raises(ValueError, match=victim) as caught, explain_damage(root):
-        load_tensors(latest_checkpoint(root) / PART)  # in a store contents are checked when they are fetched
+
+    def resume(choice):
+        while True:
+            found = newest_whole(root, choice)
+            try:
+                load_tensors(found / PART)  # in a store contents are checked when they are fetched
+                return found
+            except DamagedCheckpoint as error:
+                pass_over(root, found, error, choice)
+
+    with pytest.raises(ValueError, match=victim) as caught:
+        resume("refuse")
     assert str(caught.value).endswith(f"; restore it, or delete or move {bad} to go back to {good.name}")
     assert "\n" not in str(caught.value)
-    bad.remove() if isinstance(bad, RemotePath) else shutil.rmtree(bad)
-    assert latest_checkpoint(root) == good
+    assert resume("previous") == good
+    assert f"going back to {good.name}. The damaged one is kept as" in caplog.text
+    assert victim in caplog.text
+    caplog.clear()
+    assert resume("refuse") == good
+    newer = write(root, 20, keep=1)
+    assert resume("refuse") == newer
+    assert not caplog.text
+    assert sum("step-00000020" in name for name in names(root)) == 2, "the damaged one is still there"
 
 
 def test_the_only_checkpoint_damaged(tmp_path):
@@ -216,7 +234,7 @@ def test_the_only_checkpoint_damaged(tmp_path):
     with pytest.raises(
         ValueError, match=rf"{PART} is missing; restore it, or delete or move {bad} to start from step 0"
     ):
-        latest_checkpoint(tmp_path)
+        newest_whole(tmp_path, "previous")
 
 
 def test_retention_never_counts_on_a_directory_without_a_manifest(tmp_path):

@@ -1,9 +1,9 @@
-"""A short version of benchmarks/chaos.py: rewards that are killed, raise, give nan and hang; the counts must add up."""
+"""A short version of benchmarks/failing_rewards.py: rewards that are killed, raise, give nan and hang; the counts must add up."""
 
 from __future__ import annotations
 
 import pytest
-from chaos import TROUBLE, chaos
+from failing_rewards import TROUBLE, chaos
 
 
 @pytest.mark.usefixtures("ray_cluster")
