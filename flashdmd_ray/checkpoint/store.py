@@ -187,7 +187,8 @@ def flush(path: Path) -> None:
 
 def free_name(name: str, taken: set[str]) -> str:
     """`name`, with a number where something has it already: a checkpoint is never replaced, so that it is always there."""
-    return next(new for new in (name, *(f"{name}.{number}" for number in itertools.count(1))) if new not in taken)
+    numbered = (f"{name}.{number}" for number in itertools.count(1))
+    return next(new for new in itertools.chain([name], numbered) if new not in taken)
 
 
 def _name(step: int) -> str:
