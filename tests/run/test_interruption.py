@@ -10,7 +10,7 @@ import pytest
 STEPS = """
 import sys, time
 from flashdmd_ray.run.interruption import Interruption
-with Interruption() as interruption:
+with Interruption(grace_s={grace}) as interruption:
     for step in range(100):
         try:
             print("step", step, flush=True)
@@ -24,9 +24,9 @@ sys.exit(interruption.exit_code)
 """
 
 
-def start(seconds, **options):
+def start(seconds, grace=None, **options):
     process = subprocess.Popen(
-        [sys.executable, "-c", STEPS.format(seconds=seconds)],
+        [sys.executable, "-c", STEPS.format(seconds=seconds, grace=grace)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -55,6 +55,14 @@ def test_a_second_signal_does_not_wait_for_the_step(number, code):
     out, _ = process.communicate(timeout=20)
     assert process.returncode == code, "KeyboardInterrupt left alone ends Python by SIGINT itself"
     assert out == "cleaned up\n"
+
+
+def test_a_step_that_outlasts_the_grace_is_abandoned():
+    process = start(seconds=60, grace=0.3)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (143, "cleaned up\n")
+    assert "the step is abandoned" in err
 
 
 NOTICES = [(signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140), (signal.SIGXCPU, 152)]
