@@ -73,11 +73,15 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _is_prompts(source: Path) -> bool:
-    """True for a file of prompts: by its name, or a table without a column of images."""
-    from flashdmd_ray.data.formats import PROMPTS, holds_images
+    """True for prompts: a file that is called so, or tables without a column of images and nothing else beside them."""
+    from flashdmd_ray.data.formats import PROMPTS, files_below, holds_images
 
-    if source.suffix.lower() == ".parquet" and source.is_file():
-        return not holds_images(source)
+    tables = (source,) if source.suffix.lower() == ".parquet" and source.is_file() else ()
+    if source.is_dir():
+        found = files_below(source, ("",))
+        tables = found if all(file.suffix.lower() == ".parquet" for file in found) else ()
+    if tables:
+        return not any(holds_images(table) for table in tables)
     return source.name.lower().endswith(PROMPTS)
 
 

@@ -7,25 +7,79 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flashdmd_ray.config import DataConfig
+from flashdmd_ray.config import Config, DataConfig
 from flashdmd_ray.data.executor import Executor, in_threads
 from flashdmd_ray.data.formats import Columns, ImageFormat, TextFormat, open_images, open_prompts
+from flashdmd_ray.data.formats.hub import HubImages
 from flashdmd_ray.data.index import Index, Scanned, default_cache, is_indexed, open_index, scan_piece
+from flashdmd_ray.data.manifest import check_stored
+from flashdmd_ray.data.sample import Sample
+from flashdmd_ray.data.tally import Tally
+
+KEYS = ("source", "prompts")
+"""Keys of the data sets that training reads."""
 
 
 def named_datasets(config: DataConfig) -> dict[str, TextFormat]:
     """Data sets in files by their configuration key. Reads no sample. Raises ValueError when one is not there."""
-    found: dict[str, TextFormat] = {}
-    if config.source != "demo":
-        found["source"] = image_format(config)
-    if config.prompts is not None:
-        found["prompts"] = open_prompts(config.prompts, Columns(config.caption))
-    return found
+    return {key: _format(config, key) for key in KEYS if _is_in_files(config, key)}
+
+
+def _is_in_files(config: DataConfig, key: str) -> bool:
+    return getattr(config, key) is not None and (key, config.source) != ("source", "demo")
+
+
+def _format(config: DataConfig, key: str) -> TextFormat:
+    assert config.prompts is not None or key == "source"
+    return image_format(config) if key == "source" else open_prompts(str(config.prompts), Columns(config.caption))
 
 
 def evaluation_prompts(path: str) -> TextFormat:
     """Open the prompts that `evaluation.prompts` names. Reads no prompt. Raises ValueError when it is not there."""
     return open_prompts(path, Columns(), "evaluation.prompts")
+
+
+def data_faults(config: Config) -> list[str]:
+    """What is wrong with the data sets of a configuration before they are indexed, one line each: absent, empty, another model's.
+
+    Prompts of `evaluation.prompts` are all read, since a run would only meet them at its first grid or at its end.
+    """
+    data = config.data
+    checks: list[Callable[[], object]] = [
+        partial(_refuse_unusable, data, key) for key in KEYS if _is_in_files(data, key)
+    ]
+    checks += [partial(check_stored, config, what) for what in ("embeddings", "latents")]
+    if config.evaluation.prompts is not None:
+        checks.append(partial(_check_evaluation, data, config.evaluation.prompts))
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            faults.append(str(error))
+    return faults
+
+
+def _refuse_unusable(config: DataConfig, key: str) -> None:
+    """Raises ValueError for a data set without any sample, or with too many bad ones if it is indexed. A hub's is left to the run."""
+    format = _format(config, key)
+    if isinstance(format, HubImages):
+        return
+    if is_indexed(format, cache_folder(config)):
+        accepted_index(config, key, format)
+    elif not any(isinstance(entry, Sample) for piece in range(format.pieces()) for entry in format.scan(piece)):
+        tally = Tally.merged(tally for _, tally in _scan(format, in_threads, config.workers))
+        raise ValueError(
+            f"data.{key}: {getattr(config, key)} holds no usable sample ({tally.summary()}); name another, or mend it"
+        )
+
+
+def _check_evaluation(config: DataConfig, path: str) -> None:
+    format = evaluation_prompts(path)
+    tally = Tally.merged(tally for _, tally in _scan(format, in_threads, config.workers))
+    if not tally.good:
+        raise ValueError(f"evaluation.prompts: {path} holds no prompt ({tally.summary()}); name another file")
+    tally.check(config.max_bad_fraction, f"evaluation.prompts {path}")
 
 
 def image_format(config: DataConfig) -> ImageFormat:
@@ -59,20 +113,25 @@ def accepted_index(config: DataConfig, key: str, format: TextFormat) -> Index:
 
 
 def describe_data(config: DataConfig) -> list[str]:
-    """Describe the data for `--dry-run`, a line for each data set. Raises ValueError for one that is not there."""
+    """Describe the data for `--dry-run`, a line for each data set; what is wrong with one is for `data_faults` to say."""
     lines = [f"source: {config.scenes:,} digit scenes of the train split"] if config.source == "demo" else []
-    for key, format in named_datasets(config).items():
-        cache = cache_folder(config)
-        if is_indexed(format, cache):
-            index = open_indexed(config, format)
-            ignored = sum(named.count for named in index.tally.ignored.values())
-            state = f"{len(index):,} samples, {index.tally.bad_count:,} bad" + (
-                f", {ignored:,} ignored" if ignored else ""
-            )
-        else:
-            state = "not indexed yet; flashdmd data --check judges it"
-        lines.append(f"{key}: {getattr(config, key)} ({format.kind}, {state})")
-    return lines
+    return lines + [
+        f"{key}: {getattr(config, key)} ({_state(config, key)})" for key in KEYS if _is_in_files(config, key)
+    ]
+
+
+def _state(config: DataConfig, key: str) -> str:
+    """Format and size of a data set, as far as they are known."""
+    try:
+        format = _format(config, key)
+        if not is_indexed(format, cache_folder(config)):
+            return f"{format.kind}, not indexed yet; flashdmd data --check judges it"
+        index = open_indexed(config, format)
+    except ValueError:
+        return "not usable"
+    ignored = sum(named.count for named in index.tally.ignored.values())
+    state = f"{format.kind}, {len(index):,} samples, {index.tally.bad_count:,} bad"
+    return f"{state}, {ignored:,} ignored" if ignored else state
 
 
 def data_report(config: DataConfig) -> dict[str, dict[str, Any]]:

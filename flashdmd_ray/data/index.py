@@ -93,8 +93,7 @@ def open_index(format: TextFormat, cache: Path, scan_all: ScanAll = scan_here) -
         _write(path, scan_all(format))
     index = _read(path)
     if not len(index):
-        contents = "; ".join([*index.tally.lines(), *index.tally.ignored_lines()]) or "nothing there"
-        raise ValueError(f"no usable sample in this {format.kind}: {contents}")
+        raise ValueError(f"no usable sample in this {format.kind}: {index.tally.summary()}")
     return index
 
 

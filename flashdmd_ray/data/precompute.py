@@ -16,7 +16,8 @@ from flashdmd_ray.batch import from_uint8
 from flashdmd_ray.config import DataConfig, ModelConfig
 from flashdmd_ray.data.build import open_image_reader, open_prompt_index
 from flashdmd_ray.data.executor import Executor, ranges
-from flashdmd_ray.data.precomputed import FORMAT, MANIFEST, Key, embedding_key, latent_key, text_digest
+from flashdmd_ray.data.manifest import FORMAT, MANIFEST, Key
+from flashdmd_ray.data.precomputed import embedding_key, latent_key, text_digest
 from flashdmd_ray.run.files import new_file, write_atomically
 
 if TYPE_CHECKING:

@@ -9,26 +9,21 @@ from typing import TYPE_CHECKING
 
 from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import DataConfig, ModelConfig
+from flashdmd_ray.data.manifest import Key, check_key, known_facts, open_shard, read_manifest
 
 if TYPE_CHECKING:
     from flashdmd_ray.models.family import Family
 
 
 import hashlib
-import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-MANIFEST = "manifest.json"
-FORMAT = 1
-Key = Mapping[str, Any]
 
 
 def text_digest(text: str) -> int:
@@ -81,7 +76,7 @@ class _Shards:
 
     def __init__(self, folder: Path, setting: str, key: Key) -> None:
         manifest = read_manifest(folder, setting)
-        _check_key(manifest["key"], key, folder, setting)
+        check_key(manifest["key"], key, folder, setting)
         self._folder = folder
         self._files = [entry["file"] for entry in manifest["shards"]]
         sizes = [entry["rows"] for entry in manifest["shards"]]
@@ -110,61 +105,19 @@ class _Shards:
 
     def _file(self, shard: int) -> Any:
         if shard not in self._open:
-            path = self._folder / self._files[shard]
-            try:
-                self._open[shard] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{path} is missing or damaged ({type(error).__name__}); precompute it again"
-                ) from None
+            self._open[shard] = open_shard(self._folder / self._files[shard], "pt")
         return self._open[shard]
-
-
-def read_manifest(folder: Path, setting: str) -> dict[str, Any]:
-    """Raises ValueError when there is none, it cannot be read or it names files outside the folder."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT and isinstance(manifest["key"], dict)
-        known = known and all(e["rows"] >= 0 and Path(e["file"]).name == e["file"] for e in manifest["shards"])
-    except OSError:
-        raise ValueError(
-            f"{setting}: {folder} has no {MANIFEST}; precompute with flashdmd data, or let it finish"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise ValueError(f"{setting}: {folder / MANIFEST} cannot be read; precompute again") from None
-    return dict(manifest)
-
-
-def _check_key(found: Key, wanted: Key, folder: Path, setting: str) -> None:
-    different = [
-        f"{name} is {found.get(name)} and the run's {wanted.get(name)}"
-        for name in dict.fromkeys([*wanted, *found])
-        if found.get(name) != wanted.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{setting}: {folder} was computed for something else ({'; '.join(different)}); precompute again, or set it to null"
-        )
 
 
 def embedding_key(family: Family, model: ModelConfig) -> Key:
     """Facts that text embeddings depend on. revision: the digest of the encoders' weights."""
-    return {
-        "kind": "embeddings",
-        "family": model.family,
-        "model": model.teacher,
-        "revision": checksum(family.text.state_dict()),
-    }
+    return {**known_facts("embeddings", model), "revision": checksum(family.text.state_dict())}
 
 
 def latent_key(family: Family, model: ModelConfig, content: str) -> Key:
     """Facts that latents depend on: weights of the VAE, size of the images, and `content`, the digest of the data set."""
     return {
-        "kind": "latents",
-        "family": model.family,
-        "model": model.vae or model.teacher,
+        **known_facts("latents", model),
         "revision": checksum(family.vae.state_dict()),
         "resolution": list(family.image_size),
         "data": content,

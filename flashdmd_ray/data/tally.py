@@ -75,6 +75,18 @@ class Tally:
             for reason, named in theirs.items():
                 mine.setdefault(reason, ReasonCount()).add(named.names, named.count)
 
+    @classmethod
+    def merged(cls, tallies: Iterable[Tally]) -> Self:
+        """The counts of all of them."""
+        total = cls()
+        for tally in tallies:
+            total.merge(tally)
+        return total
+
+    def summary(self) -> str:
+        """Everything that is no good sample, in one line."""
+        return "; ".join([*self.lines(), *self.ignored_lines()]) or "nothing there"
+
     def check(self, allowed: float, where: str, key: str = "data.max_bad_fraction") -> None:
         """Raise ValueError, with the report, when more than `allowed` of the samples are bad. key: the setting of that limit.
 

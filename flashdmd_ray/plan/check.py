@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashdmd_ray.config import Config
-from flashdmd_ray.data.datasets import evaluation_prompts, named_datasets
+from flashdmd_ray.data.datasets import data_faults
 from flashdmd_ray.plan.fit import check_fit
 from flashdmd_ray.plan.models import Models, models_of
 from flashdmd_ray.plan.parts import Part, parts_of_models
@@ -14,25 +14,22 @@ from flashdmd_ray.run.tracking import tracking_uri
 
 
 def check(config: Config) -> tuple[RunDirectory, list[Part]]:
-    """Everything that can be known to be wrong before work begins: run folder, model files, memory of GPUs. Creates nothing.
+    """Everything that can be known to be wrong before work begins: run folder, data, model files, memory of GPUs. Creates nothing.
 
-    Raises ValueError, one line, naming the key or file and the remedy.
+    Raises ValueError, one line for each fault, naming the key or file and the remedy.
     """
-    named_datasets(config.data)
-    if config.evaluation.prompts is not None:
-        evaluation_prompts(config.evaluation.prompts)
     run, parts, models = _inspected(config)
     check_free(run.path)
-    for line in models.absent:
-        raise ValueError(line)
+    if missing := [*models.absent, *data_faults(config)]:
+        raise ValueError("\n".join(missing))
     check_fit(config, models, parts)
     return run, parts
 
 
-def preview(config: Config) -> tuple[RunDirectory, list[Part]]:
-    """As `check` for `--dry-run`: published models and data may still have to be brought here, and `sections` says which and what fits."""
-    run, parts, _ = _inspected(config)
-    return run, parts
+def preview(config: Config) -> tuple[RunDirectory, list[Part], list[str]]:
+    """As `check` for `--dry-run`, which plans a run whose data or checkpoint of Segment Anything is still to come: those are named last."""
+    run, parts, models = _inspected(config)
+    return run, parts, [*models.absent, *data_faults(config)]
 
 
 def _inspected(config: Config) -> tuple[RunDirectory, list[Part], Models]:

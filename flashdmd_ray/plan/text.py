@@ -34,13 +34,7 @@ def sections(config: Config, run: RunDirectory, parts: Sequence[Part], gpu: Gpu 
     head = ["role", "worker group", "parameters", "trained", "from"]
     yield _section("roles", table(head, [_row(part) for part in parts]))
     models = models_of(config)
-    absent = list(models.absent)
-    try:
-        data = describe_data(config.data)
-    except ValueError as error:
-        data = [f"source: {config.data.source}"]
-        absent.append(str(error))
-    yield _section("data", data)
+    yield _section("data", describe_data(config.data))
     yield _section("schedule", _schedule(config))
     step = step_of(config, models, gpu)
     check_fit(config, models, parts, step)
@@ -48,8 +42,6 @@ def sections(config: Config, run: RunDirectory, parts: Sequence[Part], gpu: Gpu 
     yield _section("placement", _placement(config, parts, step))
     if gpu is not None and step is not None:
         yield _section("time", _times(config, models, step, gpu))
-    if absent:
-        yield _section("before it can run", absent)
 
 
 def _section(title: str, lines: Sequence[str]) -> str:

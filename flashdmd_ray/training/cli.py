@@ -32,16 +32,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.set)
-        run, parts = preview(config) if options.dry_run else check(config)
         if options.dry_run:
-            for section in sections(config, run, parts, gpu_of(config, options.gpu)):
-                print(f"{section}\n", flush=True)
-        print(f"settings that differ from the defaults\n{indent(dump_changes(config), '  ')}", flush=True)
-        if options.dry_run:
-            return 0
+            return _plan(config, options.gpu)
+        run, _ = check(config)
     except ValueError as error:
         return refuse(error)
+    _print_settings(config)
     return run_training(lambda: _train(config, run), run, checkpoint_root(config, run.path))
+
+
+def _plan(config: Config, gpu: str | None) -> int:
+    """Print the plan; what keeps it from being run is refused behind it."""
+    run, parts, missing = preview(config)
+    for section in sections(config, run, parts, gpu_of(config, gpu)):
+        print(f"{section}\n", flush=True)
+    _print_settings(config)
+    if missing:
+        raise ValueError("\n".join(missing))
+    return 0
+
+
+def _print_settings(config: Config) -> None:
+    print(f"settings that differ from the defaults\n{indent(dump_changes(config), '  ')}", flush=True)
 
 
 def _train(config: Config, run: RunDirectory) -> int:

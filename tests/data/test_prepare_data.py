@@ -1,5 +1,7 @@
 """The command: a table, a verdict and an exit code."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scenes_on_disk import samples, tar_members, write_folder, write_tar
 
@@ -56,6 +58,17 @@ def test_prompts_are_judged_too(command, tmp_path):
     assert code == 0
     assert "samples     201, of which 0 bad" in out
     assert "captions    7 to 499, median 7 characters; 1 long ones, which tokenizers cut" in out
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_table_without_images_is_prompts(command, tmp_path, as_folder):
+    (tmp_path / "prompts").mkdir()
+    file = tmp_path / "prompts" / "p.parquet"
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": ["a red 4", None, "two 7s"]}), file)
+    code, out, _ = command(file.parent if as_folder else file, "--set", "data.max_bad_fraction=0.5")
+    assert code == 0
+    assert "format      parquet prompts" in out
+    assert "samples     3, of which 1 bad" in out
 
 
 @pytest.mark.parametrize(

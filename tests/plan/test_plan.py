@@ -1,9 +1,11 @@
 """The plan: parameters from file headers, memory and schedule as arithmetic, damaged files refused before anything is loaded."""
 
 import json
+import re
 
 import pytest
 from model_folders import PARTS, model_settings
+from PIL import Image
 
 from flashdmd_ray import plan
 from flashdmd_ray.config import parse_config
@@ -109,6 +111,49 @@ def test_a_path_that_is_no_model_is_refused(settings, path, monkeypatch):
     settings["model"]["teacher"] = path
     with pytest.raises(ValueError, match=r"model\.teacher: .*; correct the path"):
         plan.check(parse_config(settings))
+
+
+ABSENT = {
+    "source": ({"data": {"source": "/no/where.tar"}}, "data.source: /no/where.tar does not exist"),
+    "prompts": ({"data": {"prompts": "/no/where.txt"}}, "data.prompts: no such file: /no/where.txt"),
+    "empty prompts": (
+        {"data": {"prompts": "empty.txt"}},
+        "data.prompts: empty.txt holds no usable sample (blank line: 2",
+    ),
+    "another column": ({"data": {"prompts": "rows.jsonl"}}, "rows.jsonl: no column any of caption, text"),
+    "embeddings": ({"data": {"embeddings": "/no/where"}}, "data.embeddings: /no/where has no manifest.json"),
+    "of another model": ({"data": {"embeddings": "stored"}}, "data.embeddings: stored was computed for something else"),
+    "of another size": (
+        {"data": {"source": "images", "latents": "stored"}, "adversarial": {"real_through_vae": True}},
+        "data.latents: stored was computed for something else (kind is embeddings and the run's latents",
+    ),
+    "grid's prompts": ({"evaluation": {"prompts": "/no/where.txt"}}, "evaluation.prompts: no such file"),
+    "no grid's prompts": ({"evaluation": {"prompts": "empty.txt"}}, "evaluation.prompts: empty.txt holds no prompt"),
+    "bad ones": (
+        {"evaluation": {"prompts": "bad.jsonl"}},
+        "evaluation.prompts bad.jsonl: 1 of 3 samples are bad (33.3%",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ABSENT)
+def test_the_dry_run_and_the_start_refuse_the_same_data(what, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "rows.jsonl").write_text('{"title": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n')
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (24, 24)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a red 4")
+    key = {"kind": "embeddings", "family": "sdxl", "model": "another"}
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "stored" / "manifest.json").write_text(json.dumps({"format": 1, "key": key, "shards": []}))
+    changes, said = ABSENT[what]
+    config = parse_config(settings | changes)
+    (line,) = plan.preview(config)[2]
+    assert said in line
+    with pytest.raises(ValueError, match="^" + re.escape(line) + "$"):
+        plan.check(config)
 
 
 def test_checking_creates_nothing(settings, tmp_path):

@@ -108,7 +108,7 @@ def test_shipped_configurations_are_planned_from_the_table(path, monkeypatch):
     assert len(path.read_text().splitlines()) <= 80
     monkeypatch.setattr("flashdmd_ray.plan.measure.measure", None)
     config = load_config(path)
-    run, parts = plan.preview(config)
+    run, parts, _ = plan.preview(config)
     text = plan.describe(config, run, parts, plan.gpu_of(config, None))
     assert "on loading" not in text
     assert "TFLOP per step" in text

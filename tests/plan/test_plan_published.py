@@ -74,8 +74,9 @@ def test_what_is_not_here_is_planned_but_does_not_start(tmp_path, monkeypatch):
     tree = {"model": {"teacher": teacher, "sam": sam}, "run": {"dir": str(tmp_path), "name": "sdxl"}}
     tree["preference"] = {"updates": 0}
     config = parse_config(tree)
-    _, parts = plan.preview(config)
+    _, parts, missing = plan.preview(config)
     assert {part.name: part.parameters for part in parts}["teacher"] == published.SDXL_UNET.parameters
     assert {part.name: part.parameters for part in parts}["discriminator: SAM"] == 93_735_472
+    assert [line.partition(":")[0] for line in missing] == ["model.sam"]
     with pytest.raises(ValueError, match=r"model\.sam: .*sam_vit_b_01ec64\.pth does not exist; .* download"):
         plan.check(config)

@@ -14,7 +14,16 @@ from flashdmd_ray.data.formats.tar import TarImages
 from flashdmd_ray.data.pixels import OTHER_SUFFIXES, SUFFIXES
 from flashdmd_ray.data.sample import Ignored
 
-__all__ = ["PROMPTS", "Columns", "ImageFormat", "TextFormat", "holds_images", "open_images", "open_prompts"]
+__all__ = [
+    "PROMPTS",
+    "Columns",
+    "ImageFormat",
+    "TextFormat",
+    "files_below",
+    "holds_images",
+    "open_images",
+    "open_prompts",
+]
 
 LIST_OF_ARCHIVE = "table that lists what is in an archive"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
