@@ -76,7 +76,7 @@ def _is_prompts(source: Path) -> bool:
     """True for prompts: a file that is called so, or tables without a column of images and nothing else beside them."""
     from flashdmd_ray.data.formats import PROMPTS, files_below, holds_images
 
-    tables = (source,) if source.suffix.lower() == ".parquet" and source.is_file() else ()
+    tables: tuple[Path, ...] = (source,) if source.suffix.lower() == ".parquet" and source.is_file() else ()
     if source.is_dir():
         found = files_below(source, ("",))
         tables = found if all(file.suffix.lower() == ".parquet" for file in found) else ()
