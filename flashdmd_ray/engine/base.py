@@ -212,9 +212,12 @@ class Engine(ABC):
         Every rank passes all of it; tensors are read one at a time, so a mapping over memory-mapped files (`checkpoint.load_tensors`)
         costs no rank a copy.
 
-        Raises ValueError, before any change, when it does not fit.
+        Raises ValueError, before any change, when it does not fit. Gradients of an update that was not made are forgotten.
         """
         self.optimizer_state.load(state)
+        if self._loss_is_finite is not None:
+            self._discard_gradient()
+        self._loss_is_finite = self._announced = None
 
 
 def norm_of_parts(parts: list[Tensor]) -> Tensor:

@@ -186,7 +186,8 @@ class Generator(TrainedRole):
             save_shared(directory / "reference.safetensors", self.reference.state_dict())
 
     def load(self, directory: Location) -> None:
-        """Continue from what `save` wrote. An average that was not kept until then starts from the loaded weights."""
+        """Continue from what `save` wrote, whatever came since. An average that was not kept until then starts from the loaded weights."""
+        self._outputs = None
         self.engine.load_state(load_tensors(directory / "generator.safetensors"))
         if self.config.evaluation.ema:
             self.average = EMA(self.engine, self.config.evaluation.ema)
@@ -196,6 +197,8 @@ class Generator(TrainedRole):
             self.freeze_reference()
             assert self.reference is not None
             self.reference.load_state_dict(load_tensors(directory / "reference.safetensors"))
+        else:
+            self.reference = None
 
     @torch.no_grad()
     def generate_images(self, prompts: Prompts, timesteps: tuple[int, ...], seed: int) -> Tensor:

@@ -85,7 +85,7 @@ def build_runtime(
 
     roles: other classes with the same methods, by worker group; the configuration's own when None.
     say: takes one line of progress at a time; called from several threads.
-    previous: the runtime of an attempt that failed, after `end_attempt`; its pools live on if they can.
+    previous: the runtime of an attempt that failed, after `end_attempt`; what is whole of it lives on.
 
     Raises ValueError for impossible placements and unusable weights, WorkerError when workers do not come up in time.
     """

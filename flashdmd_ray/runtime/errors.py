@@ -31,8 +31,11 @@ class DeadlineExceeded(WorkerError):
     """A worker did not answer in time."""
 
 
-class PoolClosed(WorkerError):
-    """The pool has been closed, with all of the job's workers."""
+class Closed(WorkerError):
+    """No more calls: the attempt that they belong to is over, or the job's workers have been ended."""
+
+    def __init__(self, reason: str = "the attempt that this call belongs to is over") -> None:
+        super().__init__(reason)
 
 
 class RoleFailed(WorkerError):

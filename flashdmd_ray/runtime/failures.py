@@ -8,7 +8,7 @@ from typing import Never
 from ray import exceptions
 
 from flashdmd_ray.run.messages import typed_line
-from flashdmd_ray.runtime.errors import Call, DeadlineExceeded, PoolClosed, RoleFailed, WorkerError, WorkerLost
+from flashdmd_ray.runtime.errors import Call, Closed, DeadlineExceeded, RoleFailed, WorkerError, WorkerLost
 
 _SURROUNDINGS = (RuntimeError, ConnectionError, TimeoutError, MemoryError)
 _PROGRAM = (NotImplementedError, RecursionError)
@@ -75,7 +75,7 @@ def most_telling(errors: list[Exception]) -> Exception:
     def importance(error: Exception) -> int:
         if not isinstance(error, WorkerError):
             return 0
-        return [WorkerLost, RoleFailed, DeadlineExceeded, PoolClosed].index(type(error)) + 1
+        return [WorkerLost, RoleFailed, DeadlineExceeded, Closed].index(type(error)) + 1
 
     return min(errors, key=importance)
 

@@ -52,7 +52,7 @@ class LocalRuntime:
     def pool_metrics(self) -> dict[str, float]:
         return {}
 
-    def end_attempt(self) -> None:
+    def end_attempt(self, newest: int) -> None:
         """Forget the roles, so that there is memory for those of the next attempt."""
         self.generator = self.score = self.discriminator = self.rollouts = None
         self.rewards = {}

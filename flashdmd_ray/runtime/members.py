@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from flashdmd_ray.runtime.concurrency import in_thread
-from flashdmd_ray.runtime.errors import Call, DeadlineExceeded, PoolClosed, WorkerLost
+from flashdmd_ray.runtime.errors import Call, Closed, DeadlineExceeded, WorkerLost
 from flashdmd_ray.runtime.failures import translate
 from flashdmd_ray.runtime.placement import WorkerGroup
 from flashdmd_ray.runtime.usage import Usage
@@ -135,9 +135,9 @@ class Members:
         self._grow()
 
     def close(self) -> None:
-        """End all workers; calls from now on raise PoolClosed."""
+        """End all workers; calls from now on raise Closed."""
         with self.changed:
-            self.failure = self.failure or PoolClosed(f"the {self._group.name} pool was closed")
+            self.failure = self.failure or Closed(f"the {self._group.name} pool was closed")
             for member in list(self._members):
                 self._end(member)
             self.changed.notify_all()

@@ -17,7 +17,7 @@ from flashdmd_ray.config import PoolConfig
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.autoscale import Demand
 from flashdmd_ray.runtime.concurrency import in_thread
-from flashdmd_ray.runtime.errors import Call, PoolClosed, RoleFailed, WorkerError
+from flashdmd_ray.runtime.errors import Call, Closed, RoleFailed, WorkerError
 from flashdmd_ray.runtime.failures import reraise, translate
 from flashdmd_ray.runtime.members import Member, Members
 from flashdmd_ray.runtime.placement import WorkerGroup
@@ -37,9 +37,9 @@ class PoolLease:
         self._is_over = False
 
     def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """See `Pool.call`. Raises PoolClosed after `end`."""
+        """See `Pool.call`. Raises Closed after `end`."""
         if self._is_over:
-            raise PoolClosed("the attempt that this call belongs to is over")
+            raise Closed
         return self._pool.call(role, method, args, kwargs)
 
     def end(self) -> None:
@@ -73,7 +73,7 @@ class Pool:
         self._check_size = check_size
 
     @property
-    def is_usable(self) -> bool:
+    def is_whole(self) -> bool:
         """False once it was closed, or could not start."""
         return self._members.failure is None
 
@@ -142,7 +142,7 @@ class Pool:
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """End all workers; calls from now on raise PoolClosed."""
+        """End all workers; calls from now on raise Closed."""
         self._members.close()
 
     def _after_failure(self, member: Member, failure: Exception) -> None:

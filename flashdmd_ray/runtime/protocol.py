@@ -74,8 +74,11 @@ class Runtime(Protocol):
     def pool_metrics(self) -> dict[str, float]:
         """pool/<name>/<figure> of every pool since the last call, see `Usage.take_figures`; none in one process."""
 
-    def end_attempt(self) -> None:
-        """End what holds trained state, and every call under way. Pools may live on in the runtime that is built next."""
+    def end_attempt(self, newest: int) -> None:
+        """End every call of the attempt, and what cannot go on in the runtime that is built next.
+
+        newest: step of the checkpoint that all roles will be loaded from; with 0 there is none, so nothing that was trained is kept.
+        """
 
     def close(self) -> None:
         """End everything this runtime started. May be called twice."""

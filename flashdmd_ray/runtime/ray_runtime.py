@@ -31,7 +31,7 @@ class RayRuntime:
     ) -> None:
         """Start or join a cluster, then start all workers at once, and wait until every role is loaded.
 
-        previous: the runtime of an attempt that failed, after `end_attempt`: its cluster and its pools live on here if they can.
+        previous: the runtime of an attempt that failed, after `end_attempt`: its cluster and what is whole of its workers live on here.
 
         Raises NoRoom for a job that the cluster cannot hold, and leaves `previous` as it was; ValueError for an impossible placement or
         what a role's constructor raises, WorkerError when workers do not come up. Nothing is left running then. Call from the main
@@ -52,9 +52,9 @@ class RayRuntime:
         try:
             say(f"starting workers: {workers} ({time.monotonic() - started:.0f} s)")
             register_tensors()
-            pools = {} if previous is None else previous._hand_over()
+            whole = {} if previous is None else previous._hand_over(lambda: self.step)
             for group in groups:
-                self._groups[group.name] = pools.get(group.name) or _start(group, lambda: self.step)
+                self._groups[group.name] = whole.get(group.name) or _start(group, lambda: self.step)
             self.pools: Mapping[str, ScalablePool] = self._attach_pools(groups)
             run_parallel([functools.partial(self._setup, name, say, started) for name in self._groups])
         except BaseException:
@@ -105,22 +105,24 @@ class RayRuntime:
         pools = {name: group for name, group in self._groups.items() if isinstance(group, Pool)}
         return {f"pool/{name}/{key}": value for name, pool in pools.items() for key, value in pool.figures().items()}
 
-    def end_attempt(self) -> None:
-        """End the groups that hold trained state, and all calls of the attempt. Pools stay, for the runtime that is built next."""
+    def end_attempt(self, newest: int) -> None:
+        """End the groups that have lost a rank, or that no checkpoint can be loaded into, and all calls of the attempt."""
         for lease in self._leases.values():
             lease.end()
         for group in self._groups.values():
-            if isinstance(group, StatefulGroup):
+            if isinstance(group, StatefulGroup) and not (newest and group.is_whole):
                 group.close()
 
-    def _hand_over(self) -> dict[str, Pool]:
-        """Its usable pools, which belong to the caller from now on; the others are closed."""
-        pools = {name: group for name, group in self._groups.items() if isinstance(group, Pool) and group.is_usable}
+    def _hand_over(self, current_step: Callable[[], int | None]) -> dict[str, StatefulGroup | Pool]:
+        """What is whole of it, which belongs to the caller from now on; the rest is closed."""
+        whole: dict[str, StatefulGroup | Pool] = {}
         for name, group in self._groups.items():
-            if name not in pools:
+            if not group.is_whole:
                 group.close()
+            else:
+                whole[name] = group if isinstance(group, Pool) else group.hand_over(current_step)
         self._groups = {}
-        return pools
+        return whole
 
     @property
     def is_alive(self) -> bool:

@@ -1,4 +1,4 @@
-"""Crash-only recovery: a fault of a group that holds trained state ends the attempt; all is built anew from the last checkpoint."""
+"""Recovery: a fault of a group that holds trained state ends the attempt; what was lost is built anew, all is loaded from a checkpoint."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Supervisor:
                     fault = Fault(error, None if runtime is None else runtime.step)
                     traceback.clear_frames(error.__traceback__)  # they hold the roles of a local runtime
                 if runtime is not None:
-                    runtime.end_attempt()
+                    runtime.end_attempt(self._newest())
                 self._admit(fault)
                 self._pause()
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ from ray.exceptions import RayError
 from flashdmd_ray.run.variables import prepare_environment
 from flashdmd_ray.runtime.border import call_role
 from flashdmd_ray.runtime.environment import limit_threads, on_gpu, worker_environment
-from flashdmd_ray.runtime.errors import Call, WorkerError
+from flashdmd_ray.runtime.errors import Call, Closed, WorkerError
 from flashdmd_ray.runtime.failures import most_telling, reraise, translate
 from flashdmd_ray.runtime.placement import WorkerGroup, check_devices, create_roles, role_class
 from flashdmd_ray.runtime.shards import is_replicated, join_results, split_arguments
@@ -137,36 +138,57 @@ class StatefulGroup:
     """
 
     def __init__(self, group: WorkerGroup, current_step: Callable[[], int | None]) -> None:
+        """Start all ranks; returns at once."""
         self._group = group
         self._deadlines = group.config.deadlines
         self._current_step = current_step
         self._order = threading.Lock()
         self._failure: Exception | None = None
+        self._is_up = False
         self._offers: list[Offer] = []
         self._actors = [start_worker(group, rank) for rank in range(group.workers)]
 
     def setup(self) -> None:
-        """Bring up all ranks; raises what a role raised, or a WorkerError."""
+        """Bring up all ranks, once; raises what a role raised, or a WorkerError."""
+        if self._is_up:
+            return
         timeout = self._deadlines.start_s
         call = Call(self._group.name, "start")
         self._offers = self._wait([actor.prepare.remote() for actor in self._actors], call, timeout)
         self._wait([actor.setup.remote(self._offers[0]) for actor in self._actors], call, timeout)
+        self._is_up = True
+
+    @property
+    def is_whole(self) -> bool:
+        """True while all ranks are up and none has failed: they can be loaded from a checkpoint where they are."""
+        return self._is_up and self._failure is None
+
+    def hand_over(self, current_step: Callable[[], int | None]) -> StatefulGroup:
+        """Return a group of the same processes for another attempt.
+
+        A thread that this attempt has left behind can make no more calls; those it has made are done before the first of the new group.
+        """
+        other = copy.copy(self)
+        other._current_step = current_step
+        with self._order:
+            self._failure = Closed()
+        return other
 
     def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Split the arguments, call all ranks, join the results."""
-        if self._failure is not None:
-            raise self._failure
         args = tuple(self._reference(value) for value in args)
         kwargs = {name: self._reference(value) for name, value in kwargs.items()}
         shards, sizes = split_arguments(args, kwargs, len(self._actors))
         with self._order:  # calls from several threads must reach all ranks in one order, or their collectives would wait for each other
+            if self._failure is not None:
+                raise self._failure
             refs = [actor.call.remote(role, method, *shard) for actor, shard in zip(self._actors, shards, strict=True)]
         return join_results(self._wait(refs, Call(role, method, self._current_step()), self._deadlines.call_s), sizes)
 
     def _reference(self, value: Any) -> Any:
         if not isinstance(value, RoleHandle):
             return value
-        assert value.owner is self, "a role can be passed only to a role in the same processes"
+        assert value.role in self._group.roles, "a role can be passed only to a role in the same processes"
         return RoleReference(value.role)
 
     def _wait(self, refs: list[ray.ObjectRef], call: Call, timeout: float) -> list[Any]:
@@ -196,7 +218,7 @@ class StatefulGroup:
         return most_telling(errors) if errors else translate(first, call, self._group.name, timeout)
 
     def close(self) -> None:
-        self._failure = self._failure or WorkerError(f"the {self._group.name} group was closed")
+        self._failure = self._failure or Closed(f"the {self._group.name} group was closed")
         for actor in self._actors:
             ray.kill(actor)
 

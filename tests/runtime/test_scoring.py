@@ -15,7 +15,7 @@ from toy_roles import Generator, Reward, Rollout, toy_config
 from flashdmd_ray.batch import Candidates, Prompts, StepRng
 from flashdmd_ray.config import Config
 from flashdmd_ray.preferences import NothingScored, PreferenceSource
-from flashdmd_ray.runtime.errors import DeadlineExceeded, PoolClosed, WorkerLost
+from flashdmd_ray.runtime.errors import Closed, DeadlineExceeded, WorkerLost
 from flashdmd_ray.runtime.local import LocalRuntime
 from flashdmd_ray.scoring import REASONS, score
 
@@ -152,8 +152,8 @@ def test_the_run_ends_when_nothing_can_be_scored_for_long():
 
 
 def test_a_closed_pool_is_no_failed_reward():
-    toys = Toys(wanted(), {"a": {text(0, 0): PoolClosed("closed")}})
-    with pytest.raises(PoolClosed):
+    toys = Toys(wanted(), {"a": {text(0, 0): Closed("closed")}})
+    with pytest.raises(Closed):
         toys.step()
 
 

@@ -1,4 +1,4 @@
-"""A lost learner costs the steps since the last checkpoint, nothing else."""
+"""A lost group costs the steps since the last checkpoint, nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toy_roles import TOYS, toy_config
 
 from flashdmd_ray.runtime import DeadlineExceeded, RoleFailed, Runtime, Supervisor, WorkerLost, build_runtime
 from flashdmd_ray.runtime import supervisor as supervisor_module
-from flashdmd_ray.runtime.errors import NoRoom, PoolClosed
+from flashdmd_ray.runtime.errors import Closed, NoRoom
 from flashdmd_ray.training.checkpoint_saver import CheckpointError
 
 STEPS, EVERY = 6, 2
@@ -23,51 +23,68 @@ def train(
     runtime: Runtime, directory: Path, die_at: int | None, loaded: Callable[[int], None] = lambda step: None
 ) -> torch.Tensor:
     """Six updates with a checkpoint after every second; a resumed attempt starts after the last one."""
-    done = max((int(path.name) for path in directory.glob("[0-9]*")), default=0)
-    if done:
-        runtime.generator.load(directory / str(done))
+    done = newest(directory)
+    trained = (runtime.generator, runtime.discriminator)
+    for role in trained if done else ():
+        role.load(directory / str(done))
     loaded(done)
     for step in range(done, STEPS):
         runtime.step = step
+        gradient = torch.full((4, 2, 4, 4), float(step))
+        runtime.discriminator.step_along(gradient)
         if step == die_at and not (directory / "died").exists():
             (directory / "died").touch()
             runtime.generator.dies()
-        gradient = torch.full((4, 2, 4, 4), float(step))
         runtime.generator.distillation_step(gradient, gradient)
         if (step + 1) % EVERY == 0:
             (directory / str(step + 1)).mkdir()
-            runtime.generator.save(directory / str(step + 1))
-    return runtime.generator.weights()["weight"]
+            for role in trained:
+                role.save(directory / str(step + 1))
+    return torch.stack([role.weights()["weight"] for role in trained])
+
+
+def newest(directory: Path) -> int:
+    return max((int(path.name) for path in directory.glob("[0-9]*")), default=0)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_dead_learner_is_rebuilt_and_resumes_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("die_at", [1, 3])
+def test_a_dead_learner_is_rebuilt_and_resumes_exactly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, die_at: int
+) -> None:
+    """What is whole lives on, and of groups with trained state only where there is a checkpoint to load into them."""
     config = toy_config()
-    roles = {name: TOYS[name] for name in ("learner", "reward")}
+    roles = {name: TOYS[name] for name in ("learner", "discriminator", "reward")}
     (tmp_path / "quiet").mkdir()
     (tmp_path / "struck").mkdir()
     local = build_runtime(toy_config("local"), roles)
     expected = train(local, tmp_path / "quiet", die_at=None)
 
-    rewards: list[Any] = []
-    workers: list[int] = []
+    old: list[Any] = []
+    workers: list[tuple[int, ...]] = []
 
     def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> torch.Tensor:
-        rewards.append(runtime.rewards["reward"])
-        workers.append(rewards[-1].pids().item())
-        return train(runtime, tmp_path / "struck", die_at=3, loaded=loaded)
+        old[:] = old or [runtime.rewards["reward"], runtime.discriminator]
+        workers.append(tuple(role.pids().item() for role in (runtime.rewards["reward"], runtime.discriminator)))
+        return train(runtime, tmp_path / "struck", die_at, loaded)
 
-    result = Supervisor(config.deadlines).run(attempt, lambda previous: build_runtime(config, roles, previous=previous))
+    supervisor = Supervisor(config.deadlines, lambda: newest(tmp_path / "struck"))
+    result = supervisor.run(attempt, lambda previous: build_runtime(config, roles, previous=previous))
     assert result is not None
     assert torch.equal(result, expected)
-    assert "attempt 1 of 3 since the last checkpoint failed: generator.dies at step 3: learner-0 is gone" in caplog.text
-    assert workers == [workers[0]] * 2, "pools live on"
-    with pytest.raises(PoolClosed, match="the attempt that this call belongs to is over"):
-        rewards[0].pids()
+    assert (
+        f"attempt 1 of 3 since the last checkpoint failed: generator.dies at step {die_at}: learner-0 is gone"
+        in caplog.text
+    )
+    lived_on = [before == after for before, after in zip(*workers, strict=True)]
+    assert lived_on == [True, die_at > EVERY]
+    for role in old:
+        with pytest.raises(Closed):
+            role.pids()
     assert "Its log ends: " in caplog.text
     assert "last words of generator" in caplog.text
-    line = r"recovered from: generator\.dies at step 3: .*; steps 3 to 4 made again; detected in .* s, rebuilt in .* s, loaded in .* s"
-    assert re.search(line, caplog.text)
+    again = rf"recovered from: generator\.dies at step {die_at}: .*; steps {die_at} to {die_at + 1} made again; "
+    assert re.search(again + "detected in .* s, rebuilt in .* s, loaded in .* s", caplog.text)
 
 
 class Recorder:
@@ -77,7 +94,7 @@ class Recorder:
         self.closed = self.ended = 0
         self.step: int | None = None
 
-    def end_attempt(self) -> None:
+    def end_attempt(self, newest: int) -> None:
         self.ended += 1
 
     def close(self) -> None:

@@ -78,6 +78,9 @@ class Toy:
     def load(self, directory: Path) -> None:
         self.weight = torch.load(directory / f"{type(self).__name__}.pt")
 
+    def weights(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
     def facts(self) -> tuple[str, ...]:
         return (
             str(torch.get_num_threads()),
@@ -134,9 +137,6 @@ class Generator(Toy):
     def preference_step(self, pairs: PreferencePairs) -> dict[str, float]:
         return {"preference/norm": self.step_along(pairs.losers - pairs.winners)}
 
-    def weights(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
-
 
 class ScoreEstimator(Toy):
     def dm_gradient(self, high_noise: Latents, timesteps: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
@@ -149,9 +149,6 @@ class ScoreEstimator(Toy):
 
     def ema_update_from(self, generator: Generator, decay: float) -> None:
         self.weight = decay * self.weight + (1 - decay) * generator.weight
-
-    def weights(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
 
 
 class Discriminator(Toy):
