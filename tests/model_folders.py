@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import save_file
 
 PARTS = {"unet": 1000, "vae": 200, "text_encoder": 30, "text_encoder_2": 40}
@@ -45,7 +46,11 @@ def model_settings(root: Path) -> dict[str, object]:
     write_model(root / "sam", 500)
     write_tokenizer(write_model(root / "clip", 60))
     write_model(root / "lrm", 70)
+    (root / "images").mkdir()
+    Image.new("RGB", (24, 24)).save(root / "images" / "a.png")
+    (root / "images" / "a.txt").write_text("a red 4")
     return {
+        "data": {"source": str(root / "images")},
         "model": {"teacher": str(write_pipeline(root / "teacher")), "sam": str(root / "sam")},
         "rewards": [{"kind": "pickscore", "path": str(root / "clip")}, {"kind": "latent", "path": str(root / "lrm")}],
         "run": {"dir": str(root / "runs"), "name": "first"},

@@ -11,7 +11,7 @@ from flashdmd_ray.config import Config, DataConfig
 from flashdmd_ray.data.executor import Executor, in_threads
 from flashdmd_ray.data.formats import Columns, ImageFormat, TextFormat, open_images, open_prompts
 from flashdmd_ray.data.formats.hub import HubImages
-from flashdmd_ray.data.index import Index, Scanned, default_cache, is_indexed, open_index, scan_piece
+from flashdmd_ray.data.index import Index, Scanned, default_cache, is_indexed, open_index, scan_here, scan_piece
 from flashdmd_ray.data.manifest import check_stored
 from flashdmd_ray.data.sample import Sample
 from flashdmd_ray.data.tally import Tally
@@ -50,7 +50,7 @@ def data_faults(config: Config) -> list[str]:
     ]
     checks += [partial(check_stored, config, what) for what in ("embeddings", "latents")]
     if config.evaluation.prompts is not None:
-        checks.append(partial(_check_evaluation, data, config.evaluation.prompts))
+        checks.append(partial(check_prompts, "evaluation.prompts", config.evaluation.prompts, data.max_bad_fraction))
     faults = []
     for check in checks:
         try:
@@ -68,18 +68,21 @@ def _refuse_unusable(config: DataConfig, key: str) -> None:
     if is_indexed(format, cache_folder(config)):
         accepted_index(config, key, format)
     elif not any(isinstance(entry, Sample) for piece in range(format.pieces()) for entry in format.scan(piece)):
-        tally = Tally.merged(tally for _, tally in _scan(format, in_threads, config.workers))
+        tally = Tally.merged(tally for _, tally in scan_here(format))
         raise ValueError(
             f"data.{key}: {getattr(config, key)} holds no usable sample ({tally.summary()}); name another, or mend it"
         )
 
 
-def _check_evaluation(config: DataConfig, path: str) -> None:
-    format = evaluation_prompts(path)
-    tally = Tally.merged(tally for _, tally in _scan(format, in_threads, config.workers))
+def check_prompts(key: str, path: str, allowed: float, limit: str = "data.max_bad_fraction") -> None:
+    """Read all prompts of a file. Raises ValueError when there is none, or more than a share of `allowed` are bad.
+
+    key, limit: of the configuration, for the message.
+    """
+    tally = Tally.merged(tally for _, tally in scan_here(open_prompts(path, Columns(), key)))
     if not tally.good:
-        raise ValueError(f"evaluation.prompts: {path} holds no prompt ({tally.summary()}); name another file")
-    tally.check(config.max_bad_fraction, f"evaluation.prompts {path}")
+        raise ValueError(f"{key}: {path} holds no prompt ({tally.summary()}); name another file")
+    tally.check(allowed, f"{key} {path}", limit)
 
 
 def image_format(config: DataConfig) -> ImageFormat:

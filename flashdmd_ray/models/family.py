@@ -26,7 +26,7 @@ from flashdmd_ray.models.locations import resolve
 from flashdmd_ray.models.pipeline_source import PipelineSource, load_vae_file, open_source
 from flashdmd_ray.models.single_file import vae_file
 from flashdmd_ray.models.stock_modules import load_config, load_module, load_part
-from flashdmd_ray.models.teacher_files import check_denoiser, check_vae
+from flashdmd_ray.models.teacher_files import check_denoiser, check_same_latents, check_shape, check_vae
 
 PARTS = ("denoiser", "vae", "text")
 
@@ -109,7 +109,10 @@ class Family(ABC):
         vae = _config_of_vae(source, model)
         load_part(self.path, FAMILIES[self.name].denoiser, lambda: check_denoiser(network, FAMILIES[self.name]))
         try:
+            check_shape(vae, Path(model.vae or f"{self.path}/vae"))
             check_vae(vae, FAMILIES[self.name], network["in_channels"], model.vae or f"the VAE of {self.path}")
+            if model.vae is not None:
+                check_same_latents(vae, source.config("vae"), model.vae)
         except ModelFileError as error:
             raise ValueError(f"model.vae: {error}" if model.vae else f"cannot load {error}") from None
         height, width, pixels = latent_size(model.resolution, network, vae)

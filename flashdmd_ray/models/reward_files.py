@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.catalog.rewards import RewardEntry
 from flashdmd_ray.config import RewardConfig
 from flashdmd_ray.models.config_files import check_json, check_module, check_tokenizer, read_json
+from flashdmd_ray.models.custom_class import import_class
 from flashdmd_ray.models.headers import ModelFileError
 from flashdmd_ray.models.locations import local, named_file, resolve
 from flashdmd_ray.models.sam_files import file_size
-from flashdmd_ray.models.teacher_files import ModelFiles, NamesModels, denoiser_config, inspect
+from flashdmd_ray.models.teacher_files import ModelFiles, NamesModels, inspect, part_config
 from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
 
 LPO_FILE = "state_dict.pt"
@@ -48,9 +49,14 @@ def reward_files(config: NamesModels) -> dict[str, ModelFiles]:
 def _files(key: str, reward: RewardConfig) -> ModelFiles:
     entry = reward.entry
     if entry.path_is == "url":
+        if reward.remote is not None and not os.environ.get("RAY_ADDRESS"):  # workers of another cluster have their own
+            check_token(key.replace(".path", "."), reward.remote.token_env)
         return ModelFiles(f"the server at {reward.path}", None, {"": 0})
     if entry.path_is == "class":
-        _check_module(key, reward.path)
+        try:
+            import_class(reward.path, reward.options)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
         return ModelFiles(reward.path)
     if entry.reads_latents and is_lpo(reward.path):
         return _lpo(key, reward.path)
@@ -64,6 +70,14 @@ def _files(key: str, reward: RewardConfig) -> ModelFiles:
         with_config = local(base) != local(resolve(reward.path, entry.demo))
         inspect(key.replace(".path", ".base"), base, None, lambda root: _base(root, reward, with_config))
     return files
+
+
+def check_token(section: str, variable: str | None) -> None:
+    """Raises ValueError when the variable with a server's token is not set in this process. section: what holds `remote`."""
+    if variable is not None and not os.environ.get(variable):
+        raise ValueError(
+            f"{section}remote.token_env: {variable} is not set in this process; export it where rewards run"
+        )
 
 
 def _weights(place: Path, entry: RewardEntry) -> dict[str, int]:
@@ -135,16 +149,6 @@ def _lpo_size(root: Path) -> dict[str, int]:
     return {"": count + sum(size for name, size in sizes.items() if not name.startswith(LPO_UNUSED))}
 
 
-def _check_module(key: str, path: str) -> None:
-    module = path.partition(":")[0]
-    try:
-        spec = importlib.util.find_spec(module)
-    except ImportError:
-        spec = None
-    if spec is None:
-        raise ValueError(f"{key}: there is no module {module}; install it, or add its folder to PYTHONPATH")
-
-
 def _check_form(key: str, path: str, files: ModelFiles, config: NamesModels) -> None:
     """Raises ValueError for a latent reward made of another form of network than the teacher's."""
     family, entry = config.model.family, config.model.entry
@@ -166,7 +170,11 @@ def _check_form(key: str, path: str, files: ModelFiles, config: NamesModels) -> 
         )
     if forms:
         _check_shapes(
-            key, files.source, saved[entry.denoiser], denoiser_config(config) or {}, entry.lpo_base is not None
+            key,
+            files.source,
+            saved[entry.denoiser],
+            part_config(config, entry.denoiser) or {},
+            entry.lpo_base is not None,
         )
 
 

@@ -32,6 +32,9 @@ from flashdmd_ray.models.single_file import (
 )
 from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles, weight_files
 
+_LATENTS = {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None}
+"""Keys of a VAE's config.json that say how its latents are scaled, with the value of an absent one."""
+
 
 class NamesModels(Protocol):
     """A configuration that names a teacher and rewards: of joint training, or of a latent reward's."""
@@ -120,22 +123,24 @@ def teacher_files(config: NamesModels) -> ModelFiles:
         files = inspect("model.teacher", model.teacher, model.entry.demo, lambda root: _pipeline(model, root))
     if model.vae is None:
         return files
-    channels = (denoiser_config(config) or {}).get("in_channels")
-    vae = inspect("model.vae", model.vae, None, lambda place: _other_vae(place, model.entry, channels))
+    denoiser, own = part_config(config, model.entry.denoiser) or {}, part_config(config, VAE)
+    vae = inspect(
+        "model.vae", model.vae, None, lambda place: _other_vae(place, model.entry, denoiser.get("in_channels"), own)
+    )
     counted = files.parameters and vae.parameters
     return ModelFiles(files.source, files.root, {**files.parameters, **vae.parameters} if counted else {})
 
 
-def denoiser_config(config: NamesModels) -> Mapping[str, Any] | None:
-    """The config.json of the teacher's denoiser: in its directory, or as published; None when it is not on this machine."""
+def part_config(config: NamesModels, folder: str) -> Mapping[str, Any] | None:
+    """The config.json of that part of the teacher: in its directory, or as published; None when it is not on this machine."""
     model = config.model
     path = model.teacher_config or model.teacher
     root = local(resolve(path, model.entry.demo))
-    file = None if root is None else root / model.entry.denoiser / "config.json"
+    file = None if root is None else root / folder / "config.json"
     if file is not None and file.is_file():
         return read_json(file)
     pipeline = published.PIPELINES.get(path)
-    part = None if pipeline is None else pipeline.parts.get(model.entry.denoiser)
+    part = None if pipeline is None else pipeline.parts.get(folder)
     return None if part is None else part.config
 
 
@@ -256,7 +261,25 @@ def check_vae(config: Mapping[str, Any], entry: FamilyEntry, channels: int | Non
         raise ModelFileError(f"{path} has a shift_factor, which a {entry.pipeline} ignores; choose another VAE")
 
 
-def _other_vae(place: Path, entry: FamilyEntry, channels: int | None) -> dict[str, int]:
+def check_same_latents(config: Mapping[str, Any], teacher: Mapping[str, Any], path: str) -> None:
+    """Raises ModelFileError for a VAE whose latents are scaled otherwise than those that the denoiser was trained on.
+
+    config: of the VAE. teacher: of the teacher's own VAE, or of a published one, which leaves most of it out.
+    """
+    for key, absent in _LATENTS.items():
+        own, wanted = config.get(key, absent), teacher.get(key, absent)
+        if own != wanted and "_class_name" in teacher:
+            raise ModelFileError(f"{path} has {key} {own}, the teacher's VAE {wanted}; choose a VAE of its family")
+    count, wanted = (len(each.get("block_out_channels", ())) for each in (config, teacher))
+    if count != wanted and count and wanted:
+        raise ModelFileError(
+            f"a latent of {path} spans {2 ** (count - 1)} pixels, one of the teacher's VAE {2 ** (wanted - 1)}; choose a VAE of its family"
+        )
+
+
+def _other_vae(
+    place: Path, entry: FamilyEntry, channels: int | None, teacher: Mapping[str, Any] | None
+) -> dict[str, int]:
     """Parameters of `model.vae`: a directory, or one .safetensors file."""
     if place.suffix == ".safetensors":
         header, own = vae_file(place)
@@ -267,7 +290,9 @@ def _other_vae(place: Path, entry: FamilyEntry, channels: int | None) -> dict[st
     if (place / "model_index.json").is_file():
         raise ModelFileError(f"{place} is a pipeline; name its folder {VAE}")
     config = check_module(place / "config.json", ("block_out_channels", "latent_channels"), "AutoencoderKL")
+    check_shape(config, place)
     check_vae(config, entry, channels, str(place))
+    check_same_latents(config, teacher or {}, str(place))
     return {VAE: _count(weight_files(place, DIFFUSERS))}
 
 

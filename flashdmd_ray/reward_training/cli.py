@@ -11,6 +11,7 @@ from textwrap import indent
 from flashdmd_ray.config import dump_changes, load_as
 from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.models.teacher_files import teacher_files
+from flashdmd_ray.reward_training.check import check_pairs
 from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
 from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
@@ -50,6 +51,7 @@ def _train(config: RewardTrainingConfig, run: RunDirectory) -> int:
 def describe(config: RewardTrainingConfig, run: RunDirectory) -> list[str]:
     """The plan of a job, in a few lines; loads nothing. Raises ValueError for models or pairs that are not there."""
     teacher = teacher_files(config)
+    check_pairs(config)
     judges = reward_files(config)
     pairs, model, optimizer = config.pairs, config.latent_reward, config.optimizer
     part = {"all": "every kept weight", "last": "the last part and the projections"}[model.train]

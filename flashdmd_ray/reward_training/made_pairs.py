@@ -9,10 +9,10 @@ from torch import Tensor
 
 from flashdmd_ray.batch import derive_seed
 from flashdmd_ray.models.family import Family
+from flashdmd_ray.reward_training.check import find_drawing_student
 from flashdmd_ray.reward_training.config import PairsConfig, RewardTrainingConfig
 from flashdmd_ray.reward_training.pairs import HELD_OUT, TRAIN, Pairs
 from flashdmd_ray.roles.image_sampling import Sampler, sample_all_images, student_sampler, teacher_sampler
-from flashdmd_ray.run.folder import read_run_config
 
 BADLY_DRAWN_SHARE = 0.35
 HELD_OUT_SCENES = 2000
@@ -87,16 +87,14 @@ def _prompts(config: PairsConfig, seed: int) -> tuple[str, ...]:
     from flashdmd_ray.data.index import default_cache, open_index
 
     index = open_index(open_prompts(config.prompts, Columns(), "pairs.prompts"), config.cache or default_cache())
+    index.tally.check(config.max_bad_fraction, f"pairs.prompts {config.prompts}", "pairs.max_bad_fraction")
     return index.captions(range(len(index)))
 
 
 def _student_sampler(config: PairsConfig, family: Family) -> Sampler:
-    from flashdmd_ray.results.student import find_student, read_student
+    from flashdmd_ray.results.student import read_student
     from flashdmd_ray.roles.networks import load_student
 
-    assert config.run is not None, "the configuration refuses a student without a run"
-    run = read_run_config(config.run)
-    if run.model.family != family.name:
-        raise ValueError(f"pairs.run: {config.run} trained family '{run.model.family}', this is '{family.name}'")
-    student = load_student(family, read_student(find_student(config.run, run), run, family))
+    run, source = find_drawing_student(config, family.name)
+    student = load_student(family, read_student(source, run, family))
     return student_sampler("student", family, student, run.sampling.timesteps)

@@ -198,8 +198,10 @@ def test_statistics_of_a_vae_are_those_of_the_stock_pipeline(whole, tmp_path):
     mean, deviation = [0.1, -0.2, 0.3, 0.0], [0.5, 2.0, 1.0, 0.25]
     torch.manual_seed(3)
     vae = tiny_vae(latents_mean=mean, latents_std=deviation).eval()
+    os.system(f"cp -r {whole}/. {tmp_path}")
     vae.save_pretrained(tmp_path / "vae")
-    family = loaded(whole, parts=("vae",), vae=str(tmp_path / "vae"))
+    refused(whole, "latents_mean", vae=str(tmp_path / "vae"))
+    family = loaded(tmp_path, parts=("vae",))
     latents = torch.randn(1, 4, 8, 8)
     shape = (1, 4, 1, 1)
     with torch.no_grad():
@@ -211,11 +213,28 @@ def test_statistics_of_a_vae_are_those_of_the_stock_pipeline(whole, tmp_path):
     torch.testing.assert_close(
         again, (expected - torch.tensor(mean).view(shape)) * 0.5 / torch.tensor(deviation).view(shape)
     )
-    assert checked(whole, vae=str(tmp_path / "vae"))["vae"] == sum(p.numel() for p in vae.parameters())
+    assert checked(tmp_path, vae=str(tmp_path / "vae"))["vae"] == sum(p.numel() for p in vae.parameters())
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderTiny"}))
     with pytest.raises(ValueError, match=r"model\.vae: .*describes a AutoencoderTiny"):
         checked(whole, vae=str(tmp_path / "vae"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scaling_factor": 0.9}, r"has scaling_factor 0\.9, the teacher's VAE 0\.5"),
+        ({"scaling_factor": ...}, r"has scaling_factor 0\.18215, the teacher's"),
+        ({"block_out_channels": [8, 8, 8]}, "a latent of .* spans 4 pixels, one of the teacher's VAE 2"),
+        ({"block_out_channels": 8}, "has block_out_channels 8"),
+    ],
+)
+def test_a_vae_of_another_latent_space_is_refused(changes, said, whole, tmp_path):
+    os.system(f"cp -r {whole}/vae/. {tmp_path}")
+    config = json.loads((tmp_path / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(whole, said, vae=str(tmp_path))
 
 
 def test_a_vae_in_one_file(file, whole, tmp_path):

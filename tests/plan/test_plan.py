@@ -5,7 +5,6 @@ import re
 
 import pytest
 from model_folders import PARTS, model_settings
-from PIL import Image
 
 from flashdmd_ray import plan
 from flashdmd_ray.config import parse_config
@@ -115,14 +114,26 @@ def test_a_path_that_is_no_model_is_refused(settings, path, monkeypatch):
 
 ABSENT = {
     "source": ({"data": {"source": "/no/where.tar"}}, "data.source: /no/where.tar does not exist"),
-    "prompts": ({"data": {"prompts": "/no/where.txt"}}, "data.prompts: no such file: /no/where.txt"),
+    "prompts": (
+        {"data": {"source": "images", "prompts": "/no/where.txt"}},
+        "data.prompts: no such file: /no/where.txt",
+    ),
     "empty prompts": (
-        {"data": {"prompts": "empty.txt"}},
+        {"data": {"source": "images", "prompts": "empty.txt"}},
         "data.prompts: empty.txt holds no usable sample (blank line: 2",
     ),
-    "another column": ({"data": {"prompts": "rows.jsonl"}}, "rows.jsonl: no column any of caption, text"),
-    "embeddings": ({"data": {"embeddings": "/no/where"}}, "data.embeddings: /no/where has no manifest.json"),
-    "of another model": ({"data": {"embeddings": "stored"}}, "data.embeddings: stored was computed for something else"),
+    "another column": (
+        {"data": {"source": "images", "prompts": "rows.jsonl"}},
+        "rows.jsonl: no column any of caption, text",
+    ),
+    "embeddings": (
+        {"data": {"source": "images", "embeddings": "/no/where"}},
+        "data.embeddings: /no/where has no manifest.json",
+    ),
+    "of another model": (
+        {"data": {"source": "images", "embeddings": "stored"}},
+        "data.embeddings: stored was computed for something else",
+    ),
     "of another size": (
         {"data": {"source": "images", "latents": "stored"}, "adversarial": {"real_through_vae": True}},
         "data.latents: stored was computed for something else (kind is embeddings and the run's latents",
@@ -142,9 +153,6 @@ def test_the_dry_run_and_the_start_refuse_the_same_data(what, settings, tmp_path
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "rows.jsonl").write_text('{"title": "a"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n')
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (24, 24)).save(tmp_path / "images" / "a.png")
-    (tmp_path / "images" / "a.txt").write_text("a red 4")
     key = {"kind": "embeddings", "family": "sdxl", "model": "another"}
     (tmp_path / "stored").mkdir()
     (tmp_path / "stored" / "manifest.json").write_text(json.dumps({"format": 1, "key": key, "shards": []}))
@@ -154,6 +162,16 @@ def test_the_dry_run_and_the_start_refuse_the_same_data(what, settings, tmp_path
     assert said in line
     with pytest.raises(ValueError, match="^" + re.escape(line) + "$"):
         plan.check(config)
+
+
+def test_parts_of_the_demo_are_refused_beside_another_teacher(settings):
+    model = {"model": {"teacher": settings["model"]["teacher"]}, "run": {"dir": settings["run"]["dir"]}}
+    config = parse_config(model | {"rewards": [{"kind": "pickscore"}]})
+    for read in (plan.preview, plan.check):
+        with pytest.raises(ValueError, match=r"name captioned images") as refusal:
+            read(config)
+        keys = [line.partition(":")[0] for line in str(refusal.value).splitlines()]
+        assert keys == ["data.source", "model.sam", "rewards.0.path", "run.name"]
 
 
 def test_checking_creates_nothing(settings, tmp_path):

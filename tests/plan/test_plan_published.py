@@ -72,11 +72,12 @@ def test_what_is_not_here_is_planned_but_does_not_start(tmp_path, monkeypatch):
     sam = str(tmp_path / "sam_vit_b_01ec64.pth")
     teacher = "stabilityai/stable-diffusion-xl-base-1.0"
     tree = {"model": {"teacher": teacher, "sam": sam}, "run": {"dir": str(tmp_path), "name": "sdxl"}}
+    tree["data"] = {"source": "nowhere"}
     tree["preference"] = {"updates": 0}
     config = parse_config(tree)
     _, parts, missing = plan.preview(config)
     assert {part.name: part.parameters for part in parts}["teacher"] == published.SDXL_UNET.parameters
     assert {part.name: part.parameters for part in parts}["discriminator: SAM"] == 93_735_472
-    assert [line.partition(":")[0] for line in missing] == ["model.sam"]
+    assert [line.partition(":")[0] for line in missing] == ["model.sam", "data.source"]
     with pytest.raises(ValueError, match=r"model\.sam: .*sam_vit_b_01ec64\.pth does not exist; .* download"):
         plan.check(config)

@@ -109,6 +109,20 @@ def test_a_server_takes_nothing_here_and_a_class_of_ones_own_is_unknown(tmp_path
         plan.check(configured(tmp_path, {"kind": "custom", "path": "nowhere.mine:Mine"}))
 
 
+def test_a_token_that_is_not_set_is_missed_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("SET", "x")
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    for name, variable in (("SET", None), ("UNSET", r"rewards\.1\.remote\.token_env: UNSET is not set")):
+        config = configured(tmp_path, {"kind": "remote", "path": "http://127.0.0.1:9/", "remote": {"token_env": name}})
+        if variable is None:
+            assert reward_files(config)["remote"].total == 0
+        else:
+            with pytest.raises(ValueError, match=variable):
+                reward_files(config)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert reward_files(config), "workers of another cluster have variables of their own"
+
+
 def test_published_rewards_are_planned_without_their_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))

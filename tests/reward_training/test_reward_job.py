@@ -213,6 +213,8 @@ def test_presets_parse_and_dump_to_the_same(preset) -> None:
         ("timestep_range=[9, 3]", "timestep_range: the first must not be above the second"),
         ("pairs.source=nowhere.parquet", "pairs.source: nowhere.parquet is no .parquet file"),
         ("rewards=[{kind: pickscore, path: nowhere}]", "rewards.0.path: no such directory: 'nowhere'"),
+        ("pairs={source: teacher, labels: rewards, prompts: x.txt}", "pairs.prompts: no such file: x.txt"),
+        ("pairs={source: student, labels: rewards, run: nowhere}", "nowhere"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(override, says, capsys, tmp_path) -> None:
@@ -222,6 +224,22 @@ def test_mistakes_are_one_line_and_exit_code_2(override, says, capsys, tmp_path)
     assert says in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_the_demo_are_refused_beside_another_teacher(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    other = ["--dry-run", "--set", f"run.dir={tmp_path}", "model.teacher=stabilityai/stable-diffusion-xl-base-1.0"]
+    assert train_latent_reward_command(other) == 2
+    keys = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert keys == ["rewards.0.path", "pairs.source"]
+    drawn = [
+        "pairs={source: teacher, labels: rewards}",
+        "rewards=[{kind: pickscore, path: yuvalkirstain/PickScore_v1}]",
+    ]
+    assert train_latent_reward_command([*other, *drawn]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: pairs.prompts: null takes the captions of the demo's digit scenes"
+    )
 
 
 def test_dry_run_says_what_would_be_done_and_leaves_no_trace(capsys, tmp_path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 from collections.abc import Sequence
 from typing import Any, Self
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdmd_ray.config import RewardConfig
+from flashdmd_ray.models.custom_class import import_class
 from flashdmd_ray.models.rewards.base import BatchedReward
 from flashdmd_ray.run.messages import one_line, typed_line
 
@@ -34,7 +34,7 @@ class Custom(BatchedReward):
         Raises ValueError, one line, when it cannot be imported or built, or has no method score(images, texts).
         """
         path, options = settings.path, settings.options
-        own_class = import_class(path)
+        own_class = import_class(path, options)
         try:
             own = own_class(**copy.deepcopy(dict(options)))
         except Exception as error:
@@ -69,22 +69,3 @@ class Custom(BatchedReward):
                 f"{self.path}.score returned shape {tuple(scores.shape)} for {len(texts)} images: it must be ({len(texts)},)"
             )
         return scores.float().to(images.device).clone()  # the class may write its next answer into the same memory
-
-
-def import_class(path: str) -> Any:
-    """The class at "package.module:Class". Raises ValueError when it is not there, or has no method score(images, texts)."""
-    module_name, _, name = path.partition(":")
-    try:
-        reward_class = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # an import runs the user's code
-        raise ValueError(
-            f"cannot import the reward {path}: {typed_line(error)}; it must be importable where workers run"
-        ) from error
-    method = getattr(reward_class, "score", None)
-    if not inspect.isclass(reward_class) or not callable(method):
-        raise ValueError(f"the reward {path} must be a class with a method score(images, texts)")
-    try:
-        inspect.signature(method).bind(None, None, None)
-    except TypeError:
-        raise ValueError(f"{path}.score must take (images, texts), it is score{inspect.signature(method)}") from None
-    return reward_class

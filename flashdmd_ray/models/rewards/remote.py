@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flashdmd_ray.batch import to_uint8
 from flashdmd_ray.config import RemoteConfig, RewardConfig
+from flashdmd_ray.models.reward_files import check_token
 from flashdmd_ray.models.rewards.base import BatchedReward
 from flashdmd_ray.run.messages import one_line
 
@@ -55,10 +56,7 @@ class Remote(BatchedReward):
 
     def __init__(self, url: str, settings: RemoteConfig) -> None:
         super().__init__()
-        if settings.token_env is not None and not os.environ.get(settings.token_env):
-            raise ValueError(
-                f"remote.token_env: {settings.token_env} is not set in this process; export it where rewards run"
-            )
+        check_token("", settings.token_env)
         self.url = url
         self.settings = settings
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 import torch
 
-from flashdmd_ray.config import RewardConfig, validated
+from flashdmd_ray.config import RewardConfig, parse_config, validated
+from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.models.rewards import PixelReward, build_reward
 from tests.models.rewards.small_rewards import bytes_as_images, noise_bytes
 from tests.models.rewards.test_remote_rewards import example
@@ -109,20 +111,43 @@ def test_the_example_of_the_page():
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "options", "says"),
     [
-        ("nowhere:Class", "cannot import the reward nowhere:Class: ModuleNotFoundError"),
-        ("my_rewards:Other", "cannot import the reward my_rewards:Other: AttributeError"),
-        ("my_rewards:value", r"must be a class with a method score\(images, texts\)"),
-        ("my_rewards:Silent", r"must be a class with a method score\(images, texts\)"),
-        ("my_rewards:OneArgument", r"must take \(images, texts\), it is score\(self, images\)"),
-        ("my_rewards:Breaks", r"cannot be built with options \{\}: RuntimeError: no such thing"),
+        ("nowhere:Class", {}, "there is no module nowhere; install it, or add its folder to PYTHONPATH"),
+        ("my_rewards.more:Class", {}, "there is no module my_rewards.more; install it"),
+        ("my_rewards:Modul", {}, "the module my_rewards has no class Modul, did you mean 'Module'?"),
+        ("my_rewards:value", {}, r"must be a class with a method score(images, texts)"),
+        ("my_rewards:Silent", {}, r"must be a class with a method score(images, texts)"),
+        ("my_rewards:OneArgument", {}, r"must take (images, texts), it is score(self, images)"),
+        (
+            "my_rewards:Module",
+            {"sclae": 1},
+            "my_rewards:Module cannot be built with options {'sclae': 1}: it is Module(scale=2.0)",
+        ),
+        ("divides:Class", {}, "cannot import the reward divides:Class: ZeroDivisionError"),
+        ("leaves:Class", {}, "cannot import the reward leaves:Class: SystemExit"),
+        ("needs:Class", {}, "No module named 'no_such_thing'; install that too"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(path, says):
-    with pytest.raises(ValueError, match=says) as caught:
-        build_reward("custom", path)
-    assert "\n" not in str(caught.value)
+def test_what_cannot_be_used_is_one_line_before_anything_starts(path, options, says, tmp_path, monkeypatch):
+    for name, text in (("divides", "1 / 0"), ("leaves", "exit(0)"), ("needs", "import no_such_thing")):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    custom = {"kind": "custom", "path": path, "options": options}
+    for read in (
+        lambda: build_reward(**custom),
+        lambda: reward_files(parse_config({"rewards": [custom], "run": {"name": "own"}})),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_class_that_cannot_be_built_is_one_line():
+    with pytest.raises(
+        ValueError, match=r"my_rewards:Breaks cannot be built with options \{\}: RuntimeError: no such thing$"
+    ):
+        build_reward("custom", "my_rewards:Breaks")
 
 
 def test_an_answer_of_another_shape_is_refused():
