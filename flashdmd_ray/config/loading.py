@@ -90,10 +90,14 @@ def _describe(section: type[Section], detail: ErrorDetails) -> str:
 def _remedy(detail: ErrorDetails) -> str:
     """'; ...' where the kind of a mistake says how to write the value, else ''."""
     value, kind = detail["input"], detail["type"]
-    if kind == "string_type" and value is not None:
+    if value is None:
+        return "; leave the key out for its default"
+    if kind == "string_type":
         return "; put text in quotes"
-    if kind in ("tuple_type", "list_type") and isinstance(value, str):
-        return f"; write a list: [{value}]"
+    if kind in ("tuple_type", "list_type") and isinstance(value, str | int | Mapping):
+        return f"; write a list: [{'...' if isinstance(value, Mapping) else value}]"
+    if kind == "model_type":
+        return "; write its keys and values, such as {key: value}"
     if kind.startswith("int_") and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     return ""

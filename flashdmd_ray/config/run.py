@@ -12,8 +12,13 @@ from flashdmd_ray.config.section import LocalPath, MayChange, PositiveInt, Publi
 
 def _plain_name(name: str) -> str:
     """The name itself when it is one plain, visible folder name: nothing is written outside the runs."""
-    if not name.strip() or name.startswith(".") or ".." in name or any(c in "/\\" or not c.isprintable() for c in name):
-        raise ValueError("must be a plain folder name without '/', '\\', '..' or a leading dot")
+    if (
+        not name.strip()
+        or name.startswith((".", "~"))
+        or ".." in name
+        or any(c in "/\\" or not c.isprintable() for c in name)
+    ):
+        raise ValueError("must be a plain folder name without '/', '\\', '..' or a leading '.' or '~'")
     return name
 
 
@@ -48,7 +53,7 @@ class TrackingConfig(Section):
     uri_env: str | None = None
     """Environment variable that holds the address instead: for one with a password, which must not be printed and stored."""
     experiment: Annotated[str, Field(min_length=1, max_length=500)] = "flashdmd_ray"
-    """Experiment in MLflow, and the name of its registered model."""
+    """Experiment in MLflow. Exports are versions of the registered model flashdmd_ray, whatever the experiment."""
     enabled: bool = True
     """false writes only the run folder."""
     samples_every: PositiveInt = 50

@@ -7,15 +7,24 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from flashdmd_ray.config.addresses import hide_passwords, without_password
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Timestep = Annotated[int, Field(strict=True, ge=0, le=999)]
 
@@ -23,7 +32,7 @@ Timestep = Annotated[int, Field(strict=True, ge=0, le=999)]
 def _expand_home(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty; give a path")
-    if re.match(r"\$\w", text) or re.search(r"\$\{\w+\}", text):
+    if re.search(r"(^|/)\$[A-Za-z_]|\$\{\w+\}", text):
         raise ValueError(f"environment variables are not replaced in settings; write the path itself, got '{text}'")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
@@ -53,7 +62,12 @@ class Section(BaseModel):
     """Base of all sections. A field whose default is a section with values of its own keeps those that are not set."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     @model_validator(mode="before")
@@ -63,6 +77,19 @@ class Section(BaseModel):
             return tree
         defaults = {name: field.default for name, field in cls.model_fields.items() if name in tree}
         return {name: completed(value, defaults.get(name)) for name, value in tree.items()}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switch_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for numbers: Python takes them for 1 and 0."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and _holds(annotation, float) and not _holds(annotation, bool):
+            raise ValueError(f"must be a number, got {str(value).lower()}")
+        return value
+
+
+def _holds(annotation: Any, kind: type) -> bool:
+    return annotation is kind or any(_holds(part, kind) for part in get_args(annotation))
 
 
 def completed(value: Any, default: Any) -> Any:

@@ -1,21 +1,26 @@
 """YAML text to a tree of settings, without the surprises of YAML.
 
 A key that is given twice is refused. Text settings keep what is written, so that `name: 007` is a name. Numbers are read as everyone
-writes them: 1e-5 is one, and 010 or 1:30, which YAML 1.1 reads as 8 and 90, are refused.
+writes them: 1e-5 is one, and 010 or 1:30, which YAML 1.1 reads as 8 and 90, are refused. So are `no` where nothing says that a switch is
+meant, days, and tags such as !env.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import yaml
 
-from flashdmd_ray.config.annotations import below, is_text
+from flashdmd_ray.config.annotations import alternatives, below, is_text
 
 FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
 SURPRISING = re.compile(r"[-+]?(0[0-9_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)")
-_NULL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("null", "int", "float"))
+_NULL, _INT, _FLOAT, _BOOL, _STR, _SEQ, _MAP = (
+    f"tag:yaml.org,2002:{name}" for name in ("null", "int", "float", "bool", "str", "seq", "map")
+)
+_TAGS = {yaml.MappingNode: (_MAP,), yaml.SequenceNode: (_SEQ,), yaml.ScalarNode: (_NULL, _INT, _FLOAT, _BOOL, _STR)}
 
 
 def read_tree(text: bytes | str, annotation: Any) -> tuple[Any, str]:
@@ -44,6 +49,16 @@ def read_tree(text: bytes | str, annotation: Any) -> tuple[Any, str]:
 
 
 def _value(loader: yaml.SafeLoader, node: yaml.Node, annotation: Any, where: str) -> Any:
+    is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    if is_plain and is_text(annotation) and node.tag != _NULL and not node.tag.startswith("!"):
+        return node.value
+    if node.tag not in _TAGS[type(node)]:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        is_day = is_plain and tag == "!!timestamp"
+        raise _refused(
+            where,
+            f"{node.value} is a day in YAML; leave it out" if is_day else f"nothing is known of {tag}; leave it out",
+        )
     if isinstance(node, yaml.MappingNode):
         _refuse_duplicates(node, where)
         loader.flatten_mapping(node)
@@ -53,25 +68,24 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, annotation: Any, where: str
         }
     if isinstance(node, yaml.SequenceNode):
         return [_value(loader, item, below(annotation, i), f"{where}{i}.") for i, item in enumerate(node.value)]
-    assert isinstance(node, yaml.ScalarNode)
-    is_plain = node.style is None
-    if is_plain and is_text(annotation) and node.tag != _NULL:
-        return node.value
-    if is_plain and node.tag in (_INT, _FLOAT) and SURPRISING.fullmatch(node.value):
-        value = loader.construct_object(node)
-        raise ValueError(
-            f"{where.rstrip('.')}: YAML reads {node.value} as {value}; write {value}, or '{node.value}' in quotes for text".lstrip(
-                ": "
-            )
-        )
-    if is_plain and FLOAT.fullmatch(node.value):
-        return float(node.value)
-    try:
-        return loader.construct_object(node)
-    except ValueError as error:  # a day that no month has
-        raise ValueError(
-            f"{where.rstrip('.')}: cannot read {node.value} ({error}); put text in quotes".lstrip(": ")
-        ) from None
+    value = float(node.value) if is_plain and FLOAT.fullmatch(node.value) else loader.construct_object(node)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _refused(where, f"{node.value} is no finite number; write another one")
+    if is_plain and _surprises(node, annotation):
+        read = str(value).lower()
+        raise _refused(where, f"YAML reads {node.value} as {read}; write {read}")
+    return value
+
+
+def _surprises(node: yaml.ScalarNode, annotation: Any) -> bool:
+    """True where YAML 1.1 reads something else than is written: 010, 1:30, or `no` in a place that is not known to be a switch."""
+    if node.tag == _BOOL:
+        return node.value.lower() not in ("true", "false") and bool not in alternatives(annotation)
+    return node.tag in (_INT, _FLOAT) and SURPRISING.fullmatch(node.value) is not None
+
+
+def _refused(where: str, reason: str) -> ValueError:
+    return ValueError(f"{where.rstrip('.')}: {reason}, or put text in quotes".lstrip(": "))
 
 
 def _key(loader: yaml.SafeLoader, key: yaml.Node) -> Any:

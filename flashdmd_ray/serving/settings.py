@@ -89,7 +89,7 @@ class ServeSettings(Section):
     """Offer the teacher that a student was distilled from as `<name>:teacher`, where it can be found."""
     teacher_steps: Annotated[int, Field(strict=True, ge=1, le=100)] = 25
     """Denoising steps of teachers."""
-    teacher_guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    teacher_guidance: Annotated[float, Field(ge=1)] = 2.0
     """Classifier-free guidance of teachers; 1 is none. The demo's pictures use 2."""
     bases: dict[str, PathOrName] = Field(default_factory=dict)
     """Name of a base in an export's flashdmd.json -> directory or hub id of that pipeline, where the name alone is not enough."""

@@ -100,6 +100,13 @@ def test_an_item_of_a_list_is_set_by_its_number(tmp_path):
         ("lora.targets", "to_q", "got 'to_q'; write a list: [to_q]"),
         ("rewards", "[{kind: latent, name: a #b}]", "not valid YAML"),
         ("steps", "2026-13-45", "put text in quotes"),
+        ("rewards.0.weight", "yes", "YAML reads yes as true; write true"),
+        ("generator.lr", "true", "generator.lr: must be a number, got true"),
+        ("adversarial.weight", "inf", "should be a finite number"),
+        ("adversarial.weight", "1e400", "1e400 is no finite number"),
+        ("steps", "!env STEPS", "nothing is known of !env"),
+        ("rewards", "{kind: latent}", "write a list"),
+        ("data", "null", "leave the key out for its default"),
     ],
 )
 def test_a_mistake_has_its_remedy(key, value, message):
@@ -157,6 +164,7 @@ def test_every_path_setting_knows_the_home_folder(monkeypatch, section, others, 
     for wrong, message in (
         ("~nobody-here/x", "no home folder ~nobody-here"),
         ("${HOME}/x", "variables"),
+        ("/scratch/$USER/x", "variables"),
         ("''", "is empty"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -194,6 +202,17 @@ def test_any_file_is_read_or_refused_with_its_name(tmp_path_factory, content):
 def test_a_tree_comes_back_as_it_was_written(tree):
     text = yaml.safe_dump({"rewards": [{"kind": "custom", "path": "a:B", "options": {"o": tree}}]})
     assert read_tree(text, Config)[0]["rewards"][0]["options"]["o"] == tree
+
+
+@pytest.mark.parametrize(
+    "value", ["no", "off", "Yes", "2026-11-30", ".nan", "!!binary aGk=", "!env X", "!include [x]", "=", "012"]
+)
+def test_an_option_of_a_class_is_what_json_would_give_it_or_refused(tmp_path, value):
+    """A resumed run and `evaluate` read it again from config.yaml, where a day would be text and nan unlike itself."""
+    with pytest.raises(ValueError, match=r"c\.yaml: rewards\.0\.options\.x: "):
+        load(tmp_path, f"rewards: [{{kind: custom, path: 'a:B', options: {{x: {value}}}}}]")
+    text = f"rewards: [{{kind: custom, path: 'a:B', options: {{x: '{value}', y: true, z: [1e-5, null]}}}}]"
+    assert load(tmp_path, text).rewards[0].options == {"x": value, "y": True, "z": [1e-5, None]}
 
 
 def test_text_settings_are_told_by_their_type():
