@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashdmd_ray import __version__
+from flashdmd_ray.run.output import outlive_readers
 
 COMMANDS = {
     "train": ("training.cli:main", "distil a model into a few-step generator, with preference RL beside"),
@@ -32,6 +33,7 @@ Table = Mapping[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the first words name; returns its exit code, 2 for an unknown one."""
+    outlive_readers()
     return _dispatch("flashdmd", COMMANDS, list(sys.argv[1:] if arguments is None else arguments))
 
 

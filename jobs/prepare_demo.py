@@ -24,13 +24,17 @@ def _positive(text: str) -> float:
 
 def main() -> int:
     from flashdmd_ray.demo import WEIGHTS_ROOT
-    from flashdmd_ray.run.command_line import prepare_process
+    from flashdmd_ray.run.command_line import path_argument, prepare_process
     from recipes.parts import PARTS, make
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all, in order")
-    parser.add_argument("--out", type=Path, default=WEIGHTS_ROOT, help="where the weights go (default: the package)")
-    parser.add_argument("--work", type=Path, default=Path("work/prepare_demo"), help="resumable training state")
+    parser.add_argument(
+        "--out", type=path_argument, default=WEIGHTS_ROOT, help="where the weights go (default: the package)"
+    )
+    parser.add_argument(
+        "--work", type=path_argument, default=Path("work/prepare_demo"), help="resumable training state"
+    )
     parser.add_argument("--steps-scale", type=_positive, default=1.0, help="multiplies every training's length")
     arguments = parser.parse_args()
     prepare_process()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flashdmd_ray.run.command_line import run_command
+from flashdmd_ray.run.command_line import path_argument, run_command
 from flashdmd_ray.run.files import write_atomically
 from flashdmd_ray.run.folder import read_run_config
 
@@ -22,7 +22,9 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="flashdmd evaluate", description="Compare a run's student with its teacher on held-out prompts and noise."
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a training run, for example runs/demo")
+    parser.add_argument(
+        "run", metavar="RUN", type=path_argument, help="folder of a training run, for example runs/demo"
+    )
     parser.add_argument("--samples", type=int, default=2000, help="held-out prompts per row (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of prompts and noise (default: the run's own)")
     options = parser.parse_args(arguments)

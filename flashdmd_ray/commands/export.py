@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashdmd_ray.config import Config
-from flashdmd_ray.run.command_line import run_command
+from flashdmd_ray.run.command_line import path_argument, run_command
 from flashdmd_ray.run.folder import read_run_config
 from flashdmd_ray.run.storage import checkpoint_root
 
@@ -28,7 +28,9 @@ def export_command(arguments: Sequence[str] | None = None) -> int:
         prog="flashdmd export",
         description="Write the student of a run's checkpoint as a diffusers pipeline or a LoRA file.",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a training run, for example runs/demo")
+    parser.add_argument(
+        "run", metavar="RUN", type=path_argument, help="folder of a training run, for example runs/demo"
+    )
     parser.add_argument(
         "--checkpoint",
         default="latest",
@@ -42,7 +44,7 @@ def export_command(arguments: Sequence[str] | None = None) -> int:
         help="pipeline: the whole model. lora, kohya: the adapter of a LoRA run, for diffusers or for ComfyUI (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", metavar="DIRECTORY", type=Path, help="where to (default: RUN/export, RUN/lora or RUN/kohya)"
+        "--out", metavar="DIRECTORY", type=path_argument, help="where to (default: RUN/export, RUN/lora or RUN/kohya)"
     )
     options = parser.parse_args(arguments)
 

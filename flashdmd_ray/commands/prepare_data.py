@@ -6,12 +6,14 @@ Exit codes: 0 usable (or precomputed), 1 refused or failed, 2 there is no such d
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.data.executor import Executor, in_threads
-from flashdmd_ray.run.command_line import FAILED, add_set, run_command
+from flashdmd_ray.run.command_line import FAILED, add_set, path_argument, run_command
+from flashdmd_ray.run.variables import check_ray_address
 
 
 def prepare_data_command(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +44,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--embeddings", action="store_true", help="encode every distinct prompt and caption to OUT/embeddings"
     )
     parser.add_argument("--latents", action="store_true", help="encode every image with the VAE to OUT/latents")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where computed files go; started again, it goes on")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="where computed files go; started again, it goes on"
+    )
     parser.add_argument("--model", metavar="TEACHER", help="short for --set model.teacher=TEACHER")
     parser.add_argument(
         "--config",
@@ -88,6 +92,7 @@ def _is_prompts(source: Path) -> bool:
 def _on(runtime: str, work: Callable[[Executor], int]) -> int:
     if runtime == "local":
         return work(in_threads)
+    check_ray_address(os.environ)
     from flashdmd_ray.runtime.data_stream import on_ray, start_ray
 
     cluster = start_ray()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.plan.text import table
-from flashdmd_ray.run.command_line import FAILED, prepare_process, refuse, say
+from flashdmd_ray.run.command_line import FAILED, path_argument, prepare_process, refuse, say
 from flashdmd_ray.run.folder import CONTROL
 
 ANSWER_S = 30.0
@@ -26,7 +26,9 @@ def scale_command(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="flashdmd scale", description="Look at the pools of a running job, and give them more or fewer workers."
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the training run, for example runs/demo")
+    parser.add_argument(
+        "run", metavar="RUN", type=path_argument, help="folder of the training run, for example runs/demo"
+    )
     parser.add_argument("sizes", metavar="pool=workers", nargs="*", help="new sizes, for example rollout=2 reward=4")
     options = parser.parse_args(arguments)
     prepare_process()

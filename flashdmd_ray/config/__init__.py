@@ -9,7 +9,7 @@ the docstring under it.
 | `run.py` | `run`, `checkpoint`, `tracking` |
 | `networks.py` | `model`, `lora` |
 | `data.py` | `data` |
-| `objectives.py` | `sampling`, `score`, `matching`, `adversarial`, `preference` |
+| `algorithm.py` | `sampling`, `score`, `matching`, `adversarial`, `preference` |
 | `optimizers.py` | `generator` and every other optimizer, `engine` |
 | `rewards.py` | `rewards` |
 | `monitor.py` | `monitor` |
@@ -66,6 +66,7 @@ from flashdmd_ray.config.section import (
     Section,
     Timestep,
     changeable_keys,
+    local_path,
     suggestion,
 )
 
@@ -115,6 +116,7 @@ __all__ = [
     "hide_passwords",
     "load_as",
     "load_config",
+    "local_path",
     "parse_config",
     "suggestion",
     "validated",

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from flashdmd_ray.config.annotations import below, keys_below
 from flashdmd_ray.config.joint import Config
 from flashdmd_ray.config.overrides import apply_override
-from flashdmd_ray.config.section import Section, suggestion
+from flashdmd_ray.config.section import Section, local_path, suggestion
 from flashdmd_ray.config.yaml_text import read_tree
 
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))}
@@ -39,7 +39,7 @@ def load_as(section: type[_Section], source: str | Path, overrides: Sequence[str
 
 def config_file(source: str | Path) -> Path:
     """The file that `source` names: a path, or else the name of a preset. Raises ValueError for a bare word that is neither."""
-    path, name = Path(source), str(source)
+    path, name = local_path(source), str(source)
     if path.is_file() or path.suffix or path.name != name or "=" in name:
         return path
     if name not in PRESETS:

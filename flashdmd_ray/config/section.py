@@ -40,9 +40,8 @@ def _expand_home(text: str) -> str:
     return expanded
 
 
-def _local_path(value: object) -> object:
-    if not isinstance(value, str | Path):
-        return value
+def local_path(value: str | Path) -> Path:
+    """A path of this machine as it was written, a leading ~ replaced. Raises ValueError for an address, a variable or nothing."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
         raise ValueError(
             f"must be a folder or file of this machine, got the address '{hide_passwords(str(value), str(value))}'"
@@ -54,7 +53,9 @@ PathOrName = Annotated[str, AfterValidator(_expand_home)]
 """A path of this machine, or one of the names that the setting explains: a hub id, an address, 'demo'. A leading ~ is the home folder."""
 PublicUrl = Annotated[str, AfterValidator(without_password), AfterValidator(_expand_home)]
 """As `PathOrName`, an address only without a password: it is printed and stored."""
-LocalPath = Annotated[Path, BeforeValidator(_local_path)]
+LocalPath = Annotated[
+    Path, BeforeValidator(lambda value: local_path(value) if isinstance(value, str | Path) else value)
+]
 """A folder or file of this machine; a leading ~ is the home folder."""
 
 

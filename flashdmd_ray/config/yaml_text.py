@@ -68,6 +68,7 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, annotation: Any, where: str
         }
     if isinstance(node, yaml.SequenceNode):
         return [_value(loader, item, below(annotation, i), f"{where}{i}.") for i, item in enumerate(node.value)]
+    assert isinstance(node, yaml.ScalarNode)
     value = float(node.value) if is_plain and FLOAT.fullmatch(node.value) else loader.construct_object(node)
     if isinstance(value, float) and not math.isfinite(value):
         raise _refused(where, f"{node.value} is no finite number; write another one")

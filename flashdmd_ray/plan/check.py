@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from flashdmd_ray.config import Config
 from flashdmd_ray.data.datasets import data_faults
 from flashdmd_ray.plan.fit import check_fit
@@ -11,6 +13,7 @@ from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.lock import check_free
 from flashdmd_ray.run.storage import check_checkpoint_root
 from flashdmd_ray.run.tracking import tracking_uri
+from flashdmd_ray.run.variables import check_ray_address
 
 
 def check(config: Config) -> tuple[RunDirectory, list[Part]]:
@@ -18,6 +21,8 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
 
     Raises ValueError, one line for each fault, naming the key or file and the remedy.
     """
+    if config.runtime == "ray":
+        check_ray_address(os.environ)
     run, parts, models = _inspected(config)
     check_free(run.path)
     if missing := [*models.absent, *data_faults(config)]:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 the configuration or a file it names is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from textwrap import indent
 
@@ -16,6 +17,7 @@ from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
 from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.lock import check_free
+from flashdmd_ray.run.variables import check_ray_address
 
 
 def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +45,8 @@ def train_latent_reward_command(arguments: Sequence[str] | None = None) -> int:
 
 def _train(config: RewardTrainingConfig, run: RunDirectory) -> int:
     check_free(run.path)
+    if config.runtime == "ray":
+        check_ray_address(os.environ)
     from flashdmd_ray.reward_training.job import run_reward_training
 
     return run_reward_training(config)

@@ -9,7 +9,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
+from flashdmd_ray.config import local_path
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import leave_on_signals
 from flashdmd_ray.run.messages import one_line, typed_line
@@ -46,6 +48,14 @@ def add_set(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument(
         "--set", metavar="key=value", nargs="+", action="extend", default=[], help=f"set a key, e.g. {example}"
     )
+
+
+def path_argument(text: str) -> Path:
+    """A folder or file on the command line, read as in settings: shells replace a ~ at the beginning of a word only."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run_command(work: Callable[[], int]) -> int:

@@ -36,9 +36,13 @@ def outlive_readers() -> None:
     Both then lead nowhere for all that write to the descriptors, C libraries and later child processes too. Streams that were replaced
     before, by a test for example, are left alone.
     """
+    if (
+        sys.stdin is None
+    ):  # started with a closed descriptor, which the next file opened would get, and children would read
+        _to_nowhere(0)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream: TextIO | None = getattr(sys, name)
-        if stream is None:  # started with a closed descriptor, which the next file opened would get
+        if stream is None:
             _to_nowhere(descriptor)
         elif stream is not getattr(sys, f"__{name}__"):
             continue
@@ -60,7 +64,7 @@ def _over(descriptor: int, stream: TextIO | None) -> TextIO:
 
 
 def _to_nowhere(descriptor: int) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere != descriptor:
         os.dup2(nowhere, descriptor)
         os.close(nowhere)

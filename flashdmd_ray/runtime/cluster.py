@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ import ray
 
 from flashdmd_ray.run.interruption import kept_from_children
 from flashdmd_ray.run.messages import one_line
-from flashdmd_ray.runtime.environment import ray_address
+from flashdmd_ray.run.variables import check_ray_address, ray_address
 from flashdmd_ray.runtime.errors import NoRoom, WorkerLost
 from flashdmd_ray.runtime.placement import Node
 
@@ -32,8 +31,8 @@ STARTS = 3
 """Times a private cluster is tried. Ray gives some of its processes 15 s to come up, a constant in its code that a
 busy machine can miss; the next try finds their files in memory."""
 
-CONNECT_S, ANSWER_S = 3.0, 10.0
-"""For the cluster of RAY_ADDRESS to accept a connection, and to answer on it."""
+ANSWER_S = 10.0
+"""For the cluster of RAY_ADDRESS to answer on a connection."""
 
 SYSTEM_CONFIG = {
     # Workers with settings of their own are never taken from Ray's stock, which would be 256 idle processes.
@@ -96,6 +95,10 @@ class Cluster:
 def join_running(address: str) -> None:
     """Connect to the cluster at RAY_ADDRESS. Raises NoRoom when none answers: `ray.init` alone would wait for ever."""
     try:
+        check_ray_address({"RAY_ADDRESS": address})
+    except ValueError as error:
+        raise NoRoom(str(error)) from None
+    try:
         _check_answers(address)
         ray.init(logging_level=logging.ERROR)
     except Exception as error:  # Ray raises bare Exceptions, too
@@ -106,14 +109,10 @@ def join_running(address: str) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Raise OSError or TimeoutError unless something at "host:port" accepts connections and speaks gRPC as Ray does."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return  # "auto", or nothing that Ray knows: it says so at once
-    socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-    if os.environ.get("RAY_USE_TLS", "0") != "0":
+    """Raise TimeoutError unless what listens at "host:port" speaks gRPC as Ray does."""
+    if address == "auto" or os.environ.get("RAY_USE_TLS", "0") != "0":
         return
-    channel = grpc.insecure_channel(f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)])
+    channel = grpc.insecure_channel(address.removeprefix("ray://"), options=[("grpc.enable_http_proxy", 0)])
     try:
         grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
     except grpc.FutureTimeoutError:

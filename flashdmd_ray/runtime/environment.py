@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 
-from flashdmd_ray.run.variables import prepare_environment
+from flashdmd_ray.run.variables import prepare_environment, ray_address
 
 PASSED_ON = (
     "HF_HUB_OFFLINE",
@@ -56,12 +56,6 @@ def limit_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-
-
-def ray_address(environment: Mapping[str, str]) -> str | None:
-    """Address of the cluster that RAY_ADDRESS names; None for a private Ray: unset, empty or "local"."""
-    address = environment.get("RAY_ADDRESS", "").strip()
-    return None if address in ("", "local") else address
 
 
 def on_gpu() -> None:

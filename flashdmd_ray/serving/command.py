@@ -13,14 +13,14 @@ import re
 import signal
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from flashdmd_ray.config import apply_override
+from flashdmd_ray.config import apply_override, local_path
 from flashdmd_ray.run.command_line import add_set, run_command
 from flashdmd_ray.run.http_server import default_bounds, listen_on, running_server
 from flashdmd_ray.run.interruption import stop_signals
 from flashdmd_ray.run.messages import one_line
+from flashdmd_ray.run.variables import check_ray_address
 from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.api_keys import VARIABLE, ApiKeys, is_loopback, read_keys
 from flashdmd_ray.serving.model_sources import open_source
@@ -94,7 +94,7 @@ def name_source(text: str) -> tuple[str, str]:
         return name, source
     if text.startswith("models:/"):
         return text.removeprefix("models:/").split("@")[0].split("/")[0], text
-    path = Path(text).resolve()
+    path = local_path(text).resolve()
     return (path.parent if path.name in ("export", "lora", "kohya") else path).name, str(path)
 
 
@@ -118,6 +118,7 @@ def check_ingress(settings: ServeSettings) -> None:
 
 def run(settings: ServeSettings, host: str, port: int) -> int:
     """Serve until SIGTERM or Ctrl-C. Raises ValueError for an address that is taken and a model that cannot be served."""
+    check_ray_address(os.environ)
     listener = listen_on(host, port)
 
     from flashdmd_ray.runtime.environment import use_loopback, use_quick_handles

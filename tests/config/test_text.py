@@ -10,11 +10,17 @@ import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from flashdmd_ray.commands import prepare_data
+from flashdmd_ray.commands.evaluate import evaluate_command
+from flashdmd_ray.commands.export import export_command
+from flashdmd_ray.commands.scale import scale_command
 from flashdmd_ray.config import Config, ModelConfig, apply_override, load_as, load_config
 from flashdmd_ray.config.annotations import is_text
 from flashdmd_ray.config.yaml_text import read_tree
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
+from flashdmd_ray.serving.command import name_source
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
+from flashdmd_ray.training.cli import main
 
 
 def load(tmp_path, text, *overrides):
@@ -169,6 +175,19 @@ def test_every_path_setting_knows_the_home_folder(monkeypatch, section, others, 
     ):
         with pytest.raises(ValueError, match=message):
             value(wrong)
+
+
+def test_every_path_on_a_command_line_knows_the_home_folder(monkeypatch, capsys):
+    """Shells replace a ~ at the beginning of a word only, not in --out=~/x, and programs that start commands have no shell."""
+    monkeypatch.setenv("HOME", "/users/me")
+    for command in (evaluate_command, export_command, scale_command, main):
+        assert command(["~/gone.yaml"]) == 2
+        assert "/users/me/gone.yaml" in capsys.readouterr().err
+        with pytest.raises(SystemExit) if command is not main else contextlib.nullcontext():
+            assert command([""]) == 2
+        assert "is empty; give a path" in capsys.readouterr().err
+    assert name_source("~/runs/demo/export") == ("demo", "/users/me/runs/demo/export")
+    assert str(prepare_data._parse(["x", "--out=~/out"]).out) == "/users/me/out"
 
 
 def test_an_address_is_no_folder():

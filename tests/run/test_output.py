@@ -19,6 +19,8 @@ from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.progress import Progress
 prepare_process()
 ready, result, stopped = (Path(path) for path in sys.argv[1:])
+first = open(ready.parent / "first", "w")
+assert first.fileno() > 2
 with Progress(1000) as progress, Interruption(progress.notice) as interruption:
     for step in range(1000):
         progress.say(f"step {step} " + "x" * 1000)
@@ -87,12 +89,21 @@ def test_a_terminal_that_is_closed_ends_it_in_order(tmp_path):
 def test_output_that_goes_nowhere_costs_nothing(tmp_path, place):
     """A full disk, or descriptors that were closed before it started: then no other file may take their number."""
     if place is None:
-        job = Job(tmp_path, preexec_fn=lambda: [os.close(number) for number in (1, 2)])
+        job = Job(tmp_path, preexec_fn=lambda: [os.close(number) for number in (0, 1, 2)])
     else:
         with open(place, "w") as full:
             job = Job(tmp_path, stdout=full, stderr=full)
     job.stop.touch()
     assert job.end() == (5, "whole")
+
+
+def test_help_may_be_cut_short():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-u", "-m", "flashdmd_ray", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=True)
+    os.close(writer)
+    assert done.stderr == b""
 
 
 def test_what_was_printed_arrives(tmp_path):

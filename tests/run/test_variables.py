@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import urllib.request
 
 import pytest
 
-from flashdmd_ray.run.variables import prepare_environment
-from flashdmd_ray.runtime.environment import ray_address, use_loopback
+from flashdmd_ray.run.variables import check_ray_address, prepare_environment, ray_address
+from flashdmd_ray.runtime.environment import use_loopback
 
 
 def test_an_empty_variable_is_unset_except_where_empty_says_something():
@@ -15,12 +16,15 @@ def test_an_empty_variable_is_unset_except_where_empty_says_something():
         "RAY_ADDRESS": "",
         "HF_HOME": "",
         "MLFLOW_TRACKING_URI": "",
+        "HOME": "",
+        "LOCAL_RANK": " ",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_TOKEN": "x",
+        "MY_OWN": "",
     }
     prepare_environment(environment)
-    assert not {"RAY_ADDRESS", "HF_HOME", "MLFLOW_TRACKING_URI"} & environment.keys()
-    assert (environment["CUDA_VISIBLE_DEVICES"], environment["HF_TOKEN"]) == ("", "x")
+    kept = {name: value for name, value in environment.items() if name.lower() != "no_proxy"}
+    assert kept == {"CUDA_VISIBLE_DEVICES": "", "HF_TOKEN": "x", "MY_OWN": ""}
 
 
 @pytest.mark.parametrize("address", [None, "", " ", "local"])
@@ -32,6 +36,15 @@ def test_a_ray_of_its_own_is_private(address):
     in_cluster = {"RAY_ADDRESS": "10.0.0.1:6379"}
     use_loopback(in_cluster)
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in in_cluster
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "127.0.0.1", ":6379", "127.0.0.1:x", "127.0.0.1:99999"])
+def test_an_address_at_which_no_cluster_can_be_is_refused_before_ray_is_there(address):
+    with pytest.raises(ValueError, match=f"RAY_ADDRESS={address}: cannot join a Ray there.*unset RAY_ADDRESS"):
+        check_ray_address({"RAY_ADDRESS": address})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for form in ("127.0.0.1:{}", "ray://127.0.0.1:{}", "auto", " "):
+            check_ray_address({"RAY_ADDRESS": form.format(server.getsockname()[1])})
 
 
 @pytest.mark.parametrize("given", [{}, {"no_proxy": "a.org, b.org"}, {"NO_PROXY": "a.org"}, {"no_proxy": "*"}])
