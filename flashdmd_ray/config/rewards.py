@@ -26,7 +26,7 @@ class RemoteConfig(Section):
     token_env: str | None = None
     """Environment variable of the workers whose value is sent as bearer token; null sends none."""
     use_proxy: bool = False
-    """true: through the proxy that http_proxy or https_proxy names, except to hosts in no_proxy and loopback addresses."""
+    """true: through the proxy that http_proxy, https_proxy or all_proxy names, except to hosts in no_proxy and loopback addresses."""
 
 
 def _known_kind(kind: str) -> str:

@@ -7,7 +7,7 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -18,10 +18,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from flashdmd_ray.config import suggestion
 from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.admission import Admission
 from flashdmd_ray.serving.api_keys import ApiKeys
 from flashdmd_ray.serving.errors import ApiError, deadline_exceeded, error_response
+from flashdmd_ray.serving.hooks import Hook
 from flashdmd_ray.serving.image_request import cost, make_job, parse_request, random_seed
 from flashdmd_ray.serving.messages import ImageJob, ImageResult, ModelInfo, Rejection, size_text
 from flashdmd_ray.serving.metrics import Metrics
@@ -33,9 +35,6 @@ from flashdmd_ray.serving.settings import ServeSettings
 from flashdmd_ray.serving.static_page import page_routes
 
 log = logging.getLogger(LOGGER)
-
-PromptFilter = Callable[[str], str | None]
-"""prompt -> None, or why it is refused."""
 
 
 class ImageBackend(Protocol):
@@ -49,7 +48,7 @@ class ImageBackend(Protocol):
 
 
 def build_api(
-    settings: ServeSettings, backend: ImageBackend, keys: Sequence[str], prompt_filter: PromptFilter | None = None
+    settings: ServeSettings, backend: ImageBackend, keys: Sequence[str], prompt_filter: Hook | None = None
 ) -> Starlette:
     """Make the application, for any ASGI server."""
     api_keys = ApiKeys(keys, settings.cors_origins)
@@ -92,7 +91,7 @@ class Api:
     """Handlers of the routes, over one backend."""
 
     def __init__(
-        self, settings: ServeSettings, backend: ImageBackend, needs_key: bool, prompt_filter: PromptFilter | None
+        self, settings: ServeSettings, backend: ImageBackend, needs_key: bool, prompt_filter: Hook | None
     ) -> None:
         self._settings = settings
         self._limits = settings.limits
@@ -142,11 +141,15 @@ class Api:
 
     async def _find(self, name: str | None) -> ModelInfo:
         name = self._settings.default_model if name is None else name
-        for model in await self._backend.models():
-            if name == model.name or name in model.aliases:
-                return model
+        known = {known: model for model in await self._backend.models() for known in (model.name, *model.aliases)}
+        if name in known:
+            return known[name]
+        meant = suggestion(name[:100], list(known))
         raise ApiError(
-            404, f"The model '{name[:100]}' does not exist; GET /v1/models lists them.", "model_not_found", "model"
+            404,
+            f"The model '{name[:100]}' does not exist{meant or '; GET /v1/models lists them.'}",
+            "model_not_found",
+            "model",
         )
 
     def _filter(self, request: Request, prompt: str) -> None:
@@ -253,7 +256,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Put the framework's own errors in OpenAI's shape: no such page, or not with this method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return error_response(404, f"There is no {request.url.path[:200]}.", "not_found")
+        path = request.url.path[:200]
+        meant = suggestion(path, ["/v1/images/generations", "/v1/models", "/healthz"])
+        return error_response(404, f"There is no {path}{meant or '.'}", "not_found")
     if error.status_code == 405:
         message = f"{request.url.path[:200]} does not take {request.method}."
         return error_response(405, message, "method_not_allowed", headers=error.headers)

@@ -14,7 +14,8 @@ from flashdmd_ray.runtime.environment import worker_environment
 from flashdmd_ray.serving.api import build_api
 from flashdmd_ray.serving.api_keys import read_keys
 from flashdmd_ray.serving.generator_client import GeneratorClient
-from flashdmd_ray.serving.replica import GeneratorReplica, load_hook
+from flashdmd_ray.serving.hooks import load_hook
+from flashdmd_ray.serving.replica import GeneratorReplica
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
 
 GENERATOR, INGRESS = "Generator", "Ingress"

@@ -88,6 +88,9 @@ HINTS = {
     "background": "images have no transparency; leave it out",
 }
 
+_NUMBER = ("int_type", "float_type")
+"""Kinds of errors about a value that is no number."""
+
 OTHER_NAMES = {
     "num_inference_steps": ("steps", "num_steps", "inference_steps", "sampling_steps", "sample_steps"),
     "guidance_scale": ("cfg_scale", "cfg", "guidance", "text_guidance_scale"),
@@ -130,7 +133,10 @@ def _explain(error: ValidationError) -> ApiError:
         return ApiError(400, f"Unknown parameter: '{shown}'{_hint(field[:100])}", "unknown_parameter", shown)
     if detail["type"] == "missing":
         return ApiError(400, f"Missing required parameter: '{field}'.", "missing_required_parameter", field)
-    return invalid(field, HINTS.get(field, detail["msg"][0].lower() + detail["msg"][1:]))
+    quoted = (
+        "; write the number without quotes" if detail["type"] in _NUMBER and isinstance(detail["input"], str) else ""
+    )
+    return invalid(field, HINTS.get(field, detail["msg"][0].lower() + detail["msg"][1:] + quoted))
 
 
 def _hint(name: str) -> str:

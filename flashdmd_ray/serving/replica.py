@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import Any
+from collections.abc import Sequence
 
-from PIL import Image
 from torch import Tensor
 
 from flashdmd_ray.runtime.environment import limit_threads
 from flashdmd_ray.serving.batching import SamplingJob, SamplingThread
+from flashdmd_ray.serving.hooks import load_hook
 from flashdmd_ray.serving.image_files import encode_image, to_pil
 from flashdmd_ray.serving.loaded_models import LoadedModels
 from flashdmd_ray.serving.messages import ImageJob, ImageResult, ModelInfo, Rejection
 from flashdmd_ray.serving.model_loading import ModelVersion
 from flashdmd_ray.serving.settings import ServeSettings
 from flashdmd_ray.serving.warm_up import WarmUp
-
-ImageChecker = Callable[[Image.Image], str | None]
-"""image -> None, or why it is withheld."""
 
 
 class GeneratorReplica:
@@ -30,7 +25,7 @@ class GeneratorReplica:
     def __init__(self, settings: ServeSettings) -> None:
         """Load and warm up every model. Raises ValueError for the first that cannot be served."""
         limit_threads(settings.replica.threads)
-        self._check: ImageChecker | None = load_hook(settings.image_checker)
+        self._check = load_hook(settings.image_checker)
         self._thread = SamplingThread(settings.replica.batch)
         self._models = LoadedModels(settings, WarmUp(settings.replica.batch))
         self._models.load_all()
@@ -87,7 +82,7 @@ class GeneratorReplica:
         images = [to_pil(image) for image in pixels]
         for image in images if self._check is not None else ():
             assert self._check is not None
-            if (reason := self._check(image)) is not None:
+            if (reason := self._check(image.copy())) is not None:
                 return Rejection(400, f"An image was withheld: {reason}", "content_policy_violation", "prompt")
         return [encode_image(image, job.image_format, job.quality) for image in images]
 
@@ -98,17 +93,3 @@ def _too_late(expected_s: float, timeout_s: float) -> Rejection:
         "ask for fewer images or steps, or try again later."
     )
     return Rejection(429, message, "queue_full", retry_after_s=min(60, math.ceil(expected_s - timeout_s)))
-
-
-def load_hook(path: str | None) -> Any:
-    """Import the operator's function at `module:function`; None for None. Raises ValueError when it cannot be imported."""
-    if path is None:
-        return None
-    module, _, attribute = path.partition(":")
-    try:
-        hook = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {path} ({error}); correct prompt_filter or image_checker") from None
-    if not callable(hook):
-        raise ValueError(f"{path} is no function")
-    return hook

@@ -43,14 +43,24 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def parse_object(body: bytes) -> Mapping[str, Any]:
-    """Parse strict JSON: UTF-8, with or without a byte order mark, no NaN or Infinity. Raises ApiError (400) when it is no object."""
+    """Parse strict JSON: UTF-8, with or without a byte order mark, no NaN or Infinity, no name twice.
+
+    Raises ApiError (400) when it is no object.
+    """
     try:
-        tree = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        tree = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         raise ApiError(400, "The body is not valid JSON.", "invalid_json") from None
     if not isinstance(tree, dict):
         raise ApiError(400, "The body must be a JSON object.", "invalid_json")
     return tree
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
+        raise ApiError(400, f"The body gives '{twice[0][:100]}' twice.", "invalid_json", twice[0][:100])
+    return dict(pairs)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -12,6 +12,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from flashdmd_ray.serving.api import build_api
+from flashdmd_ray.serving.hooks import load_hook
 from flashdmd_ray.serving.replica import GeneratorReplica
 from flashdmd_ray.serving.settings import parse_settings
 from tests.serving.exports import export_demo
@@ -130,7 +131,8 @@ def test_an_alias_is_the_model(client):
         ({"n": 10**9}, "n", "at most 10"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": True}, "n", "integer"),
-        ({"n": "2"}, "n", "integer"),
+        ({"n": "2"}, "n", "write the number without quotes"),
+        ({"guidance_scale": "1"}, "guidance_scale", "write the number without quotes"),
         ({"seed": -2}, "seed", "greater than or equal to -1"),
         ({"seed": 2**63}, "seed", "less than"),
         ({"seed": 1.5}, "seed", "integer"),
@@ -173,6 +175,7 @@ def test_neutral_values_of_unused_fields_are_accepted(client):
         (b"\xff\xfe", 400),
         (b"[" * 50_000, 400),
         (b'{"prompt": "\\ud800"}', 400),
+        (b'{"prompt": "x", "seed": 1, "prompt": "y"}', 400),
         (b'{"prompt": "' + b"x" * 10_000_000 + b'"}', 413),
     ],
 )
@@ -198,6 +201,10 @@ def test_pages_that_are_not_there(client):
         response = client.request(method, path)
         assert (response.status_code, error(response)["type"]) == (status, "invalid_request_error")
     assert "GET" in client.delete("/healthz").headers["allow"]
+    for base in ("", "/v1/v1", "/openai/v1"):  # what clients make of another base_url
+        path = client.post(f"{base}/images/generations", json={"prompt": PROMPT})
+        assert error(path)["message"].endswith(f"did you mean '{GENERATE}'?")
+    assert error(post(client, model="Demo"))["message"].endswith("did you mean 'demo'?")
     assert post(client, model="nope").status_code == 404
     assert client.post(GENERATE, content=b"prompt=x").status_code == 415
 
@@ -342,6 +349,39 @@ def test_filters_of_the_operator_refuse_prompts_and_images(settings, generator, 
         assert said in error(response)["message"]
     monkeypatch.setattr(generator, "_check", lambda image: None)
     assert post(client, prompt="a 7").status_code == 200
+
+
+HOOKS = """
+import sys
+
+def blackens(image):
+    image.paste((0, 0, 0), (0, 0, *image.size))
+
+def allowed(value):
+    return True
+
+def leaves(value):
+    sys.exit(3)
+
+async def later(value): ...
+
+number = 3
+"""
+
+
+def test_functions_of_the_operator_get_copies_and_their_answers_are_checked(settings, generator, tmp_path, monkeypatch):
+    (tmp_path / "my_hooks.py").write_text(HOOKS)
+    (tmp_path / "my_script.py").write_text("import sys; sys.exit(2)")
+    monkeypatch.syspath_prepend(tmp_path)
+    plain = pictures(post(another(settings, generator), seed=3))
+    monkeypatch.setattr(generator, "_check", load_hook("my_hooks:blackens"))
+    assert pictures(post(another(settings, generator), seed=3)) == plain
+    for name in ("allowed", "leaves"):
+        assert post(another(settings, generator, prompt_filter=load_hook(f"my_hooks:{name}"))).status_code == 500
+    for path in ("my_hooks:later", "my_hooks:number", "my_hooks:gone", "my_script:check", "no_such:check"):
+        with pytest.raises(ValueError, match=path) as caught:
+            load_hook(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_prompts_and_keys_are_logged_only_on_request(settings, generator, caplog):

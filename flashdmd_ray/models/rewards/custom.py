@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -14,6 +15,19 @@ from flashdmd_ray.config import RewardConfig
 from flashdmd_ray.models.custom_class import import_class
 from flashdmd_ray.models.rewards.base import BatchedReward
 from flashdmd_ray.run.messages import one_line, typed_line
+
+
+@contextmanager
+def _torch_settings_kept() -> Iterator[None]:
+    """Whatever the user's code sets for the whole process is as before at the end: other networks compute in it too."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 class Custom(BatchedReward):
@@ -34,11 +48,12 @@ class Custom(BatchedReward):
         Raises ValueError, one line, when it cannot be imported or built, or has no method score(images, texts).
         """
         path, options = settings.path, settings.options
-        own_class = import_class(path, options)
-        try:
-            own = own_class(**copy.deepcopy(dict(options)))
-        except Exception as error:
-            raise ValueError(f"{path} cannot be built with options {options}: {typed_line(error)}") from error
+        with _torch_settings_kept():
+            own_class = import_class(path, options)
+            try:
+                own = own_class(**copy.deepcopy(dict(options)))
+            except (Exception, SystemExit) as error:
+                raise ValueError(f"{path} cannot be built with options {options}: {typed_line(error)}") from error
         return cls(own, path)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -52,7 +67,11 @@ class Custom(BatchedReward):
 
         It is lent copies: whatever it does to them, the rewards after it see the same pixels.
         """
-        answer = self.own.score(images.clone(), list(texts))
+        try:
+            with _torch_settings_kept():
+                answer = self.own.score(images.clone(), list(texts))
+        except SystemExit as error:  # it would end the process of the training
+            raise RuntimeError(f"{self.path}.score called sys.exit") from error
         if inspect.iscoroutine(answer):
             answer.close()
         try:

@@ -128,10 +128,16 @@ class Remote(BatchedReward):
 
     def _proxy(self) -> str | None:
         """The environment's proxy for the server, if `use_proxy` asks for one and `no_proxy` does not name the server."""
-        url = urllib.parse.urlsplit(self.url)
-        if not self.settings.use_proxy or urllib.request.proxy_bypass(url.hostname or ""):
+        url, proxies = urllib.parse.urlsplit(self.url), urllib.request.getproxies()
+        proxy = proxies.get(url.scheme) or proxies.get("all")
+        if not self.settings.use_proxy or not proxy or urllib.request.proxy_bypass(url.hostname or ""):
             return None
-        return urllib.request.getproxies().get(url.scheme)
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+        if not proxy.lower().startswith(("http://", "https://")):
+            raise RemoteError(
+                f"remote.use_proxy: proxies by HTTP only, not {proxy.partition('://')[0]}; set http_proxy to one"
+            )
+        return proxy
 
 
 def _in_loop(work: Coroutine[Any, Any, bytes]) -> bytes:

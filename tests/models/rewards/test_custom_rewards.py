@@ -68,6 +68,20 @@ class Complex:
     def score(self, images, texts):
         return torch.zeros(len(texts), dtype=torch.complex64)
 
+class Global:
+    def __init__(self):
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(torch.get_num_threads() + 1)
+
+    def score(self, images, texts):
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(True)
+        return torch.zeros(len(texts), requires_grad=True)
+
+class Exits:
+    def score(self, images, texts):
+        raise SystemExit(3)
+
 class Silent: ...
 
 class OneArgument:
@@ -175,6 +189,14 @@ def test_what_a_class_does_to_what_it_is_lent_or_lends_stays_with_it():
     options = {"weights": [1, 2]}
     build_reward("custom", "my_rewards:Options", options=options)
     assert options == {"weights": [1, 2]}
+    before = torch.get_default_dtype(), torch.get_num_threads()
+    with torch.no_grad():
+        scores = build_reward("custom", "my_rewards:Global").score(IMAGES, TEXTS)
+        assert not torch.is_grad_enabled()
+    assert (torch.get_default_dtype(), torch.get_num_threads()) == before
+    assert (scores.dtype, scores.requires_grad) == (torch.float32, False)
+    with pytest.raises(RuntimeError, match=r"my_rewards:Exits\.score called sys\.exit"):
+        build_reward("custom", "my_rewards:Exits").score(IMAGES, TEXTS)
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,14 @@ def test_a_proxy_of_the_environment_sees_nothing_unless_asked(monkeypatch):
         elsewhere = build_reward("remote", "http://rewards.invalid/score", remote={"use_proxy": True})
         assert elsewhere.score(torch.zeros(2, 3, 4, 4), ["a", "b"]).tolist() == [5.0, 6.0]
         assert at_proxy == ["http://rewards.invalid/score"]
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("all_proxy", proxy.removeprefix("http://"))  # as curl takes it
+        assert elsewhere.score(torch.zeros(2, 3, 4, 4), ["a", "b"]).tolist() == [5.0, 6.0]
+        monkeypatch.setenv("all_proxy", "socks5://me:secret@127.0.0.1:1")
+        with pytest.raises(RemoteError, match=r"proxies by HTTP only, not socks5; set http_proxy") as refused:
+            elsewhere.score(torch.zeros(2, 3, 4, 4), ["a", "b"])
+        assert "secret" not in str(refused.value)
         direct = build_reward("remote", "http://rewards.invalid/score", remote={"attempts": 1})
         with pytest.raises(RemoteError, match=r"rewards\.invalid"):
             direct.score(torch.zeros(2, 3, 4, 4), ["a", "b"])
