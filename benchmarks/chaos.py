@@ -6,7 +6,7 @@ Each seed is one run of the demo's networks under real processes: SIGKILL or SIG
 its server, SIGKILL or SIGTERM of the driver followed by the same command, a NaN in a gradient, a damaged newest checkpoint before a
 rank is lost, a full disk (a small tmpfs: root only). Afterwards the checkpoint must be that of the undisturbed run bit for bit, every
 step recorded once, and no process, socket or shared memory left. OUT/faults.jsonl gets a line for each fault, OUT/runs.jsonl one for each
-run. --report only prints their tables.
+run. Seeds that are in OUT/runs.jsonl are not run again. --report only prints the tables.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from chaos_report import print_report  # noqa: E402
+from chaos_report import print_report, read  # noqa: E402
 from chaos_strikes import KINDS, Strike, marked_processes  # noqa: E402
 from chaos_watch import Watched  # noqa: E402
 
@@ -62,8 +62,10 @@ def main() -> None:
     if not options.report:
         intervals = {seed: 2 + number for number, seed in enumerate(options.seeds)}
         reference = undisturbed(options.out, options.faults * max(intervals.values()) + EVERY)
+        done = {run["seed"] for run in read(options.out / "runs.jsonl")}
         for seed, interval in intervals.items():
-            struck_run(options.out, seed, interval, options.faults, options.kinds, reference)
+            if seed not in done:
+                struck_run(options.out, seed, interval, options.faults, options.kinds, reference)
     print_report(options.out)
 
 
@@ -86,9 +88,7 @@ def workplace(size_mib: int = 0) -> Iterator[Path]:
 
 def start(folder: Path, log: Path, steps: int, *settings: str) -> Watched:
     environment = os.environ | {"FLASHDMD_CHAOS": str(folder), "RAY_TMPDIR": str(folder), "RAY_ADDRESS": ""}
-    environment["RAY_memory_monitor_refresh_ms"] = (
-        "0"  # what other programs of this machine need is no fault of the run
-    )
+    environment["RAY_memory_monitor_refresh_ms"] = "0"  # what other programs need is no fault of the run
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(HERE / "chaos_job.py"), "--set", *SETTINGS, f"run.dir={folder / 'runs'}"]
     return Watched([*command, f"steps={steps}", *settings], environment, log, folder / "runs" / "struck")
@@ -108,54 +108,68 @@ def undisturbed(out: Path, steps: int) -> Path:
     return kept
 
 
+class StruckRun:
+    """One run, its faults, and the same command again whenever it has ended before its last step."""
+
+    def __init__(self, out: Path, seed: int, interval: int, faults: int, folder: Path) -> None:
+        self.out, self.seed, self.interval = out, seed, interval
+        self.chance = random.Random(seed)
+        self.steps = faults * interval + EVERY - faults * interval % EVERY
+        self.command = (folder, out / f"seed-{seed}.log", self.steps, f"checkpoint.every={EVERY}")
+        self.run = start(*self.command)
+        self.exits: list[int] = []
+
+    def again(self) -> None:
+        """Note how it ended and give the same command."""
+        self.exits.append(self.run.wait_for_end(60))
+        if len(self.exits) > 3:
+            raise SystemExit(f"the run ends again and again: {self.exits}, {self.run.log}")
+        self.run = start(*self.command)
+
+    def strike(self, number: int, kind: str) -> dict[str, Any]:
+        """Do a fault at a random moment of its interval and wait for the next step; returns what happened."""
+        step = number * self.interval + self.chance.randrange(1, self.interval + 1)
+        while not self.run.wait_for_step(max(1, min(self.steps - 1, step)), PATIENCE_S):
+            self.again()
+        self.exits = []
+        strike = Strike(kind, self.run, self.chance)
+        found = strike.strike() | {"seed": self.seed, "interval": self.interval}
+        end = time.monotonic() + PATIENCE_S
+        while not (self.run.stepped_since(strike.at) or self.run.code == 0):
+            strike.relieve()
+            if self.run.has_ended:
+                found.setdefault("detect", time.monotonic() - strike.at)
+                strike.relieve(force=True)
+                self.again()
+            if time.monotonic() > end:
+                raise SystemExit(f"{kind}: no step within {PATIENCE_S:g} s: {self.run.log}")
+            time.sleep(0.05)
+        strike.relieve(force=True)
+        return found | self.run.recovery_since(strike.at) | {"exits": self.exits}
+
+    def finish(self) -> int:
+        """Wait for its end; returns the exit code."""
+        self.exits = []
+        while code := self.run.wait_for_end(3600):
+            self.again()
+        return code
+
+
 def struck_run(out: Path, seed: int, interval: int, faults: int, kinds: list[str], reference: Path) -> None:
-    chance = random.Random(seed)
-    steps = faults * interval + EVERY - faults * interval % EVERY
-    deck = [kind for _ in range(1 + faults // len(kinds)) for kind in chance.sample(kinds, len(kinds))][:faults]
+    """Run, strike, compare; append the lines of the seed to the two files."""
     shm = set(os.listdir("/dev/shm"))
     with workplace(size_mib=160) as folder:
-        settings = (folder, out / f"seed-{seed}.log", steps, f"checkpoint.every={EVERY}")
-        run, began = start(*settings), time.monotonic()
-        for number, kind in enumerate(deck):
-            if not run.wait_for_step(
-                min(steps - 1, max(1, number * interval + chance.randrange(1, interval + 1))), 600
-            ):
-                break  # it ended by itself
-            strike = Strike(kind, run, chance)
-            found = strike.strike() | {"seed": seed, "interval": interval}
-            run = recover(run, strike, found, settings)
-            with (out / "faults.jsonl").open("a") as file:
-                file.write(json.dumps(found) + "\n")
-        code = run.wait_for_end(3600)
-        wall = time.monotonic() - began
-        left = leftovers(folder, shm)
-        facts = {"seed": seed, "interval": interval, "steps": steps, "exit": code, "wall": wall, "left": left}
-        facts |= compare(run.folder, reference, steps) | {
-            "step_s": sorted(json.loads((reference / "seconds.json").read_text()))
-        }
-        with (out / "runs.jsonl").open("a") as file:
-            file.write(json.dumps(facts) + "\n")
-
-
-def recover(run: Watched, strike: Strike, found: dict[str, Any], settings: tuple[Any, ...]) -> Watched:
-    """Wait for the next step, giving the same command again when the run has ended; notes the seconds in `found`."""
-    end = time.monotonic() + PATIENCE_S
-    while not run.stepped_since(strike.at):
-        strike.relieve()
-        if run.has_ended:
-            found["exits"] = [*found.get("exits", []), run.code]
-            found.setdefault("detect", time.monotonic() - strike.at)
-            if len(found["exits"]) > 3:
-                raise SystemExit(f"{strike.kind}: the run ends again and again: {found['exits']}, {run.log}")
-            strike.relieve(force=True)
-            run.close()
-            run = start(*settings)
-        if time.monotonic() > end:
-            raise SystemExit(f"{strike.kind}: no step within {PATIENCE_S:g} s: {run.log}")
-        time.sleep(0.05)
-    strike.relieve(force=True)
-    found |= run.recovery_since(strike.at)
-    return run
+        began = time.monotonic()
+        struck = StruckRun(out, seed, interval, faults, folder)
+        deck = [kind for _ in range(1 + faults // len(kinds)) for kind in struck.chance.sample(kinds, len(kinds))]
+        found = [struck.strike(number, kind) for number, kind in enumerate(deck[:faults])]
+        facts = {"seed": seed, "interval": interval, "steps": struck.steps, "exit": struck.finish()}
+        facts |= {"wall": time.monotonic() - began, "left": leftovers(folder, shm)}
+        facts |= compare(struck.run.folder, reference, struck.steps)
+        facts |= {"step_s": sorted(json.loads((reference / "seconds.json").read_text()))}
+        for name, lines in (("faults", found), ("runs", [facts])):
+            with (out / f"{name}.jsonl").open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def compare(folder: Path, reference: Path, steps: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ RECOVERED = re.compile(r"recovered from: .*detected in ([\d.]+) s, rebuilt in ([
 class Watched:
     """A running job. Times are of time.monotonic().
 
-    step_times: when each record of metrics.jsonl was seen. rewinds: (time, steps that were dropped).
+    began: when it was started. step_times: when each record of metrics.jsonl was seen. rewinds: (time, steps that were dropped).
     """
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path, folder: Path) -> None:
@@ -26,6 +26,7 @@ class Watched:
         self.step_times: list[float] = []
         self.rewinds: list[tuple[float, int]] = []
         self.step = self._read_step()
+        self.began = time.monotonic()
         self._file = log.open("a")
         self._process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
@@ -43,11 +44,13 @@ class Watched:
         return self.code is not None
 
     def wait_for_step(self, step: int, seconds: float) -> bool:
-        """False when the job ended before."""
+        """Return False when the job ended before."""
         end = time.monotonic() + seconds
-        while self.step < step and not self.has_ended and time.monotonic() < end:
+        while self.step < step and not self.has_ended:
+            if time.monotonic() > end:
+                raise SystemExit(f"step {step} was not made within {seconds:g} s: {self.log}")
             time.sleep(0.02)
-        return not self.has_ended
+        return self.step >= step
 
     def wait_for_end(self, seconds: float) -> int:
         code = self._process.wait(seconds)
@@ -56,17 +59,21 @@ class Watched:
         return code
 
     def stepped_since(self, at: float) -> bool:
-        """True once a step was made that began after `at`: the second record, or the first one after a rewind or a new start."""
+        """True once a step was made that began after `at`."""
+        return self._next_step(at) is not None
+
+    def _next_step(self, at: float) -> float | None:
+        """When that was: the second record, or the first one after a rewind or a new start."""
         rewound = max((when for when, _ in self.rewinds if when > at), default=None)
+        begun_before = self.began < at and rewound is None
         after = [when for when in self.step_times if when > (rewound or at)]
-        return len(after) >= (1 if rewound else 2)
+        return after[begun_before] if len(after) > begun_before else None
 
     def recovery_since(self, at: float) -> dict[str, Any]:
         """Seconds of detect, rebuild and load, until the next step, and the steps that were lost."""
         found: dict[str, Any] = {"lost": sum(lost for when, lost in self.rewinds if when > at)}
-        found["next_step"] = (
-            next(when for when in self.step_times if when > max([at, *(w for w, _ in self.rewinds)])) - at
-        )
+        if (stepped := self._next_step(at)) is not None:
+            found["next_step"] = stepped - at
         for when, line in self.lines:
             if when > at and NOTICED.search(line):
                 found.setdefault("detect", when - at)
