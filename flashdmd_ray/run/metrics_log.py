@@ -2,41 +2,64 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from flashdmd_ray.run.files import write_atomically
 
+log = logging.getLogger(__name__)
+
 
 class MetricsLog:
-    """`metrics.jsonl`: append-only JSON lines `{"step": 3, "score/loss": 0.12, ...}`, each on disk when `write` returns.
+    """`metrics.jsonl`: append-only JSON lines `{"step": 3, "score/loss": 0.12, ...}`, each in the file when `write` returns.
 
-    Records of steps after `after_step` (those a resumed run will compute again) and a line torn by a crash are dropped on opening.
-    A value that is not finite is written as null: JSON has no NaN.
+    Records that find no room wait in memory until there is, which is said. Records of steps after `after_step` (those a resumed run will
+    compute again) and a line torn by a crash are dropped on opening. A value that is not finite is written as null: JSON has no NaN.
     """
 
     def __init__(self, path: Path, after_step: int) -> None:
-        _drop_later_steps(path, after_step)
         self._path = path
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._waiting: list[tuple[int, bytes]] = []
+        self._open(after_step)
 
     def rewind(self, after_step: int) -> None:
         """Drop the records of steps after `after_step`: they will be computed again."""
+        self._waiting = [(step, line) for step, line in self._waiting if step <= after_step]
         self._file.close()
-        _drop_later_steps(self._path, after_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._open(after_step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = {key: float(value) for key, value in metrics.items()}
         record = {"step": int(step)} | {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._waiting.append((step, json.dumps(record).encode() + b"\n"))
+        self._write()
 
     def close(self) -> None:
+        self._write()
         self._file.close()
+
+    def _open(self, after_step: int) -> None:
+        _drop_later_steps(self._path, after_step)
+        self._file: IO[bytes] = self._path.open("ab", buffering=0)
+
+    def _write(self) -> None:
+        while self._waiting:
+            end, (_, line) = self._file.seek(0, os.SEEK_END), self._waiting[0]
+            try:
+                if self._file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                self._file.truncate(end)
+                if len(self._waiting) == 1:
+                    log.warning("%s cannot be written (%s): its records wait in memory", self._path, error.strerror)
+                return
+            self._waiting.pop(0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

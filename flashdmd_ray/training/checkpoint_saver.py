@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 FIRST_LOOK_S, LONGEST_LOOK_S = 0.02, 0.5
 """Pauses between two questions to the roles whether their parts are written: each doubles the last, up to the second number."""
+RETRY_S = 10.0
+"""Before a checkpoint that could not be written is tried again."""
 
 
 class CheckpointError(RuntimeError):
@@ -39,6 +42,8 @@ class CheckpointSaver:
         self.roles = roles
         self.asynchronous = asynchronous
         self.deadline_s = deadline_s
+        self.newest = 0
+        """Step of the last checkpoint that is complete."""
         self._under_way: tuple[int, Future[None]] | None = None
 
     def save(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
@@ -86,6 +91,7 @@ class CheckpointSaver:
         except Exception as error:
             self.store.abandon(destination.path)
             raise _failed(step, error) from error
+        self.newest = step
         try:
             self.store.retire()
         except Exception as error:  # the next checkpoint tries again
@@ -121,6 +127,34 @@ class CheckpointSaver:
                 self.wait()
             except Exception as failure:  # the error that ended the run is the one to report
                 log.warning("%s", failure)
+
+
+class Retries:
+    """When to try again after a checkpoint that could not be written, for `limit_s` seconds in all."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._newest = -1  # the last complete checkpoint when the first of these failures came, at `_since`
+        self._since = 0.0
+        self._due_at = math.inf
+
+    def plan(self, error: CheckpointError | OSError, newest: int) -> None:
+        """Note a failure; raises it when none has been completed since the first one for too long."""
+        now = time.monotonic()
+        if newest != self._newest:
+            self._newest, self._since = newest, now
+            log.warning("%s. It is tried again after the next steps, for %g s", error, self._limit_s)
+        if now > self._since + self._limit_s:
+            raise error
+        self._due_at = now + RETRY_S
+
+    @property
+    def is_due(self) -> bool:
+        """True once for each plan, when its time has come."""
+        due = time.monotonic() > self._due_at
+        if due:
+            self._due_at = math.inf
+        return due
 
 
 def _failed(step: int, reason: object) -> Exception:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.settings import SECOND_STAGE, changed_settings, fixed_settings, without
 from flashdmd_ray.run.storage import Location, checkpoint_root
 from flashdmd_ray.runtime.protocol import Runtime
-from flashdmd_ray.training.checkpoint_saver import CheckpointSaver
+from flashdmd_ray.training.checkpoint_saver import CheckpointError, CheckpointSaver, Retries
 from flashdmd_ray.training.data_report import note_replaced
 from flashdmd_ray.training.observer import Observer
 
@@ -58,6 +58,7 @@ class Checkpoints(Observer):
         self._root = checkpoint_root(config, directory.path)
         self._settings = fixed_settings(Config, config.model_dump(mode="json"), ("checkpoint",))
         self._values: list[float] = []  # of checkpoint.best_metric since the last checkpoint
+        self._retries = Retries(config.deadlines.checkpoint_s)
         self.saver = CheckpointSaver(
             open_store(self._root, self._run_mark(), config.checkpoint.keep, Best.from_config(config.checkpoint)),
             (runtime.generator, runtime.score, runtime.discriminator),
@@ -104,14 +105,26 @@ class Checkpoints(Observer):
             )
 
     def before_step(self, step: int) -> None:
-        """Raise the CheckpointError of a checkpoint that has failed meanwhile."""
-        self.saver.check()
+        """Notice a checkpoint that has failed meanwhile. Raises CheckpointError when that has gone on for too long."""
+        self._hear(self.saver.check)
 
     def after_step(self, done: int, metrics: Metrics) -> None:
         self._values.append(metrics.get(self._config.checkpoint.best_metric or "", math.nan))
-        due = done == self._config.steps or self._stop.requested or done % self._config.checkpoint.every == 0
-        if due and not self._monitor.wants_stop:
+        last = done == self._config.steps or self._stop.requested
+        due = last or done % self._config.checkpoint.every == 0 or self._retries.is_due
+        if not due or self._monitor.wants_stop:
+            return
+        self._hear(self.saver.wait)
+        if last:
             self._save(done)
+        else:
+            self._hear(lambda: self._save(done))
+
+    def _hear(self, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except (CheckpointError, OSError) as error:
+            self._retries.plan(error, self.saver.newest)
 
     def _save(self, done: int) -> None:
         note_replaced(self._directory.path, self._runtime.discriminator.data_report())

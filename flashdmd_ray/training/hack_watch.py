@@ -11,7 +11,7 @@ from flashdmd_ray.monitor import HackMonitor
 from flashdmd_ray.run.progress import Progress
 from flashdmd_ray.run.tracking import Tracker
 from flashdmd_ray.training.monitor_pictures import MonitorPictures
-from flashdmd_ray.training.observer import Observer
+from flashdmd_ray.training.observer import Observer, left_out_without_room
 
 
 class HackWatch(Observer):
@@ -31,7 +31,8 @@ class HackWatch(Observer):
 
     def before_step(self, step: int) -> None:
         if step == self._start_step:
-            self._pictures.keep_start()
+            with left_out_without_room():
+                self._pictures.keep_start()
 
     def after_step(self, done: int, metrics: Metrics) -> None:
         figures, news = self.monitor.observe(done, metrics)
@@ -40,7 +41,8 @@ class HackWatch(Observer):
             self._progress.say(f"hack monitor, step {event.step}: {event.message}")
             self._tracker.tag("hack_monitor", f"step {event.step}: {event.message}")
             if event.worse:
-                self._tracker.image("hack_monitor", self._pictures.write(event.step), event.step)
+                with left_out_without_room():
+                    self._tracker.image("hack_monitor", self._pictures.write(event.step), event.step)
 
     def state(self) -> dict[str, Any]:
         return {"monitor": self.monitor.state()}

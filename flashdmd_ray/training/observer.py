@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from flashdmd_ray.batch import Metrics
+from flashdmd_ray.run.messages import one_line
+
+log = logging.getLogger(__name__)
 
 
 class Observer:
@@ -23,3 +28,12 @@ class Observer:
     def state(self) -> dict[str, Any]:
         """JSON values of what has to live on in a checkpoint, under keys of its own."""
         return {}
+
+
+@contextmanager
+def left_out_without_room() -> Iterator[None]:
+    """Say and leave out a picture that cannot be written: a full disk is no reason to end a run."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: a picture is left out", one_line(error))

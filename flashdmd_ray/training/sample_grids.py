@@ -7,7 +7,7 @@ from flashdmd_ray.config import Config
 from flashdmd_ray.results.sample_grid import SampleGrid
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.tracking import Tracker
-from flashdmd_ray.training.observer import Observer
+from flashdmd_ray.training.observer import Observer, left_out_without_room
 
 
 class SampleGrids(Observer):
@@ -21,5 +21,6 @@ class SampleGrids(Observer):
 
     def after_step(self, done: int, metrics: Metrics) -> None:
         if done == self._config.steps or done % self._config.tracking.samples_every == 0:
-            path = self._grid.write(self._directory.samples / f"step-{done:06d}.png")
-            self._tracker.image("samples", path, done)
+            with left_out_without_room():
+                path = self._grid.write(self._directory.samples / f"step-{done:06d}.png")
+                self._tracker.image("samples", path, done)

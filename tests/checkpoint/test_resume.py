@@ -96,12 +96,16 @@ def everything(checkpoint):
     }
 
 
-def test_resumed_from_the_store_alone_equals_never_stopped(tmp_path, teacher):
-    """Two steps into a store; the machine is lost with its run folder; another one, whose global random states differ, does the third."""
+def test_resumed_from_the_store_alone_equals_never_stopped(tmp_path, teacher, caplog):
+    """Two steps into a store that is away at the first; the machine is lost with its run folder; another one, whose global random states
+    differ, does the third."""
     straight = small(teacher, tmp_path / "straight", None, steps=3)
     expected_versions = advance(straight)
-    where = f"memory://{uuid.uuid4().hex}"
+    where = f"troubled://{uuid.uuid4().hex}"
+    TroubledFileSystem.gate.set()
+    TroubledFileSystem.reset(fail_at=8)
     versions = advance(small(teacher, tmp_path / "first", where, steps=2))
+    assert "the checkpoint of step 1 could not be written" in caplog.text
     shutil.rmtree(tmp_path / "first")
     torch.manual_seed(99)
     random.seed(99)

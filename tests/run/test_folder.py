@@ -133,6 +133,28 @@ def test_metrics_are_on_disk_when_write_returns(tmp_path):
     assert read_metrics(path) == [{"step": 1, "loss": 0.5, "worse": None}]
 
 
+def test_metrics_without_room_wait_for_it(tmp_path):
+    """A limit on the size of files is what the kernel offers here in place of a full disk."""
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from flashdmd_ray.run.metrics_log import MetricsLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = MetricsLog(Path(sys.argv[1]), 0)
+for step in range(1, 9):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70 if step in (3, 4, 5) else 10**6, resource.RLIM_INFINITY))
+    log.write(step, {"loss": 0.5})
+    if step == 5:
+        log.rewind(4)
+        log.write(5, {"loss": 0.6})
+"""
+    path = tmp_path / "metrics.jsonl"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], check=True, capture_output=True, text=True)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, 9))
+    assert read_metrics(path)[4]["loss"] == 0.6
+    assert done.stderr.count("its records wait in memory") == 1
+
+
 def test_flatten_names_every_leaf():
     assert flatten({"a": {"b": 1}, "c": [1, 2], "d": [{"e": 3}], "f": {}}) == {
         "a.b": 1,
