@@ -90,6 +90,8 @@ class DryRun:
         self._ledger = ledger
         self._kinds = list(_kinds(config, repeats))
         self._weight = 0.0
+        self._start = config.preference.start_step if config.preference.updates else 0
+        self._before: list[float] = []
         self._flops: dict[tuple[str, str], float] = defaultdict(float)
         self._seconds = 0.0
         self._busy: dict[str, float] = defaultdict(float)
@@ -106,6 +108,8 @@ class DryRun:
     def finish(self, step: int, metrics: Metrics) -> None:
         """Add the step's figures to the mean."""
         clock, weight = self._ledger.clock, self._weight
+        if step < self._start:
+            self._before.append(clock.now.time)
         for key, flops in self._ledger.flops.items():
             self._flops[key] += weight * flops
         self._seconds += weight * clock.now.time
@@ -126,12 +130,13 @@ class DryRun:
         times = [RoleTime(group, call, calls, seconds) for (group, call), (calls, seconds) in self._times.items()]
         busy = {group: seconds / self._seconds for group, seconds in self._busy.items()} if self._seconds else {}
         critical = sorted(self._critical.items(), key=lambda item: -item[1])
-        timing = Timing(self._seconds, times, busy, critical) if self._seconds else None
+        before = sum(self._before) / len(self._before) if self._before else 0.0
+        timing = Timing(self._seconds, before, times, busy, critical) if self._seconds else None
         return Step(works, peaks, timing, published)
 
 
 def _kinds(config: Config, repeats: int) -> Iterator[tuple[int, float]]:
-    """Steps to run, each with its share of a mean step."""
+    """Steps to run, each with its share of a mean step. With preference updates that is one of those from their start on."""
     preference = config.preference
     if not preference.updates:
         yield from ((step, 1 / repeats) for step in range(repeats))
@@ -145,6 +150,7 @@ def _kinds(config: Config, repeats: int) -> Iterator[tuple[int, float]]:
     if every > 1:
         shares.append(([start + every * k + 1 for k in range(repeats)], 1 - 1 / every))
     chosen = {step: share / len(steps) for steps, share in shares for step in steps if share > 0}
+    chosen |= dict.fromkeys(range(min(start, repeats)), 0.0)  # distillation alone
     chosen[start] = 0.0  # the reference policy is frozen and the rewards' ranking is checked there, once in a run
     yield from sorted(chosen.items())
 

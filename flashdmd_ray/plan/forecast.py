@@ -22,12 +22,15 @@ TRIED = 4
 
 @dataclass(frozen=True)
 class Forecast:
-    """seconds: of a mean step. gpus: of the job. idle: share of their time. images: distilled a second.
-    utilisation: operations over what the GPUs could do. hours: GPU-hours of the run. cost: dollars of the run."""
+    """seconds: of a mean step. before: of a step before `start`, where preference updates begin. gpus: of the job.
+    idle: share of their time. images: distilled a second. utilisation: operations over what the GPUs could do.
+    hours: GPU-hours of the run. cost: dollars of the run."""
 
     gpu: Gpu
     gpus: float
     seconds: float
+    before: float
+    start: int
     idle: float
     images: float
     utilisation: float
@@ -37,8 +40,9 @@ class Forecast:
     def line(self) -> str:
         """All of it in one line."""
         per_step = self.seconds * self.gpus / 3600
+        before = f" ({self.before:.3g} s before step {self.start:,})" if self.start else ""
         return (
-            f"predicted: {self.seconds:.3g} s a step on {self.gpus:g} x {self.gpu.name} at {UTILISATION:.0%}, idle {self.idle:.0%}, "
+            f"predicted: {self.seconds:.3g} s a step{before} on {self.gpus:g} x {self.gpu.name} at {UTILISATION:.0%}, idle {self.idle:.0%}, "
             f"{self.images:.3g} images/s, MFU {self.utilisation:.0%}, {100 * per_step:.3g} GPU-hours per 100 steps; "
             f"the run {self.hours:,.3g} GPU-hours, about ${self.cost:,.0f}"
         )
@@ -67,11 +71,14 @@ def forecast_of(config: Config, step: Step, gpu: Gpu) -> Forecast | None:
         work.flops * (1 if config.runtime == "local" else config.placement.of(work.group).workers)
         for work in step.works
     )
-    hours = seconds * gpus * config.steps / 3600
+    start = min(config.preference.start_step, config.steps) if config.preference.updates else 0
+    hours = (step.timing.before * start + seconds * (config.steps - start)) * gpus / 3600
     return Forecast(
         gpu=gpu,
         gpus=gpus,
         seconds=seconds,
+        before=step.timing.before,
+        start=start,
         idle=max(0.0, 1 - busy / gpus),
         images=config.batch / seconds if config.preference.distill else 0.0,
         utilisation=flops / (seconds * gpus * gpu.matmul),

@@ -28,9 +28,11 @@ class RoleTime:
 
 @dataclass(frozen=True)
 class Timing:
-    """Predicted time of a mean step. busy: by group, its share of the step at work. critical: calls on the critical path, longest first."""
+    """Predicted time of a mean step, from `preference.start_step` on. before: seconds of an earlier step, 0 without any.
+    busy: by group, its share of the step at work. critical: calls on the critical path, longest first."""
 
     seconds: float
+    before: float
     times: Sequence[RoleTime]
     busy: Mapping[str, float]
     critical: Sequence[tuple[str, float]]
