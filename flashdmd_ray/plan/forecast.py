@@ -42,8 +42,8 @@ class Forecast:
         per_step = self.seconds * self.gpus / 3600
         before = f" ({self.before:.3g} s before step {self.start:,})" if self.start else ""
         return (
-            f"predicted: {self.seconds:.3g} s a step{before} on {self.gpus:g} x {self.gpu.name} at {UTILISATION:.0%}, idle {self.idle:.0%}, "
-            f"{self.images:.3g} images/s, MFU {self.utilisation:.0%}, {100 * per_step:.3g} GPU-hours per 100 steps; "
+            f"predicted: {self.seconds:.3g} s a step{before} on {self.gpus:g} x {self.gpu.name} at {UTILISATION:.0%}, "
+            f"idle {self.idle:.0%}, {self.images:.3g} images/s, MFU {self.utilisation:.0%}, {100 * per_step:.3g} GPU-hours per 100 steps; "
             f"the run {self.hours:,.3g} GPU-hours, about ${self.cost:,.0f}"
         )
 

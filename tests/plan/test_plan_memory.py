@@ -5,6 +5,8 @@ import pytest
 from flashdmd_ray import plan
 from flashdmd_ray.config import PRESETS, load_config, parse_config
 from flashdmd_ray.plan import fit
+from flashdmd_ray.plan.forecast import forecast_of
+from flashdmd_ray.plan.hardware import GPUS
 from flashdmd_ray.plan.mean_step import step_of
 from flashdmd_ray.plan.models import Model, Models, models_of
 from flashdmd_ray.plan.parts import BUCKET, parts_of_models
@@ -90,6 +92,22 @@ def test_a_plan_that_cannot_fit_is_refused_with_the_settings_that_would_do():
 def test_without_any_setting_that_would_do_it_says_so():
     with pytest.raises(ValueError, match=r"no setting brings it below that"):
         plan.check(demo_on_gpus(1.001))
+
+
+def test_steps_before_preference_updates_begin_are_planned_as_what_they_are():
+    alone, joint, both = (
+        forecast(demo_on_gpus(8.0, steps=100, preference=changed))
+        for changed in ({"updates": 0}, {"start_step": 0}, {"start_step": 40})
+    )
+    assert both.before == pytest.approx(alone.seconds, rel=0.02)
+    assert both.seconds == pytest.approx(joint.seconds, rel=0.02)
+    assert both.before < 0.7 * both.seconds
+    assert both.hours / both.gpus * 3600 == pytest.approx(40 * both.before + 60 * both.seconds)
+
+
+def forecast(config):
+    models = models_of(config)
+    return forecast_of(config, step_of(config, models, GPUS["h100"]), GPUS["h100"])
 
 
 def test_a_share_of_a_gpu_is_a_share_of_its_memory():
