@@ -113,7 +113,7 @@ def _keys_at(root: type[Section], location: Sequence[int | str]) -> list[str]:
 def dump_changes(config: Section) -> str:
     """The settings that differ from the defaults, as YAML. Loaded again, they give the same configuration."""
     changed = _differences(config.model_dump(mode="json"), type(config)().model_dump(mode="json"))
-    return yaml.safe_dump(changed, sort_keys=False, default_flow_style=None, width=120)
+    return yaml.safe_dump(changed, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 
 def _differences(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,4 +128,4 @@ def _differences(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
 
 def dump_config(config: Section) -> str:
     """The resolved configuration as YAML, ready to be run again."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

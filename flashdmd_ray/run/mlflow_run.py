@@ -15,7 +15,7 @@ from flashdmd_ray.run.settings import flatten
 
 BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 """How many MLflow takes in one call."""
-LONGEST_PARAM = 500
+LONGEST_PARAM = 6000
 BAD_DATA = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 """Error codes of a value that no later attempt makes better."""
 REFUSALS = (
@@ -125,7 +125,7 @@ class MlflowRun:
         from mlflow.entities import Param, RunTag
 
         config = flatten(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
-        values = {mlflow_key(key): str(value)[:LONGEST_PARAM] for key, value in config.items()}
+        values = {mlflow_key(key): _cut(str(value)) for key, value in config.items()}
         logged = self.client.get_run(self.run_id).data.params
         self._send("params", [Param(key, value) for key, value in values.items() if key not in logged])
         changed = {key: value for key, value in values.items() if logged.get(key, value) != value}
@@ -256,6 +256,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_PARAM else f"{text[: LONGEST_PARAM - 4]} ..."
 
 
 def _deleted(what: str, name: str, remedy: str) -> str:

@@ -31,7 +31,7 @@ class _Output(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """From now on, no write to standard output or error raises: neither when a pipe breaks nor when the terminal is closed.
+    """From now on, no write to standard output or error raises: not when a pipe breaks, a terminal closes or cannot show a letter.
 
     Both then lead nowhere for all that write to the descriptors, C libraries and later child processes too. Streams that were replaced
     before, by a test for example, are left alone.
@@ -59,8 +59,10 @@ def write_directly(text: str) -> None:
 
 def _over(descriptor: int, stream: TextIO | None) -> TextIO:
     raw = _Output(descriptor, "wb", closefd=False)
-    encoding, errors = ("utf-8", "backslashreplace") if stream is None else (stream.encoding, stream.errors)
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=raw.isatty() or descriptor == 2)
+    encoding = "utf-8" if stream is None else stream.encoding
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=raw.isatty() or descriptor == 2
+    )
 
 
 def _to_nowhere(descriptor: int) -> None:

@@ -56,7 +56,7 @@ def test_other_names_are_refused_where_they_are_given(key, name):
 
 @pytest.fixture
 def run(tmp_path):
-    options = {"kind": "custom", "path": "a.b:C", "options": {"my key@": 1, "plain": 2}, "weight": 2.0}
+    options = {"kind": "custom", "path": "a.b:C", "options": {"my key@": 1, "plain": 2, "long": 4000 * "é ", "fits": 3000 * "é "}, "weight": 2.0}
     settings = {"dir": str(tmp_path), "name": "sdxl_v1.5: 'a' 50%"}
     config = Config.model_validate({"run": settings, "rewards": [{"kind": "pickscore"}, options | {"name": "own"}]})
     return RunDirectory.prepare(config.run, config)
@@ -109,6 +109,8 @@ def test_names_of_the_users_reach_mlflow_in_its_form(run):
     keys = stored(run).data.params
     assert said == []
     assert any(key.startswith("rewards.1.options.my key_.") for key in keys)
+    assert keys["rewards.1.options.fits"] == 3000 * "é "
+    assert keys["rewards.1.options.long"] == (2998 * "é ") + " ..."
 
 
 def test_a_deleted_experiment_is_named_with_its_remedy_and_works_again_when_it_is_restored(run):

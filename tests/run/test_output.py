@@ -106,6 +106,18 @@ def test_help_may_be_cut_short():
     assert done.stderr == b""
 
 
+def test_letters_that_the_terminal_has_not_cost_nothing(tmp_path):
+    """The environment of many batch systems: ASCII."""
+    code = "from flashdmd_ray.run.command_line import prepare_process; prepare_process(); print('Größe 質'); print('\\udcf6 end')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "ascii:strict"},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == rb"Gr\xf6\xdfe \u8cea" + b"\n" + rb"\udcf6 end" + b"\n"
+
+
 def test_what_was_printed_arrives(tmp_path):
     job = Job(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     job.stop.touch()
