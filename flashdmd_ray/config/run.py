@@ -18,7 +18,9 @@ def _plain_name(name: str) -> str:
         or ".." in name
         or any(c in "/\\" or not c.isprintable() for c in name)
     ):
-        raise ValueError("must be a plain folder name of printable letters without '/', '\\', '..' or a leading '.' or '~'")
+        raise ValueError(
+            "must be a plain folder name of printable letters without '/', '\\', '..' or a leading '.' or '~'"
+        )
     return name
 
 

@@ -56,7 +56,8 @@ def test_other_names_are_refused_where_they_are_given(key, name):
 
 @pytest.fixture
 def run(tmp_path):
-    options = {"kind": "custom", "path": "a.b:C", "options": {"my key@": 1, "plain": 2, "long": 4000 * "é ", "fits": 3000 * "é "}, "weight": 2.0}
+    own = {"my key@": 1, "plain": 2, "long": 4000 * "é ", "fits": 3000 * "é "}
+    options = {"kind": "custom", "path": "a.b:C", "options": own, "weight": 2.0}
     settings = {"dir": str(tmp_path), "name": "sdxl_v1.5: 'a' 50%"}
     config = Config.model_validate({"run": settings, "rewards": [{"kind": "pickscore"}, options | {"name": "own"}]})
     return RunDirectory.prepare(config.run, config)
