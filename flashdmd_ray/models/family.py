@@ -27,6 +27,7 @@ from flashdmd_ray.models.pipeline_source import PipelineSource, load_vae_file, o
 from flashdmd_ray.models.single_file import vae_file
 from flashdmd_ray.models.stock_modules import load_config, load_module, load_part
 from flashdmd_ray.models.teacher_files import check_denoiser, check_same_latents, check_shape, check_vae
+from flashdmd_ray.models.weight_reading import weights_device
 
 PARTS = ("denoiser", "vae", "text")
 
@@ -104,7 +105,7 @@ class Family(ABC):
         self.path = source.path
         self.scheduler_config: Mapping[str, Any] = source.scheduler()
         self.schedule: NoiseSchedule = load_part(self.path, "the scheduler", self._read_schedule)
-        self.device = torch.device("cpu")
+        self.device = weights_device()
         network = source.config(FAMILIES[self.name].denoiser)
         vae = _config_of_vae(source, model)
         load_part(self.path, FAMILIES[self.name].denoiser, lambda: check_denoiser(network, FAMILIES[self.name]))

@@ -27,6 +27,7 @@ from flashdmd_ray.models.single_file import (
 )
 from flashdmd_ray.models.stock_modules import load_config, load_module, load_part, load_tokenizer
 from flashdmd_ray.models.weight_files import DIFFUSERS, weight_files
+from flashdmd_ray.models.weight_reading import type_in_file, weights_device
 
 
 class PipelineSource(ABC):
@@ -103,16 +104,17 @@ class SingleFile(PipelineSource):
         def load() -> nn.Module:
             root = fetch(self.configs, folder, lambda inside: check_module(inside / "config.json"))
             diffusers_logging.disable_progress_bar()
+            header = read_header(Path(self.path))
+            starts = VAE_STARTS if folder == VAE else DENOISER_STARTS if issubclass(module_class, ModelMixin) else ()
             pipeline = self.pipeline_class.from_single_file(
-                self.path, config=str(root), torch_dtype=dtype, local_files_only=True, **absent
+                self.path, config=str(root), torch_dtype=_kept(dtype, header, starts), local_files_only=True, **absent
             )
             module: nn.Module = getattr(pipeline, folder)
             if not isinstance(module, module_class):
                 raise ModelFileError(
                     f"{self.configs} describes a {type(module).__name__}, not a {module_class.__name__}; choose another"
                 )
-            starts = VAE_STARTS if folder == VAE else DENOISER_STARTS if issubclass(module_class, ModelMixin) else ()
-            check_single_file(module, read_header(Path(self.path)), starts)
+            check_single_file(module, header, starts)
             return module
 
         return load_part(self.path, folder, load).requires_grad_(False).eval()
@@ -125,13 +127,22 @@ def load_vae_file(path: str, configs: str, dtype: torch.dtype) -> nn.Module:
         header, _ = vae_file(Path(path))
         root = fetch(configs, "vae", lambda inside: check_module(inside / "config.json"))
         module: nn.Module = AutoencoderKL.from_single_file(
-            path, config=str(root), subfolder="vae", torch_dtype=dtype, local_files_only=True
+            path, config=str(root), subfolder="vae", torch_dtype=_kept(dtype, header), local_files_only=True
         )
         check_single_file(module, header, ("",))
         return module
 
     vae: nn.Module = load_part(path, "the VAE", load).requires_grad_(False).eval()
     return vae
+
+
+def _kept(dtype: torch.dtype, header: Header, starts: Sequence[str] = ()) -> torch.dtype:
+    """The type to load in. Where no values are wanted it is the file's own: then its bytes are mapped, and none is read."""
+    if weights_device().type == "cpu":
+        return dtype
+    others = (*DENOISER_STARTS, *VAE_STARTS)
+    names = [name for name in header.shapes if name.startswith(tuple(starts) if starts else others) == bool(starts)]
+    return type_in_file(header, names or list(header.shapes))
 
 
 def check_single_file(module: nn.Module, header: Header, starts: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from flashdmd_ray.models.config_files import check_json
 from flashdmd_ray.models.state_dicts import find_file, read_weights
 from flashdmd_ray.models.stock_modules import load_part
+from flashdmd_ray.models.weight_reading import weights_device
 
 # The mean and deviation of pixels in 0..255 that Segment Anything was trained with.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -48,7 +49,8 @@ def load_sam_encoder(path: Path | str, image_size: int, dtype: torch.dtype = tor
     patch = encoder_state["patch_embed.proj.weight"].shape[-1]
     if image_size < patch or image_size % patch:
         raise ValueError(f"image_size {image_size} is not a positive multiple of the encoder's patch size {patch}")
-    encoder = _build(encoder_state, image_size)
+    with weights_device():
+        encoder = _build(encoder_state, image_size)
     encoder.load_state_dict(_resize_tables(encoder_state, image_size // patch, encoder))
     return fuse_attention(encoder.to(dtype)).eval().requires_grad_(False)
 

@@ -19,7 +19,8 @@ _UNUSED = re.compile(
     r"|denoiser\.sigmas$|(sqrt_|log_one_minus_|posterior_)?[a-z_]*(alphas|betas|variance|coef[12])\w*$|logvar$|scale_factor$|v_pred$|ztsnr$|edm_"
 )
 """Weights that were saved with the others and are not part of the network: averages, schedules, markers."""
-_LORA = re.compile(r"^lora_|\.lora_(A|B|up|down|mid)\.|\.(hada|lokr)_|\.dora_scale$")
+LORA_NAME = re.compile(r"^lora_|\.lora_(A|B|up|down|mid)\.|\.(hada|lokr)_|\.dora_scale$")
+"""Names of the matrices of low-rank adapters."""
 
 
 def teacher_starts(family: FamilyEntry, t5: bool, own_vae: bool) -> dict[str, tuple[str, ...]]:
@@ -35,7 +36,7 @@ def read_single_file(path: Path, family: FamilyEntry) -> Header:
     names = list(header.shapes)
     if not any(name.startswith(DENOISER_STARTS) for name in names):
         refuse_wrapper(path, names)
-    if any(_LORA.search(name) for name in names):
+    if any(LORA_NAME.search(name) for name in names):
         raise ModelFileError(
             f"{path} is a LoRA, weights that are added to a model; name the model, or one that it is merged into"
         )

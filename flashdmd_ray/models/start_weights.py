@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from safetensors import safe_open
 from torch import Tensor
 
 from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.models.state_dicts import read_weights
+from flashdmd_ray.models.headers import Header, ModelFileError, read_header
+from flashdmd_ray.models.single_file import LORA_NAME
+from flashdmd_ray.models.state_dicts import check_layout, read_weights
 from flashdmd_ray.models.stock_modules import load_module, load_part
+from flashdmd_ray.models.weight_reading import weights_device
+
+_MATRIX = re.compile(
+    r"(unet|transformer)\.(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)(\.[\w-]+)?\.weight"
+)
+"""Names of the two matrices of an adapted layer, as diffusers calls them."""
 
 
 def load_start(family: Family, path: str) -> dict[str, Tensor]:
@@ -24,40 +33,67 @@ def load_start(family: Family, path: str) -> dict[str, Tensor]:
     teacher.
     Raises ValueError, one line naming `generator.start`, for anything else and for weights of another network.
     """
-    folder, network = FAMILIES[family.name].denoiser, family.denoiser().network
+    network = family.denoiser().network
     try:
         if not Path(path).is_file():
-            return dict(load_module(type(network), path, folder, torch.float32).state_dict())
-        if is_lora(Path(path)):
+            state = load_module(type(network), path, FAMILIES[family.name].denoiser, torch.float32).state_dict()
+        elif is_lora(Path(path)):
             load_part(path, "the LoRA", lambda: merge_lora(family, network, path))
-            return dict(network.state_dict())
-        load_part(path, folder, lambda: network.load_state_dict(read_weights(Path(path))))
-        return dict(network.state_dict())
+            state = network.state_dict()
+        else:
+            state = read_weights(Path(path))
+        check_layout(network, state, path)
     except ValueError as error:
         raise ValueError(f"generator.start: {error}") from error
+    return {name: value.float() for name, value in state.items()}
 
 
 def is_lora(file: Path) -> bool:
     """Return True for a safetensors file with matrices of low-rank adapters."""
     if file.suffix != ".safetensors":
         return False
-    with safe_open(file, "pt") as tensors:
-        return any("lora" in name for name in tensors.keys())  # noqa: SIM118 (the handle is no mapping)
+    header: Header = load_part(str(file), "", lambda: read_header(file))
+    return any(LORA_NAME.search(name) for name in header.shapes)
 
 
 def merge_lora(family: Family, network: ModelMixin, path: str) -> None:
     """Add the LoRA in a file, under the names of diffusers or kohya, to `network` in place.
 
-    Raises ValueError for one that also changes text encoders: those are the teacher's here.
+    Raises ModelFileError for one that also changes text encoders, which are the teacher's here, and for one of another network.
     """
     pipeline: Any = family.pipeline_class
     found = pipeline.lora_state_dict(path, unet_config=network.config)
     state, alphas = found if isinstance(found, tuple) else (found, None)
     if any(name.startswith("text_encoder") for name in state):
-        raise ValueError("it changes text encoders too, which stay the teacher's here")
+        raise ModelFileError(
+            "it changes text encoders too, which stay the teacher's here; choose one of the network alone"
+        )
+    _check_layers(network, {name: tensor.shape for name, tensor in state.items()})
+    if weights_device().type == "meta":
+        return
     if FAMILIES[family.name].denoiser == "unet":
         pipeline.load_lora_into_unet(state, alphas, network)
     else:
         pipeline.load_lora_into_transformer(state, network)
     network.fuse_lora(safe_fusing=True)
     network.unload_lora()
+
+
+def _check_layers(network: ModelMixin, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ModelFileError unless each pair of matrices, down and up, fits a layer of the network: the libraries pass over others."""
+    layers = dict(network.named_modules())
+    for name, shape in shapes.items():
+        match = _MATRIX.fullmatch(name)
+        weight = None if match is None else getattr(layers.get(match["layer"]), "weight", None)
+        if match is None:
+            continue
+        if weight is None:
+            raise ModelFileError(
+                f"{name!r} changes a layer that this teacher has not: it is of another model; choose a LoRA of this one"
+            )
+        is_down = match["side"] in ("lora_A", "lora.down")
+        own, wanted = (shape[1], weight.shape[1]) if is_down else (shape[0], weight.shape[0])
+        if own != wanted:
+            raise ModelFileError(
+                f"{name!r} is {tuple(shape)}, the layer {tuple(weight.shape)}: it is of another model; choose a LoRA of this one"
+            )

@@ -8,12 +8,12 @@ from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flashdmd_ray.models.headers import read_header, refuse_stand_in, wrapper_of
+from flashdmd_ray.models.headers import ModelFileError, refuse_stand_in, wrapper_of
 from flashdmd_ray.models.locations import fetch_file
 from flashdmd_ray.models.stock_modules import load_part
+from flashdmd_ray.models.weight_reading import read_safetensors, weights_device
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -45,13 +45,12 @@ def read_file(file: Path) -> Any:
 
     def read() -> Any:
         if file.suffix == ".safetensors":
-            read_header(file)  # refuses quantised weights, and what only stands in for them
-            return load_file(file)
+            return read_safetensors(file)
         refuse_stand_in(file)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location=weights_device(), weights_only=True)
         except UnpicklingError as error:
-            raise ValueError(
+            raise ModelFileError(
                 "it is no torch file, or a pickled object, which could execute anything: convert that to safetensors first"
             ) from error
 

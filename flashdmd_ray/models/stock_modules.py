@@ -16,7 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 from flashdmd_ray.models.config_files import check_json, check_module, check_tokenizer
 from flashdmd_ray.models.headers import ModelFileError
 from flashdmd_ray.models.locations import fetch
-from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
+from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles, weight_files
+from flashdmd_ray.models.weight_reading import empty_tensors, weights_device
 from flashdmd_ray.run.messages import one_line
 
 # A damaged or foreign file can raise any of these from safetensors, json, diffusers and transformers; none of them
@@ -64,13 +65,15 @@ def load_module(module_class: Any, path: str, subfolder: str, dtype: torch.dtype
         root = fetch(path, subfolder, lambda folder: weight_files(folder, stem), stem)
         check_module(root / subfolder / "config.json")
         files = weight_files(root / subfolder, stem)
+        disable_progress_bar()
+        if weights_device().type == "meta":
+            return _without_values(module_class, root / subfolder, files, unused)
         arguments: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": dtype}
-        arguments |= {"local_files_only": True, "variant": files.variant}
+        arguments |= {"local_files_only": True, "variant": files.variant, "ignore_mismatched_sizes": True}
         if subfolder:
             arguments["subfolder"] = subfolder
         if from_diffusers:
             arguments["low_cpu_mem_usage"] = False  # the default asks for one more dependency
-        disable_progress_bar()
         module, info = module_class.from_pretrained(str(root), **arguments)
         _check_loaded(info, unused)
         return module
@@ -78,10 +81,35 @@ def load_module(module_class: Any, path: str, subfolder: str, dtype: torch.dtype
     return load_part(path, subfolder or "the model", load).requires_grad_(False).eval()
 
 
+def _without_values(module_class: Any, folder: Path, files: WeightFiles, unused: str) -> nn.Module:
+    """The module on the meta device. Its weights are compared with those of the files as the libraries do it."""
+    state = {name: tensor for header in files.headers for name, tensor in empty_tensors(header).items()}
+    if not issubclass(module_class, ModelMixin):
+        config = module_class.config_class.from_pretrained(str(folder), local_files_only=True)
+        arguments = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
+        module, info = module_class.from_pretrained(None, config=config, state_dict=state, **arguments)
+    else:
+        with torch.device("meta"):
+            module = module_class.from_config(module_class.load_config(str(folder), local_files_only=True))
+        module._fix_state_dict_keys_on_load(state)  # names of older versions
+        own = module.state_dict()
+        info = {
+            "missing_keys": own.keys() - state.keys(),
+            "unexpected_keys": state.keys() - own.keys(),
+            "mismatched_keys": [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape],
+        }
+    _check_loaded(info, unused)
+    loaded: nn.Module = module
+    return loaded
+
+
 def _check_loaded(info: Mapping[str, Any], unused: str) -> None:
-    absent = sorted(map(str, [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]))
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys", ())]
+    absent = sorted(map(str, [*info.get("missing_keys", ()), *mismatched]))
     if absent:
-        raise ValueError(f"{len(absent)} weights are missing or of another shape, first {absent[0]!r}")
+        raise ValueError(
+            f"{len(absent)} weights are missing or of another shape than config.json says, first {absent[0]!r}"
+        )
     extra = sorted(name for name in map(str, info.get("unexpected_keys", ())) if not re.search(unused, name))
     if extra:
         raise ValueError(f"{len(extra)} weights in it are of another model, first {extra[0]!r}")

@@ -6,6 +6,7 @@ import os
 
 from flashdmd_ray.config import Config
 from flashdmd_ray.data.datasets import data_faults
+from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.plan.fit import check_fit
 from flashdmd_ray.plan.models import Models, models_of
 from flashdmd_ray.plan.parts import Part, parts_of_models
@@ -42,5 +43,6 @@ def _inspected(config: Config) -> tuple[RunDirectory, list[Part], Models]:
     check_checkpoint_root(config, run.path)
     tracking_uri(config.tracking, run)
     models = models_of(config)
+    try_loading(config)
     parts = parts_of_models(config, models)
     return run, parts, models

@@ -15,6 +15,7 @@ from flashdmd_ray.models import family_class
 from flashdmd_ray.models.headers import ModelFileError, read_header
 from flashdmd_ray.models.locations import HubPath, explain
 from flashdmd_ray.models.teacher_files import teacher_files
+from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, choose, weight_files
 from tests.model_folders import write_model
 from tests.original_layout import write_sdxl
@@ -23,10 +24,13 @@ from tests.tiny import sdxl_pipeline, tiny_vae
 
 def checked(path, **model):
     tree = {"model": {"teacher": str(path), **model}, "rewards": [{"kind": "pickscore"}]}
-    return teacher_files(parse_config(tree)).parameters
+    config = parse_config(tree)
+    found = teacher_files(config).parameters
+    try_loading(config)
+    return found
 
 
-def loaded(path, parts=("denoiser",), **model):
+def loaded(path, parts=("denoiser", "vae", "text"), **model):
     return family_class("sdxl").from_pretrained(str(path), parts=parts, **model)
 
 
@@ -183,6 +187,65 @@ def test_files_of_another_kind_are_refused(changes, metadata, said, file, whole,
     path = rewritten(file, tmp_path / "other.safetensors", changes, metadata)
     with pytest.raises(ValueError, match=said):
         checked(path, teacher_config=str(whole))
+
+
+def rewrite(path, change):
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop(max(state)), "1 weights are missing or of another shape"),
+        (lambda state: state.update({max(state): torch.zeros(2, 3, 5)}), "1 weights are missing or of another shape"),
+        (
+            lambda state: state.update({"more.weight": torch.zeros(2)}),
+            r"1 weights in it are of another model, first 'more\.weight'",
+        ),
+    ],
+)
+def test_weights_are_those_that_config_json_describes(change, said, part, whole, tmp_path):
+    os.system(f"cp -r {whole}/. {tmp_path}")
+    rewrite(next((tmp_path / part).glob("*.safetensors")), change)
+    refused(tmp_path, f"cannot load {part} from {tmp_path}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("unet", "layers_per_block", 2), ("text_encoder", "hidden_size", 32), ("text_encoder_2", "num_hidden_layers", 3)],
+)
+def test_a_config_of_another_network_is_refused(name, key, value, whole, tmp_path):
+    os.system(f"cp -r {whole}/. {tmp_path}")
+    path = tmp_path / name / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    refused(tmp_path, f"cannot load {name} from .* weights are missing or of another shape than config.json says")
+
+
+def test_a_vae_with_names_of_older_versions_is_read(whole, tmp_path):
+    os.system(f"cp -r {whole}/. {tmp_path}")
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(state):
+        for name in list(state):
+            for new, old in older.items():
+                if f".{new}." in name:
+                    state[name.replace(f".{new}.", f".{old}.")] = state.pop(name)
+
+    rewrite(next((tmp_path / "vae").glob("*.safetensors")), rename)
+    assert checked(tmp_path) == checked(whole)
+    theirs = loaded(whole).vae.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in loaded(tmp_path).vae.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["model.diffusion_model.", "first_stage_model.", "conditioner.embedders.1."])
+def test_weights_of_a_single_file_are_those_of_the_configuration(part, file, whole, tmp_path):
+    names = sorted(name for name in load_file(file) if name.startswith(part) and name.endswith(".bias"))
+    for change in (lambda state: state.pop(names[-1]), lambda state: state.update({names[0]: torch.zeros(999)})):
+        rewrite(os.fspath(rewritten(file, tmp_path / "other.safetensors", {})), change)
+        refused(tmp_path / "other.safetensors", "cannot load", teacher_config=str(whole))
 
 
 def test_unread_weights_of_a_single_file_are_an_error(file, whole, tmp_path):

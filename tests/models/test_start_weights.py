@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 from flashdmd_ray.config import load_config, parse_config
 from flashdmd_ray.models import family_class
 from flashdmd_ray.models.start_weights import load_start
+from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.roles.networks import trained_network
 from tests.tiny import save_sd3, save_sdxl
 
@@ -67,12 +70,69 @@ def test_a_lora_is_merged(family, tmp_path):
         load_start(family, str(tmp_path / "text.safetensors"))
 
 
-def test_what_is_no_student_is_one_line(family, tmp_path):
-    save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
-    for where in ("nowhere", "other.safetensors"):
-        with pytest.raises(ValueError, match=r"generator\.start: cannot load") as refusal:
-            load_start(family, str(tmp_path / where))
-        assert "\n" not in str(refusal.value)
+def wrapped(family, tmp_path):
+    """A Lightning checkpoint: {"state_dict": {"model.x": ...}}."""
+    torch.save(
+        {"state_dict": {f"model.{name}": value for name, value in student_of(family).items()}}, tmp_path / "s.pt"
+    )
+
+
+def lora_of(layer, out, inner):
+    def write(family, tmp_path):
+        _, _, prefix = FORMS[family.name]
+        name = next(name for name in family.teacher.network.state_dict() if name.endswith("to_q.weight"))
+        where = f"{prefix}.{layer or name.removesuffix('.weight')}"
+        down, up = torch.randn(2, inner), torch.randn(out, 2)
+        save_file({f"{where}.lora_A.weight": down, f"{where}.lora_B.weight": up}, tmp_path / "s.safetensors")
+
+    return write
+
+
+def another_network(family, tmp_path):
+    _, folder, _ = FORMS[family.name]
+    weights = student_of(family)
+    network = family.denoiser().network
+    config = dict(network.config) | {"in_channels": 5, "out_channels": 5}
+    other = type(network).from_config(config)
+    other.save_pretrained(tmp_path / "s" / folder)
+    assert weights.keys() == other.state_dict().keys()
+
+
+STARTS = {
+    "a wrapped torch file": ("s.pt", wrapped, None),
+    "nothing": ("nowhere", lambda *_: None, r"no such directory"),
+    "one weight": (
+        "s.safetensors",
+        lambda _, at: save_file({"weight": torch.ones(1)}, at / "s.safetensors"),
+        "lacks weight",
+    ),
+    "a file cut short": ("s.safetensors", lambda _, at: (at / "s.safetensors").write_bytes(b"12"), "is damaged"),
+    "a pickle": (
+        "s.pt",
+        lambda _, at: (at / "s.pt").write_bytes(pickle.dumps(print, 2)),
+        "convert that to safetensors",
+    ),
+    "another network": ("s", another_network, r"is \(\d+, 5, .*the model needs"),
+    "a LoRA of another layer": ("s.safetensors", lora_of("nowhere", 8, 8), "changes a layer that this teacher has not"),
+    "a LoRA of another size": ("s.safetensors", lora_of("", 7, 9), r"is \(2, 9\), the layer \("),
+}
+
+
+@pytest.mark.parametrize("what", STARTS)
+def test_what_is_no_student_is_one_line_before_and_while_loading(what, family, tmp_path):
+    where, write, said = STARTS[what]
+    write(family, tmp_path)
+    model = {"family": family.name, "teacher": family.path}
+    config = parse_config(
+        {"model": model, "generator": {"start": str(tmp_path / where)}, "rewards": [{"kind": "pickscore"}]}
+    )
+    for read in (try_loading, lambda _: load_start(family, str(tmp_path / where))):
+        if said is None:
+            read(config)
+        else:
+            with pytest.raises(ValueError, match=rf"^generator\.start: .*{said}") as refusal:
+                read(config)
+            assert "\n" not in str(refusal.value)
 
 
 def test_an_adapter_has_no_other_start():

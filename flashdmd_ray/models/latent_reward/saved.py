@@ -9,21 +9,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.models import latent_reward_class
 from flashdmd_ray.models.config_files import check_json
+from flashdmd_ray.models.headers import ModelFileError
 from flashdmd_ray.models.latent_reward.base import LatentRewardModel
 from flashdmd_ray.models.locations import fetch
 from flashdmd_ray.models.stock_modules import load_part
-from flashdmd_ray.models.weight_files import TRANSFORMERS, weight_files
+from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
+from flashdmd_ray.models.weight_reading import read_safetensors, weights_device
 from flashdmd_ray.run.messages import one_line
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_BASE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def load_latent_reward(path: Path | str) -> LatentRewardModel:
@@ -31,15 +32,16 @@ def load_latent_reward(path: Path | str) -> LatentRewardModel:
     try:
         root: Path = load_part(str(path), "", lambda: fetch(str(path), "", _check_whole, TRANSFORMERS))
         config = json.loads((root / CONFIG_FILE).read_text())
-        model = _build(config)
-        state = load_file(root / WEIGHTS_FILE)
+        with weights_device():
+            model = _build(config)
+        state = _read(root, TRANSFORMERS)
         base = config.get(f"base_{model.kind}")
         if base is not None:
             names = model.state_dict().keys() - state.keys()
             shared = _base_state(model, root / base)
             state |= {name: value for name, value in shared.items() if name in names}
         model.load_state_dict({name: value.float() for name, value in state.items()})
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ModelFileError) as error:
         raise ValueError(f"{path} is not a complete latent reward model: {error}") from error
     except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} does not hold a latent reward model: {one_line(error)}") from error
@@ -84,7 +86,13 @@ def _build(config: dict[str, Any]) -> LatentRewardModel:
     raise KeyError(" or ".join(sorted({entry.denoiser for entry in FAMILIES.values()})))
 
 
+def _read(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All weights in a folder, whole, as a variant or in shards."""
+    headers = weight_files(folder, stem).headers
+    return {name: value for header in headers for name, value in read_safetensors(header.path).items()}
+
+
 def _base_state(model: LatentRewardModel, path: Path) -> dict[str, Tensor]:
     """Weights of a network's directory under the names they have inside the reward model."""
-    state = model.as_blocks(load_file(path / _BASE_WEIGHTS))
+    state = model.as_blocks(_read(path, DIFFUSERS))
     return {f"{model.kind}.{name}": value for name, value in state.items()}
