@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
+from flashdmd_ray.run.json_text import unique_names
 from flashdmd_ray.serving.errors import ApiError
 
 MAX_DISCARDED = 32 * 2**20
@@ -48,20 +49,19 @@ def parse_object(body: bytes) -> Mapping[str, Any]:
     Raises ApiError (400) when it is no object.
     """
     try:
-        tree = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_once)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "The body is not valid JSON.", "invalid_json") from None
+        tree = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=unique_names)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"The body is not valid JSON: {_why(error)}.", "invalid_json") from None
     if not isinstance(tree, dict):
         raise ApiError(400, "The body must be a JSON object.", "invalid_json")
     return tree
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
-        raise ApiError(400, f"The body gives '{twice[0][:100]}' twice.", "invalid_json", twice[0][:100])
-    return dict(pairs)
-
-
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)

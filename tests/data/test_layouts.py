@@ -244,6 +244,24 @@ def test_rows_of_a_csv_are_whole_or_broken(tmp_path):
     assert counts(tally.bad) == {"broken line": 3, "missing caption": 4}
 
 
+def test_a_field_given_twice_makes_a_row_bad(tmp_path):
+    """A reader that takes the last one would train on a caption that nobody chose. NaN is what pandas writes for an empty cell."""
+    rows = '{"file_name": "0.png", "text": "a", "text": "b"}\n{"file_name": "1.png", "text": "c", "score": NaN}\n'
+    captions, tally = judge(write_files(tmp_path / "f", {"0.png": IMAGE, "1.png": IMAGE, "metadata.jsonl": rows}))
+    assert captions == {"1.png": "c"}
+    assert counts(tally.bad) == {"broken line": 1, "missing caption": 1}
+    beside = {
+        "0.png": IMAGE,
+        "0.json": '{"text": "a", "text": "b"}',
+        "1.png": IMAGE,
+        "1.json": '{"text": "c", "score": NaN}',
+    }
+    archive = write_tar(tmp_path / "a.tar", [(n, c if isinstance(c, bytes) else c.encode()) for n, c in beside.items()])
+    captions, tally = judge(archive)
+    assert captions == {"a.tar:1": "c"}
+    assert counts(tally.bad) == {"broken JSON": 1}
+
+
 def test_images_without_captions_where_prompts_are_others(tmp_path):
     root = write_files(tmp_path / "f", {f"{n}.png": picture(n) for n in range(4)} | {"0.txt": "one"})
     (tmp_path / "p.txt").write_text("a prompt\n")

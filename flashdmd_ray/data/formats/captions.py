@@ -9,6 +9,7 @@ from typing import IO
 from flashdmd_ray.data.formats.base import CAPTIONS, is_filled
 from flashdmd_ray.data.formats.names import CAPTION_SUFFIXES
 from flashdmd_ray.data.sample import BadSample, decode_text
+from flashdmd_ray.run.json_text import unique_names
 
 LARGEST_TEXT = 16 * 2**20
 
@@ -32,7 +33,7 @@ def caption_in(texts: Mapping[str, Callable[[], IO[bytes]]], column: str | None)
 def json_caption(data: bytes, column: str | None) -> object:
     """The caption in a JSON object beside an image: the named field, else the first usual one with a text. Raises BadSample."""
     try:
-        tree = json.loads(decode_text(data))
+        tree = json.loads(decode_text(data), object_pairs_hook=unique_names)
     except (ValueError, RecursionError):
         raise BadSample("broken JSON") from None
     if not isinstance(tree, dict):

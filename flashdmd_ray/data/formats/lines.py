@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from flashdmd_ray.data.sample import LARGEST_CAPTION
+from flashdmd_ray.run.json_text import unique_names
 
 HEAD = 1000
 """Rows that tell what a file's columns are called."""
@@ -40,11 +41,11 @@ def _open_text(path: Path, newline: str | None) -> Iterator[TextIO]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """("file line 3", value) for each line that is not blank; `Ellipsis` is the value of a line that is no JSON."""
+    """("file line 3", value) for each line that is not blank; `Ellipsis` is the value of a line that is no JSON, or names a field twice."""
     for number, line in enumerate(text_lines(path), 1):
         if line.strip():
             try:
-                yield f"{path.name} line {number}", json.loads(line)
+                yield f"{path.name} line {number}", json.loads(line, object_pairs_hook=unique_names)
             except (ValueError, RecursionError):
                 yield f"{path.name} line {number}", ...
 
