@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ def run_worker(config: RewardTrainingConfig, source: str, folder: Path, context:
     family = load_spaces(config)
     data = open_pair_data(config.pairs, source, family.image_size, config.seed)
     trainer = RewardTrainer.from_config(config, family)
-    done = train(trainer, data.train, context, MetricsFile(folder / METRICS).write)
+    with closing(MetricsFile(folder / METRICS)) as metrics:
+        done = train(trainer, data.train, context, metrics.write)
     if context.rank == 0:
         report = {**data.tally.as_json(), "damaged": {bad.key: bad.reason for bad in data.train.met}}
         (folder / BAD_PAIRS).write_text(json.dumps(report, indent=1) + "\n")
@@ -59,3 +61,7 @@ class MetricsFile:
         if self._log is None:
             self._log = MetricsLog(self._path, after_step=step - 1)
         self._log.write(step, metrics)
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
