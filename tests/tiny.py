@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from segment_anything.modeling import ImageEncoderViT
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -196,4 +199,33 @@ def save_sd15(path: Path, **arguments: object) -> Path:
 
 def save_sd3(path: Path, **arguments: object) -> Path:
     sd3_pipeline(**arguments).save_pretrained(path)  # type: ignore[arg-type]
+    return path
+
+
+def sam_encoder(image_size: int = 32) -> ImageEncoderViT:
+    """A random image encoder of Segment Anything, with windows and two global blocks."""
+    torch.manual_seed(0)
+    encoder = ImageEncoderViT(
+        img_size=image_size,
+        patch_size=4,
+        embed_dim=16,
+        depth=4,
+        num_heads=2,
+        mlp_ratio=2,
+        out_chans=8,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=3,
+        global_attn_indexes=(1, 3),
+    )
+    for name, value in encoder.named_parameters():
+        if "pos" in name:
+            nn.init.normal_(value)
+    return encoder
+
+
+def save_sam(path: Path) -> Path:
+    """An official-style .pth file of that encoder."""
+    state = {f"image_encoder.{name}": value for name, value in sam_encoder().state_dict().items()}
+    torch.save({**state, "mask_decoder.iou_token.weight": torch.zeros(1, 8)}, path)
     return path

@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from flashdmd_ray.data.datasets import data_faults
+from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.run.command_line import path_argument, run_command
 from flashdmd_ray.run.files import write_atomically
 from flashdmd_ray.run.folder import read_run_config
@@ -47,14 +49,20 @@ def evaluate_run(run: Path, samples: int, seed: int | None) -> Mapping[str, obje
     config = config.model_copy(
         update={"seed": seed, "evaluation": config.evaluation.model_copy(update={"samples": samples})}
     )
+    if config.data.source != "demo" or config.evaluation.prompts is not None:
+        data = config.data.model_copy(update={"embeddings": None, "latents": None})  # read by training alone
+        if faults := data_faults(config.model_copy(update={"data": data})):
+            raise ValueError("\n".join(faults))
     import torch
 
-    from flashdmd_ray.results.comparison import compare, judging_family
+    from flashdmd_ray.results.comparison import compare, judging_family, pixel_rewards
     from flashdmd_ray.results.evaluation import as_json, print_table
     from flashdmd_ray.results.student import find_student, read_student
     from flashdmd_ray.roles.networks import load_student
 
     source = find_student(run, config)
+    judging = config.model_copy(update={"rewards": tuple(pixel_rewards(config))})
+    try_loading(judging, judging.rewards)
 
     torch.set_num_threads(config.placement.threads)
     print(f"evaluating {source}", flush=True)

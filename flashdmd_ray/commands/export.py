@@ -67,17 +67,20 @@ def export_run(run: Path, which: str, out: Path | None, form: Format = "pipeline
         )
 
     from flashdmd_ray.checkpoint import Best, read_state, select_checkpoint
-    from flashdmd_ray.results.export import export_pipeline
+    from flashdmd_ray.models.trial_loading import try_loading
+    from flashdmd_ray.results.export import check_target, export_pipeline
     from flashdmd_ray.results.lora_export import export_lora
     from flashdmd_ray.results.report import card_facts
     from flashdmd_ray.results.student import saved_weights, student_weights
     from flashdmd_ray.roles.networks import load_family
 
+    out = out or run / FOLDERS[form]
+    check_target(out, form, config.model.family)
     checkpoint = select_checkpoint(checkpoint_root(config, run), which, Best.from_config(config.checkpoint))
     training = read_state(checkpoint)
     facts = card_facts(config, training, *_reported(run, config, training))
-    family = load_family(config.model)
-    out, timesteps = out or run / FOLDERS[form], config.sampling.timesteps
+    try_loading(config)
+    family, timesteps = load_family(config.model), config.sampling.timesteps
     if form == "pipeline":
         written = export_pipeline(family, student_weights(config, family, checkpoint), timesteps, out, facts)
     else:

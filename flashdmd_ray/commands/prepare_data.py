@@ -12,6 +12,8 @@ from pathlib import Path
 
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.data.executor import Executor, in_threads
+from flashdmd_ray.models.teacher_files import teacher_files
+from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.run.command_line import FAILED, add_set, path_argument, run_command
 from flashdmd_ray.run.variables import check_ray_address
 
@@ -27,6 +29,9 @@ def _prepare(options: argparse.Namespace) -> int:
     steps = [step for step in ("embeddings", "latents") if getattr(options, step)]
     if steps and options.out is None:
         raise ValueError("--out: name the folder that the computed files go to")
+    if steps:
+        teacher_files(config)
+        try_loading(config)
     return _on(options.runtime, lambda executor: _run(config, options, steps, executor))
 
 

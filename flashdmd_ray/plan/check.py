@@ -16,6 +16,9 @@ from flashdmd_ray.run.storage import check_checkpoint_root
 from flashdmd_ray.run.tracking import tracking_uri
 from flashdmd_ray.run.variables import check_ray_address
 
+SAM_SIZE = (1024, 1024)
+"""Images that Segment Anything was made for."""
+
 
 def check(config: Config) -> tuple[RunDirectory, list[Part]]:
     """Everything that can be known to be wrong before work begins: run folder, data, model files, memory of GPUs. Creates nothing.
@@ -43,6 +46,9 @@ def _inspected(config: Config) -> tuple[RunDirectory, list[Part], Models]:
     check_checkpoint_root(config, run.path)
     tracking_uri(config.tracking, run)
     models = models_of(config)
-    try_loading(config)
+    rewards = config.rewards if config.preference.updates else ()
+    with_sam = config.adversarial.space == "pixel" and not models.absent
+    side = max(models.image or SAM_SIZE)
+    try_loading(config, rewards, config.generator.start, side if with_sam else None)
     parts = parts_of_models(config, models)
     return run, parts, models

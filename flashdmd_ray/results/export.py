@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from huggingface_hub import ModelCard
 from torch import Tensor
 
+from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.diffusion.schedule import FlowSchedule, schedule_from_config
 from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
 from flashdmd_ray.models.family import Family
@@ -87,6 +88,18 @@ pipeline = {name}.from_pretrained({loading_arguments("path/to/this/directory", f
     return out
 
 
+def check_target(out: Path, form: str = "pipeline", family: str = "") -> None:
+    """Raises ValueError when `out` holds something else than an earlier export, or the family has no such form."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / FACTS).is_file())):
+        raise ValueError(
+            f"{out} exists and is no earlier export (it has no {FACTS}): choose another directory or remove it"
+        )
+    if form == "kohya" and FAMILIES[family].denoiser != "unet":
+        raise ValueError(
+            f"--format kohya: kohya's names are those of U-Nets, and a model of family '{family}' has none; use --format lora"
+        )
+
+
 @contextmanager
 def export_folder(
     family: Family, timesteps: Sequence[int], out: Path, facts: CardFacts, loading: str, relation: str
@@ -97,10 +110,7 @@ def export_folder(
     example that make `pipeline`. relation: the hub's word for what this is to its base. An earlier export at `out` is replaced in one
     rename. Raises ValueError when something else is there.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / FACTS).is_file())):
-        raise ValueError(
-            f"{out} exists and is no earlier export (it has no {FACTS}): choose another directory or remove it"
-        )
+    check_target(out)
     scheduler, steps = few_step_scheduler(family.scheduler_config, timesteps)
     with new_folder(out) as folder:
         yield folder, scheduler

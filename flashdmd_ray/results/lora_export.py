@@ -11,10 +11,9 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.config import LoraConfig
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.results.export import export_folder, few_step_scheduler, loading_arguments
+from flashdmd_ray.results.export import check_target, export_folder, few_step_scheduler, loading_arguments
 from flashdmd_ray.results.model_card import CardFacts
 
 LoraFormat = Literal["lora", "kohya"]
@@ -36,10 +35,7 @@ def export_lora(
     weights: of the adapter (`AdaptedDenoiser.state_dict`). Both formats load with `pipeline.load_lora_weights`. Raises
     ValueError for kohya's format of a network that is no U-Net, and when `out` holds something else.
     """
-    if form == "kohya" and FAMILIES[family.name].denoiser != "unet":
-        raise ValueError(
-            f"--format kohya: kohya's names are those of U-Nets, and a model of family '{family.name}' has none; use --format lora"
-        )
+    check_target(out, form, family.name)
     factor = (lora.alpha or lora.rank) / lora.rank
     tensors = {name: at_factor_one(name, tensor, factor) for name, tensor in weights.items()}
     if form == "kohya":

@@ -12,6 +12,7 @@ from textwrap import indent
 from flashdmd_ray.config import dump_changes, load_as
 from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.models.teacher_files import teacher_files
+from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.reward_training.check import check_pairs
 from flashdmd_ray.reward_training.config import DRAWN, RewardTrainingConfig
 from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
@@ -57,6 +58,7 @@ def describe(config: RewardTrainingConfig, run: RunDirectory) -> list[str]:
     teacher = teacher_files(config)
     check_pairs(config)
     judges = reward_files(config)
+    try_loading(config, config.rewards)
     pairs, model, optimizer = config.pairs, config.latent_reward, config.optimizer
     part = {"all": "every kept weight", "last": "the last part and the projections"}[model.train]
     size = f", {teacher.total:,} parameters with VAE and text encoders" if teacher.total else ""

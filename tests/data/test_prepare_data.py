@@ -76,6 +76,7 @@ def test_a_table_without_images_is_prompts(command, tmp_path, as_folder):
     [
         (("nowhere",), "does not exist"),
         (("nowhere", "--latents"), "--out: name the folder"),
+        (("nowhere", "--latents", "--out", "x", "--model", "/no/where"), "model.teacher: no such directory"),
         (("nowhere", "--workers", "0"), "data.workers"),
         (("nowhere", "--set", "data.colour=red"), "data.colour"),
     ],

@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from segment_anything.modeling import ImageEncoderViT
-from torch import nn
 
 from flashdmd_ray.models.sam import global_attention_tokens, load_sam_encoder, normalise_pixels
-
-
-def _encoder(image_size: int = 32) -> ImageEncoderViT:
-    torch.manual_seed(0)
-    encoder = ImageEncoderViT(
-        img_size=image_size,
-        patch_size=4,
-        embed_dim=16,
-        depth=4,
-        num_heads=2,
-        mlp_ratio=2,
-        out_chans=8,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=3,
-        global_attn_indexes=(1, 3),
-    )
-    for name, value in encoder.named_parameters():
-        if "pos" in name:
-            nn.init.normal_(value)
-    return encoder
+from tests.tiny import sam_encoder, save_sam
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """An official-style .pth file of a small model."""
-    state = {f"image_encoder.{name}": value for name, value in _encoder().state_dict().items()}
-    torch.save({**state, "mask_decoder.iou_token.weight": torch.zeros(1, 8)}, tmp_path / "sam_vit_x.pth")
-    return tmp_path / "sam_vit_x.pth"
+    return save_sam(tmp_path / "sam_vit_x.pth")
 
 
 def test_same_size_gives_the_official_output_frozen(checkpoint) -> None:
@@ -48,7 +23,7 @@ def test_same_size_gives_the_official_output_frozen(checkpoint) -> None:
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder.training
-    expected = _encoder()(normalise_pixels(images))
+    expected = sam_encoder()(normalise_pixels(images))
     torch.testing.assert_close(encoder(normalise_pixels(images)), expected)
     last = global_attention_tokens(encoder, images)[-1]
     torch.testing.assert_close(encoder.neck(last.permute(0, 3, 1, 2)), expected)
@@ -56,7 +31,7 @@ def test_same_size_gives_the_official_output_frozen(checkpoint) -> None:
 
 def test_fused_attention_has_the_official_gradient(checkpoint) -> None:
     """To the pixels, in float32 within 1e-5 of the largest; in bfloat16 the output stays within 2 % of the official one's spread."""
-    fused, official = load_sam_encoder(checkpoint, 32), _encoder()
+    fused, official = load_sam_encoder(checkpoint, 32), sam_encoder()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     direction = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(2))
     gradients, outputs = [], []
@@ -87,7 +62,7 @@ def test_other_sizes_interpolate_absolute_and_relative_tables(checkpoint, size: 
 
 
 def test_interpolation_keeps_a_linear_table_linear(tmp_path) -> None:
-    encoder = _encoder()
+    encoder = sam_encoder()
     with torch.no_grad():
         encoder.pos_embed.copy_(torch.linspace(-1, 1, 8).view(1, 1, 8, 1).expand(1, 8, 8, 16))
         encoder.blocks[1].attn.rel_pos_w.copy_(torch.linspace(-1, 1, 15)[:, None].expand(15, 8))
@@ -108,7 +83,7 @@ def test_gradient_reaches_the_images(checkpoint) -> None:
 
 def test_directory_with_safetensors(tmp_path) -> None:
     save_file(
-        {f"image_encoder.{n}": v.contiguous() for n, v in _encoder().state_dict().items()},
+        {f"image_encoder.{n}": v.contiguous() for n, v in sam_encoder().state_dict().items()},
         tmp_path / "model.safetensors",
     )
     (tmp_path / "config.json").write_text(json.dumps({}))

@@ -4,10 +4,12 @@ import json
 import re
 
 import pytest
+import torch
 from model_folders import PARTS, model_settings
 
 from flashdmd_ray import plan
 from flashdmd_ray.config import parse_config
+from tests.tiny import save_sam
 
 
 @pytest.fixture
@@ -100,8 +102,11 @@ def test_an_official_sam_checkpoint_is_one_file(settings, tmp_path):
     settings["model"]["sam"] = str(tmp_path / "sam_vit_b.pth")
     with pytest.raises(ValueError, match=r"model\.sam: .* does not exist"):
         plan.check(parse_config(settings))
-    (tmp_path / "sam_vit_b.pth").write_bytes(bytes(4000))
-    assert row(plan_text(settings), "discriminator: SAM")[3] == "1,000"
+    size = save_sam(tmp_path / "sam_vit_b.pth").stat().st_size
+    assert row(plan_text(settings), "discriminator: SAM")[3] == f"{size // 4:,}"
+    torch.save({"image_encoder.pos_embed": torch.zeros(1, 2, 2, 8)}, tmp_path / "sam_vit_b.pth")
+    with pytest.raises(ValueError, match=r"sam_vit_b\.pth is not a Segment Anything checkpoint"):
+        plan.check(parse_config(settings))
 
 
 @pytest.mark.parametrize("path", ["/no/where", "./no", "no\nwhere", "nobody/nothing"])
