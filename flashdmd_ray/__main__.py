@@ -22,7 +22,7 @@ COMMANDS = {
     },
     "config": (
         "reference.command:config_command",
-        "explain a setting (config KEY), print a configuration (config show)",
+        "explain a setting (config KEY), write a configuration (config new)",
     ),
     "scale": ("commands.scale:scale_command", "look at the pools of a running job and resize them"),
 }

@@ -19,12 +19,16 @@ WIDTH = 100
 def config_command(arguments: Sequence[str] | None = None) -> int:
     """`flashdmd config [KEY ...]` or `flashdmd config show [CONFIG]`; returns the exit code."""
     words = list(arguments or ())
+    if words[:1] == ["new"]:
+        from flashdmd_ray.reference.start import new_command
+
+        return new_command(words[1:])
     if words[:1] == ["show"]:
         return _show(words[1:])
     parser = argparse.ArgumentParser(
         prog="flashdmd config",
         description="Explain settings: type, bounds, default and meaning.",
-        epilog="`flashdmd config show` prints all of a configuration.",
+        epilog="`flashdmd config new` writes a configuration to start from, `flashdmd config show` prints all of one.",
     )
     parser.add_argument(
         "keys", metavar="KEY", nargs="*", help="a setting or a section, e.g. preference.beta (default: all sections)"

@@ -1,0 +1,171 @@
+"""The command `flashdmd config new`: a commented configuration for a teacher, images, prompts and the GPUs of this machine.
+
+Exit codes: 0 written, 2 nothing fits, the file is there, or an option is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from flashdmd_ray.config import Config, validated
+from flashdmd_ray.plan.fit import check_fit
+from flashdmd_ray.plan.hardware import gpus_here
+from flashdmd_ray.plan.models import models_of
+from flashdmd_ray.plan.parts import parts_of_models
+from flashdmd_ray.reference.pages import SCHEMAS
+from flashdmd_ray.run.command_line import run_command
+from flashdmd_ray.run.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What a family is usually trained with: its published teacher, a VAE of its own or '', the teacher's guidance."""
+
+    teacher: str
+    vae: str
+    guidance: float
+
+
+USUAL = {
+    "sdxl": Usual("stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-vae-fp16-fix", 8.0),
+    "sd3": Usual("stabilityai/stable-diffusion-3-medium-diffusers", "", 7.0),
+    "sd15": Usual("stable-diffusion-v1-5/stable-diffusion-v1-5", "", 7.5),
+}
+SAM = "models/sam_vit_b_01ec64.pth"
+LADDER = ((None, 8), (None, 4), (768, 4), (512, 4), (512, 2))
+"""(pixels of a side, or None for the teacher's own; batch): the first that fits is written."""
+
+
+def new_command(arguments: Sequence[str]) -> int:
+    """`flashdmd config new FAMILY --images DIR --prompts FILE ...`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="flashdmd config new",
+        description="Write a commented configuration for your images, prompts and teacher that fits this machine's GPUs.",
+        epilog="Then: flashdmd train FILE --dry-run",
+    )
+    parser.add_argument("family", choices=USUAL, help="the teacher's family; sd15: also 2.1, sd3: also 3.5")
+    parser.add_argument("--images", required=True, help="real images: a folder with text files beside them, .tar, ...")
+    parser.add_argument("--prompts", help="prompts, one per line (default: the images' captions)")
+    parser.add_argument(
+        "--teacher", help="a diffusers folder, a .safetensors file or a hub id (default: the published)"
+    )
+    parser.add_argument("--sam", default=SAM, help="Segment Anything's weights (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, help="how many GPUs to use (default: those of this machine)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU (default: as found, or 24)")
+    parser.add_argument("--out", type=Path, help="the file to write (default: my_FAMILY.yaml)")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _write(options))
+
+
+def _write(options: argparse.Namespace) -> int:
+    out: Path = options.out or Path(f"my_{options.family}.yaml")
+    if out.exists():
+        raise ValueError(f"--out: {out} is there already; name another file, or remove it")
+    for name, path in (("--images", options.images), ("--prompts", options.prompts)):
+        if path is not None and not path.startswith("hf:") and not Path(path).exists():
+            raise ValueError(f"{name}: {path} does not exist")
+    here = gpus_here()
+    gpus = len(here) if options.gpus is None else options.gpus
+    if gpus < 0:
+        raise ValueError(f"--gpus {gpus}: must not be negative")
+    memory = options.gpu_memory or (min(here) if here else 24.0)
+    write_atomically(out, first_that_fits(options, out.stem, gpus, round(memory - 0.5, 1)))
+    where = f"{gpus} GPU{'s' if gpus > 1 else ''} of {memory:g} GiB" if gpus else "no GPU: on the CPU, for small models"
+    print(f"{out} is written for {where}; next: flashdmd train {out} --dry-run")
+    return 0
+
+
+def first_that_fits(options: argparse.Namespace, name: str, gpus: int, room: float) -> str:
+    """The text of the first configuration of the ladder whose plan fits. room: GiB of one GPU. Raises ValueError when none does."""
+    refusal: ValueError | None = None
+    for side, batch in LADDER:
+        text = "\n".join(_lines(options, name, gpus, room, side, batch)) + "\n"
+        config = validated(Config, yaml.safe_load(text))
+        models = models_of(config)
+        try:
+            check_fit(config, models, parts_of_models(config, models))
+        except ValueError as error:
+            refusal = error
+            continue
+        return text
+    raise ValueError(f"nothing fits into {room:g} GiB, not even 512 pixels: {refusal}")
+
+
+def _lines(
+    options: argparse.Namespace, name: str, gpus: int, room: float, side: int | None, batch: int
+) -> Iterator[str]:
+    """The lines of a configuration file."""
+    usual, ranks = USUAL[options.family], max(1, gpus - 2)
+    number = "bfloat16" if gpus else "float32"
+    yield f"# yaml-language-server: $schema={SCHEMAS[Config]}"
+    yield f"# Distils {options.family} with low-rank adapters. `flashdmd config KEY` explains a key; docs/configuration.md all of them."
+    yield "steps: 4000          # the first few hundred show whether it works"
+    yield f"batch: {batch * ranks}             # larger is steadier; accumulation below keeps it in memory"
+    yield "ttur: 1"
+    yield f"runtime: {'ray' if gpus > 1 else 'local'}       # local: one process. ray: a process for each role"
+    yield f"run: {{name: {_text(name)}}}   # the same name again resumes the run"
+    yield "model:"
+    yield f"  family: {options.family}"
+    yield f"  teacher: {_text(options.teacher or usual.teacher)}"
+    if usual.vae and not options.teacher and gpus:
+        yield f"  vae: {usual.vae}   # the teacher's own overflows below float32"
+    yield f"  dtype: {number}"
+    if side is not None:
+        yield f"  resolution: [{side}, {side}]   # null is the teacher's own size, which would not fit"
+    yield f"  sam: {_text(options.sam)}   # from https://github.com/facebookresearch/segment-anything"
+    yield "data:"
+    yield f"  source: {_text(options.images)}"
+    if options.prompts:
+        yield f"  prompts: {_text(options.prompts)}"
+    yield "generator: {lr: 1.0e-5, warmup: 100}   # adapters take 10 to 20 times the rates of whole networks"
+    yield "score: {lr: 1.0e-4, warmup: 100}       # ten times the generator's: it must follow it"
+    yield f"matching: {{guidance_scale: {usual.guidance}}}        # the teacher's: more is more saturated and less diverse"
+    yield "adversarial: {balance: 0.5}"
+    candidates = f"batch: {batch * ranks}, candidates: 4, decode_batch: 4"
+    yield f"preference: {{updates: 5, {candidates}, lr: 2.0e-6}}   # updates: 0 is distillation alone"
+    yield "rewards:             # held_out: a judge that training does not raise"
+    half = "float16" if gpus else "float32"
+    pool = ", pool: reward" if gpus > 1 else ""
+    yield f"  - {{kind: pickscore, path: yuvalkirstain/PickScore_v1, dtype: {half}, batch: 4{pool}}}"
+    yield f"  - {{kind: imagereward, path: THUDM/ImageReward, dtype: {half}, batch: 4, held_out: true{pool}}}"
+    yield "monitor: {every: 10}"
+    yield "lora: {networks: [generator, score], rank: 32}"
+    yield "engine:"
+    if ranks > 1:
+        yield "  kind: deepspeed"
+    yield f"  precision: {number}"
+    yield "  gradient_checkpointing: true"
+    yield f"  accumulation: {batch}    # one sample at a time"
+    yield from _placement(gpus, ranks, room)
+    yield "checkpoint: {every: 250}"
+    yield "tracking: {samples_every: 100}"
+    yield f"evaluation: {{batch: 2, guidance_scale: {usual.guidance}, ema: 0.95}}"
+
+
+def _placement(gpus: int, ranks: int, room: float) -> Iterator[str]:
+    """The section `placement`: one process on one GPU, else the learner on all GPUs but the last one or two."""
+    if not gpus:
+        yield "placement: {threads: 4}   # no GPUs: everything on the CPU"
+        return
+    if gpus == 1:
+        shares = dict.fromkeys(("learner", "discriminator", "rollout", "reward"), 1.0)
+    elif gpus == 2:
+        shares = {"learner": 1.0, "discriminator": 0.5, "rollout": 0.3, "reward": 0.2}
+    else:
+        shares = {"learner": 1.0, "discriminator": 1.0, "rollout": 0.6, "reward": 0.4}
+    yield "placement:           # gpus: of each worker; 1 process shares one GPU, with Ray roles may share one too"
+    for group, share in shares.items():
+        workers = f"workers: {ranks}, " if group == "learner" and ranks > 1 else ""
+        yield f"  {group}: {{{workers}gpus: {share:g}, gpu_memory_gib: {room:g}}}"
+    yield "  threads: 4"
+
+
+def _text(text: str) -> str:
+    """Text as YAML reads it back: in quotes where it must be."""
+    return json.dumps(text) if yaml.safe_load(f"a: {text}") != {"a": text} else text
