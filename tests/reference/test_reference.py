@@ -1,11 +1,15 @@
 """Settings in sight: the page, the schemas and `flashdmd config` say what the configuration's types say."""
 
+from pathlib import Path
+
 import jsonschema
 import pytest
 import yaml
+from PIL import Image
+from tiny import sdxl_pipeline
 
 from flashdmd_ray.__main__ import main
-from flashdmd_ray.config import PRESETS, Config
+from flashdmd_ray.config import PRESETS, Config, load_config
 from flashdmd_ray.reference.pages import SCHEMAS, files, schema
 from flashdmd_ray.reference.settings import JOBS, settings_of
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
@@ -50,3 +54,36 @@ def test_a_key_is_explained(key, said, capsys):
 def test_an_unknown_key_is_refused_with_the_nearest(capsys):
     assert main(["config", "beta"]) == 2
     assert capsys.readouterr().err == "error: beta: unknown key, did you mean preference.beta?\n"
+
+
+def test_from_a_checkpoint_photographs_and_prompts_to_a_valid_dry_run_in_two_commands(tmp_path, monkeypatch, capsys):
+    sdxl_pipeline().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "1.jpg")
+    (tmp_path / "photos" / "1.txt").write_text("a photograph")
+    (tmp_path / "prompts #1.txt").write_text("a cat\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["config", "new", "sdxl", "--images", "photos", "--prompts", "prompts #1.txt", "--teacher", "teacher"]
+    assert main([*command, "--gpus", "0"]) == 0
+    written = Path("my_sdxl.yaml").read_text()
+    assert main(["train", "my_sdxl.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "prompts: prompts #1.txt" in said
+    assert "model.sam: models/sam_vit_b_01ec64.pth does not exist" in said
+    assert main([*command, "--out", "my_sdxl.yaml"]) == 2, "a file that is there is never written over"
+    assert Path("my_sdxl.yaml").read_text() == written
+
+
+@pytest.mark.parametrize(
+    ("family", "gpus", "memory", "side", "ranks"),
+    [("sdxl", 1, 24, None, 1), ("sdxl", 1, 80, None, 1), ("sd3", 2, 80, None, 1), ("sd15", 8, 24, None, 6)],
+)
+def test_a_new_configuration_fits_the_gpus_it_is_written_for(family, gpus, memory, side, ranks, tmp_path):
+    (tmp_path / "photos").mkdir()
+    out = tmp_path / "new.yaml"
+    command = ["config", "new", family, "--images", str(tmp_path / "photos"), "--out", str(out)]
+    assert main([*command, "--gpus", str(gpus), "--gpu-memory", str(memory)]) == 0
+    config = load_config(out)
+    assert config.model.resolution == side
+    assert config.placement.learner.workers == ranks
+    assert config.placement.learner.gpu_memory_gib == memory - 0.5
