@@ -112,17 +112,22 @@ def _keys_at(root: type[Section], location: Sequence[int | str]) -> list[str]:
 
 def dump_changes(config: Section) -> str:
     """The settings that differ from the defaults, as YAML. Loaded again, they give the same configuration."""
-    changed = _differences(config.model_dump(mode="json"), type(config)().model_dump(mode="json"))
+    lean = config.model_dump(mode="json", exclude_defaults=True)
+    changed = _differences(config.model_dump(mode="json"), type(config)().model_dump(mode="json"), lean)
     return yaml.safe_dump(changed, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 
-def _differences(tree: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _differences(tree: Mapping[str, Any], defaults: Mapping[str, Any], lean: Mapping[str, Any]) -> dict[str, Any]:
+    """lean: the same tree; a list's items, which have no defaults of their place, are written as there."""
     differences: dict[str, Any] = {}
     for key, value in tree.items():
-        usual = defaults.get(key)
-        if value != usual:
-            both = isinstance(value, Mapping) and isinstance(usual, Mapping)
-            differences[key] = _differences(value, usual or {}) if both else value
+        usual, short = defaults.get(key), lean.get(key)
+        if value == usual:
+            continue
+        if isinstance(value, Mapping) and isinstance(usual, Mapping):
+            differences[key] = _differences(value, usual, short or {})
+        else:
+            differences[key] = short if value and isinstance(value, list) else value
     return differences
 
 

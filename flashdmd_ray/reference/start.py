@@ -38,8 +38,8 @@ USUAL = {
     "sd15": Usual("stable-diffusion-v1-5/stable-diffusion-v1-5", "", 7.5),
 }
 SAM = "models/sam_vit_b_01ec64.pth"
-LADDER = ((None, 8), (None, 4), (768, 4), (512, 4), (512, 2))
-"""(pixels of a side, or None for the teacher's own; batch): the first that fits is written."""
+LADDER = ((None, 8, 4), (None, 4, 1), (768, 4, 1), (512, 4, 1))
+"""(pixels of a side, or None for the teacher's own; batch of a GPU; samples at a time): the first that fits is written."""
 
 
 def new_command(arguments: Sequence[str]) -> int:
@@ -84,8 +84,8 @@ def _write(options: argparse.Namespace) -> int:
 def first_that_fits(options: argparse.Namespace, name: str, gpus: int, room: float) -> str:
     """The text of the first configuration of the ladder whose plan fits. room: GiB of one GPU. Raises ValueError when none does."""
     refusal: ValueError | None = None
-    for side, batch in LADDER:
-        text = "\n".join(_lines(options, name, gpus, room, side, batch)) + "\n"
+    for side, batch, at_once in LADDER:
+        text = "\n".join(_lines(options, name, gpus, room, side, batch, at_once)) + "\n"
         config = validated(Config, yaml.safe_load(text))
         models = models_of(config)
         try:
@@ -98,14 +98,15 @@ def first_that_fits(options: argparse.Namespace, name: str, gpus: int, room: flo
 
 
 def _lines(
-    options: argparse.Namespace, name: str, gpus: int, room: float, side: int | None, batch: int
+    options: argparse.Namespace, name: str, gpus: int, room: float, side: int | None, batch: int, at_once: int
 ) -> Iterator[str]:
     """The lines of a configuration file."""
-    usual, ranks = USUAL[options.family], max(1, gpus - 2)
+    usual, rollouts = USUAL[options.family], max(1, gpus // 2)  # rollouts take most of a step
+    ranks = max(1, gpus - rollouts - 1)
     number = "bfloat16" if gpus else "float32"
     yield f"# yaml-language-server: $schema={SCHEMAS[Config]}"
     yield f"# Distils {options.family} with low-rank adapters. `flashdmd config KEY` explains a key; docs/configuration.md all of them."
-    yield "steps: 4000          # the first few hundred show whether it works"
+    yield "steps: 2000          # the first few hundred show whether it works"
     yield f"batch: {batch * ranks}             # larger is steadier; accumulation below keeps it in memory"
     yield "ttur: 1"
     yield f"runtime: {'ray' if gpus > 1 else 'local'}       # local: one process. ray: a process for each role"
@@ -127,8 +128,13 @@ def _lines(
     yield "score: {lr: 1.0e-4, warmup: 100}       # ten times the generator's: it must follow it"
     yield f"matching: {{guidance_scale: {usual.guidance}}}        # the teacher's: more is more saturated and less diverse"
     yield "adversarial: {balance: 0.5}"
-    candidates = f"batch: {batch * ranks}, candidates: 4, decode_batch: 4"
-    yield f"preference: {{updates: 5, {candidates}, lr: 2.0e-6}}   # updates: 0 is distillation alone"
+    yield "preference:          # updates: 0 is distillation alone"
+    yield "  start_step: 700    # distillation alone before"
+    yield "  updates: 5"
+    yield f"  batch: {4 * ranks}"
+    yield "  candidates: 4"
+    yield "  decode_batch: 4"
+    yield "  lr: 2.0e-6"
     yield "rewards:             # held_out: a judge that training does not raise"
     half = "float16" if gpus else "float32"
     pool = ", pool: reward" if gpus > 1 else ""
@@ -141,28 +147,23 @@ def _lines(
         yield "  kind: deepspeed"
     yield f"  precision: {number}"
     yield "  gradient_checkpointing: true"
-    yield f"  accumulation: {batch}    # one sample at a time"
-    yield from _placement(gpus, ranks, room)
+    yield f"  accumulation: {batch // at_once}    # parts of a batch, one after another, to save memory"
+    yield from _placement(gpus, ranks, rollouts, room)
     yield "checkpoint: {every: 250}"
     yield "tracking: {samples_every: 100}"
     yield f"evaluation: {{batch: 2, guidance_scale: {usual.guidance}, ema: 0.95}}"
 
 
-def _placement(gpus: int, ranks: int, room: float) -> Iterator[str]:
-    """The section `placement`: one process on one GPU, else the learner on all GPUs but the last one or two."""
+def _placement(gpus: int, ranks: int, rollouts: int, room: float) -> Iterator[str]:
+    """The section `placement`. One GPU: one process. More: one for the discriminator, half of all for rollouts and rewards."""
     if not gpus:
         yield "placement: {threads: 4}   # no GPUs: everything on the CPU"
         return
-    if gpus == 1:
-        shares = dict.fromkeys(("learner", "discriminator", "rollout", "reward"), 1.0)
-    elif gpus == 2:
-        shares = {"learner": 1.0, "discriminator": 0.5, "rollout": 0.3, "reward": 0.2}
-    else:
-        shares = {"learner": 1.0, "discriminator": 1.0, "rollout": 0.6, "reward": 0.4}
-    yield "placement:           # gpus: of each worker; 1 process shares one GPU, with Ray roles may share one too"
-    for group, share in shares.items():
-        workers = f"workers: {ranks}, " if group == "learner" and ranks > 1 else ""
-        yield f"  {group}: {{{workers}gpus: {share:g}, gpu_memory_gib: {room:g}}}"
+    shares = {1: (1.0, 1.0, 1.0, 1.0), 2: (1.0, 0.5, 0.3, 0.2)}.get(gpus, (1.0, 1.0, 0.6, 0.4))
+    yield "placement:           # gpus: of each worker; with Ray several workers may share one"
+    groups = ("learner", "discriminator", "rollout", "reward")
+    for group, workers, share in zip(groups, (ranks, 1, rollouts, rollouts), shares, strict=True):
+        yield f"  {group}: {{workers: {workers}, gpus: {share:g}, gpu_memory_gib: {room:g}}}"
     yield "  threads: 4"
 
 

@@ -9,7 +9,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashdmd_ray.config import PRESETS, Config, Section, dump_config, load_config, parse_config, validated
+from flashdmd_ray.config import (
+    PRESETS,
+    Config,
+    Section,
+    dump_changes,
+    dump_config,
+    load_config,
+    parse_config,
+    validated,
+)
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 
 
@@ -34,6 +43,15 @@ def test_overrides_win_and_types_are_coerced():
 def test_the_dump_is_the_same_configuration():
     config = load_config(None, ["rewards=[{kind: latent, weight: 2}]"])
     assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert parse_config(yaml.safe_load(dump_changes(config))) == config
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("latent_reward")])
+def test_the_settings_that_are_printed_are_the_configuration_and_no_more(name):
+    config, said = load_config(name), dump_changes(load_config(name))
+    assert parse_config(yaml.safe_load(said)) == config
+    assert "null" not in said, "no preset sets anything to null that is not so by default"
+    assert said.count("\n") <= 45
 
 
 @pytest.mark.parametrize(
