@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 import yaml
 from PIL import Image
-from tiny import sdxl_pipeline
+from tiny import save_sam, sdxl_pipeline
 
 from flashdmd_ray.__main__ import main
 from flashdmd_ray.config import PRESETS, Config, load_config
@@ -62,10 +62,10 @@ def test_from_a_checkpoint_photographs_and_prompts_to_a_valid_dry_run_in_two_com
     Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "1.jpg")
     (tmp_path / "photos" / "1.txt").write_text("a photograph")
     (tmp_path / "prompts #1.txt").write_text("a cat\n")
-    (tmp_path / "sam_vit_b.pth").write_bytes(bytes(4000))  # looked at when it is loaded
+    save_sam(tmp_path / "sam_vit_x.pth")
     monkeypatch.chdir(tmp_path)
     command = ["config", "new", "sdxl", "--images", "photos", "--prompts", "prompts #1.txt", "--teacher", "teacher"]
-    assert main([*command, "--sam", "sam_vit_b.pth", "--gpus", "0"]) == 0
+    assert main([*command, "--sam", "sam_vit_x.pth", "--gpus", "0"]) == 0
     written = Path("my_sdxl.yaml").read_text()
     assert main(["train", "my_sdxl.yaml", "--dry-run"]) == 0
     assert "prompts: prompts #1.txt" in capsys.readouterr().out
