@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from flashdmd_ray.catalog.families import FAMILIES, latent_size
 from flashdmd_ray.config import ModelConfig
 from flashdmd_ray.diffusion.schedule import NoiseSchedule, schedule_from_config
+from flashdmd_ray.models.config_checks import check_network, check_same_latents, check_shape, check_vae
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.headers import ModelFileError
 from flashdmd_ray.models.locations import resolve
 from flashdmd_ray.models.pipeline_source import PipelineSource, load_vae_file, open_source
 from flashdmd_ray.models.single_file import vae_file
 from flashdmd_ray.models.stock_modules import load_config, load_module, load_part
-from flashdmd_ray.models.teacher_files import check_denoiser, check_same_latents, check_shape, check_vae
 from flashdmd_ray.models.weight_reading import weights_device
 
 PARTS = ("denoiser", "vae", "text")
@@ -108,10 +108,13 @@ class Family(ABC):
         self.device = weights_device()
         network = source.config(FAMILIES[self.name].denoiser)
         vae = _config_of_vae(source, model)
-        load_part(self.path, FAMILIES[self.name].denoiser, lambda: check_denoiser(network, FAMILIES[self.name]))
+        entry = FAMILIES[self.name]
+        encoders = {name: source.config(name) for name in entry.text_encoders}
+        folder = Path(self.path) / entry.denoiser
+        load_part(self.path, entry.denoiser, lambda: check_network(network, encoders, entry, folder))
         try:
             check_shape(vae, Path(model.vae or f"{self.path}/vae"))
-            check_vae(vae, FAMILIES[self.name], network["in_channels"], model.vae or f"the VAE of {self.path}")
+            check_vae(vae, entry, network["in_channels"], model.vae or f"the VAE of {self.path}")
             if model.vae is not None:
                 check_same_latents(vae, source.config("vae"), model.vae)
         except ModelFileError as error:

@@ -38,9 +38,8 @@ def load_part(path: str, part: str, load: Callable[[], Any]) -> Any:
         # safetensors and diffusers also raise classes of their own, derived from Exception alone.
         if not isinstance(error, _LOADING_ERRORS) and type(error).__module__.split(".")[0] not in _LOADING_PACKAGES:
             raise
-        raise ValueError(
-            f"cannot load {part or 'the model'} from {path}: {one_line(error)}; {_remedy(path)}"
-        ) from error
+        what = f"it has no {error.args[0]!r}" if isinstance(error, KeyError) and error.args else one_line(error)
+        raise ValueError(f"cannot load {part or 'the model'} from {path}: {what}; {_remedy(path)}") from error
 
 
 def _remedy(path: str) -> str:
@@ -63,7 +62,7 @@ def load_module(module_class: Any, path: str, subfolder: str, dtype: torch.dtype
 
     def load() -> nn.Module:
         root = fetch(path, subfolder, lambda folder: weight_files(folder, stem), stem)
-        check_module(root / subfolder / "config.json")
+        check_module(root / subfolder / "config.json", class_name=module_class.__name__ if from_diffusers else None)
         files = weight_files(root / subfolder, stem)
         disable_progress_bar()
         if weights_device().type == "meta":

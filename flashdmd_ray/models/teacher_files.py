@@ -7,7 +7,7 @@ in the loaders. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from flashdmd_ray.catalog.families import FamilyEntry, latent_size
 from flashdmd_ray.catalog.rewards import is_published
 from flashdmd_ray.catalog.schedulers import forward_process
 from flashdmd_ray.config import ModelConfig, RewardConfig
+from flashdmd_ray.models.config_checks import check_network, check_same_latents, check_shape, check_vae
 from flashdmd_ray.models.config_files import check_json, check_module, check_tokenizer, read_json
 from flashdmd_ray.models.headers import Header, ModelFileError, stated_scheduler
 from flashdmd_ray.models.locations import HubPath, explain, local, resolve
@@ -31,9 +32,6 @@ from flashdmd_ray.models.single_file import (
     vae_file,
 )
 from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles, weight_files
-
-_LATENTS = {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None}
-"""Keys of a VAE's config.json that say how its latents are scaled, with the value of an absent one."""
 
 
 class NamesModels(Protocol):
@@ -185,8 +183,8 @@ def _check_configs(model: ModelConfig, root: Path, header: Header | None = None)
     _refuse_absent(model, index, root)
     scheduler = check_json(root / "scheduler" / "scheduler_config.json")
     denoiser = check_module(root / entry.denoiser / "config.json", ("sample_size", "in_channels"), entry.network)
-    check_denoiser(denoiser, entry)
-    check_shape(denoiser, root / entry.denoiser, ("sample_size", "in_channels"))
+    encoders = {name: check_json(root / name / "config.json") for name in entry.text_encoders}
+    check_network(denoiser, encoders, entry, root / entry.denoiser)
     if model.vae is None:
         vae = check_module(root / VAE / "config.json", ("block_out_channels",), "AutoencoderKL")
         check_vae(vae, entry, denoiser["in_channels"], str(root / VAE))
@@ -214,67 +212,6 @@ def _refuse_absent(model: ModelConfig, index: Mapping[str, Any], root: Path) -> 
                 if optional
                 else f"{root} has no {name}; choose another"
             )
-
-
-def check_shape(config: Mapping[str, Any], folder: Path, counts: Sequence[str] = ()) -> None:
-    """Raises ModelFileError unless `counts` of a network's config.json are numbers and its block_out_channels a list of them."""
-    wrong = next((key for key in counts if not isinstance(config[key], int) or config[key] < 1), None)
-    channels = config.get("block_out_channels", [1])
-    if not isinstance(channels, list) or not channels or not all(isinstance(count, int) for count in channels):
-        wrong = "block_out_channels"
-    if wrong is not None:
-        raise ModelFileError(
-            f"{folder / 'config.json'} has {wrong} {config[wrong]!r}, which is not read; choose another model"
-        )
-
-
-def check_denoiser(config: Mapping[str, Any], entry: FamilyEntry) -> None:
-    """Raises ModelFileError for a network that wants inputs which the family does not give it."""
-    for key, value in entry.fixed_keys.items():
-        if config.get(key, value) != value:
-            raise ModelFileError(
-                f"the {entry.denoiser} has {key} {config[key]!r}: it reads inputs that a {entry.pipeline} is not given; choose another"
-            )
-
-
-def check_vae(config: Mapping[str, Any], entry: FamilyEntry, channels: int | None, path: str) -> None:
-    """Raises ModelFileError for a VAE whose latents are not those of the denoiser, or are scaled in a way that would be ignored.
-
-    channels: of the latents that the denoiser reads; None when unknown.
-    """
-    scaling = config.get("scaling_factor", 1.0)
-    if not isinstance(scaling, int | float) or not scaling > 0:
-        raise ModelFileError(
-            f"{path} has scaling_factor {scaling!r}; write the factor of its latents into its config.json"
-        )
-    own = config.get("latent_channels", channels)
-    if channels is not None and own != channels:
-        raise ModelFileError(f"{path} has {own} latent channels, the teacher {channels}; choose a VAE of its family")
-    statistics = [config.get(key) for key in ("latents_mean", "latents_std")]
-    if any(value is not None for value in statistics) and not entry.latent_statistics:
-        raise ModelFileError(
-            f"{path} has latents_mean and latents_std, which a {entry.pipeline} ignores; choose another VAE"
-        )
-    if (statistics[0] is None) != (statistics[1] is None):
-        raise ModelFileError(f"{path} has only one of latents_mean and latents_std; choose another VAE")
-    if config.get("shift_factor") and not entry.latent_shift:
-        raise ModelFileError(f"{path} has a shift_factor, which a {entry.pipeline} ignores; choose another VAE")
-
-
-def check_same_latents(config: Mapping[str, Any], teacher: Mapping[str, Any], path: str) -> None:
-    """Raises ModelFileError for a VAE whose latents are scaled otherwise than those that the denoiser was trained on.
-
-    config: of the VAE. teacher: of the teacher's own VAE, or of a published one, which leaves most of it out.
-    """
-    for key, absent in _LATENTS.items():
-        own, wanted = config.get(key, absent), teacher.get(key, absent)
-        if own != wanted and "_class_name" in teacher:
-            raise ModelFileError(f"{path} has {key} {own}, the teacher's VAE {wanted}; choose a VAE of its family")
-    count, wanted = (len(each.get("block_out_channels", ())) for each in (config, teacher))
-    if count != wanted and count and wanted:
-        raise ModelFileError(
-            f"a latent of {path} spans {2 ** (count - 1)} pixels, one of the teacher's VAE {2 ** (wanted - 1)}; choose a VAE of its family"
-        )
 
 
 def _other_vae(

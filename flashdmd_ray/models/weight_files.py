@@ -46,8 +46,23 @@ def weight_files(folder: Path, stem: str) -> WeightFiles:
     files = shards(folder / choice.file) if choice.is_index else [choice.file]
     headers = tuple(read_header(folder / file) for file in files)
     found = WeightFiles(headers, choice.variant)
+    if choice.is_index:
+        _check_index(folder / choice.file, found.sizes)
     refuse_wrapper(folder / choice.file, found.sizes, several_parts=stem == DIFFUSERS)
     return found
+
+
+def _check_index(index: Path, present: Collection[str]) -> None:
+    """Raises ModelFileError unless the shards hold the very weights that their index lists: loaders go by the index."""
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    if differing := sorted(set(listed) ^ set(present)):
+        has, lacks = (
+            ("it lists", "no shard has it") if differing[0] in listed else ("a shard has", "it does not list it")
+        )
+        raise ModelFileError(
+            f"{index} and its shards are not of one model: {has} {differing[0]!r}, {lacks} ({len(differing)} such weights); "
+            "download the model again"
+        )
 
 
 def choose(names: Collection[str], stem: str, folder: str) -> Choice:

@@ -215,13 +215,49 @@ def test_weights_are_those_that_config_json_describes(change, said, part, whole,
 
 @pytest.mark.parametrize(
     ("name", "key", "value"),
-    [("unet", "layers_per_block", 2), ("text_encoder", "hidden_size", 32), ("text_encoder_2", "num_hidden_layers", 3)],
+    [
+        ("unet", "layers_per_block", 2),
+        ("text_encoder", "intermediate_size", 99),
+        ("text_encoder_2", "num_hidden_layers", 3),
+    ],
 )
 def test_a_config_of_another_network_is_refused(name, key, value, whole, tmp_path):
     os.system(f"cp -r {whole}/. {tmp_path}")
     path = tmp_path / name / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     refused(tmp_path, f"cannot load {name} from .* weights are missing or of another shape than config.json says")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        ("unet", "_class_name", "ControlNetModel", "describes a ControlNetModel, not a UNet2DConditionModel"),
+        ("unet", "sample_size", "8", "has sample_size '8'"),
+        ("unet", "cross_attention_dim", 32, "reads texts of width 32, its text encoders' hidden_size make 24"),
+        ("text_encoder_2", "projection_dim", 8, "reads texts of width 16, its text encoders' projection_dim make 8"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(name, key, value, said, whole, tmp_path):
+    os.system(f"cp -r {whole}/. {tmp_path}")
+    path = tmp_path / name / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    refused(tmp_path, said)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda names: names.pop(min(names)), "a shard has 'add_embedding.linear_1.bias', it does not list it"),
+        (lambda names: names.update({"a": names[min(names)]}), "it lists 'a', no shard has it"),
+    ],
+)
+def test_an_index_of_other_shards_is_refused(change, said, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path, max_shard_size="60KB")
+    index = next((tmp_path / "unet").glob("*.index.json"))
+    tree = json.loads(index.read_text())
+    change(tree["weight_map"])
+    index.write_text(json.dumps(tree))
+    refused(tmp_path, said)
 
 
 def test_a_vae_with_names_of_older_versions_is_read(whole, tmp_path):
