@@ -1,6 +1,5 @@
 """Data as people have it: every image is good, bad for a reason, or ignored for a reason; none is lost and none gets another's caption."""
 
-import contextlib
 import csv
 import gzip
 import io
@@ -420,21 +419,39 @@ def test_every_image_is_counted_once_in_archives_and_folders(tmp_path_factory, n
     system = sum(n in SYSTEM and not n.endswith(IMAGES) for n in names)
     assert tally.good + tally.bad_count - lone + sum(counts(tally.ignored).values()) - others - system == images
     texts = {caption for caption in in_archive.values() if caption}
+    used = {
+        json.loads(text)["text"].rpartition(".")[0] if text.startswith("{") else text.rpartition(".")[0]
+        for text in texts
+    }
+    written = {
+        n.rpartition(".")[0] for n in names if n.lower().endswith((".txt", ".caption", ".json")) and n not in SYSTEM
+    }
+    assert lone <= len(written - used), "a caption that is used is not left over"
     assert len(texts) == sum(bool(caption) for caption in in_archive.values()), "no caption is used twice"
     if any(n.lower().endswith(IMAGES) and n not in SYSTEM for n in names):
         in_folder, _ = judge(write_files(root / "f", contents), Columns(captionless=optional))
         assert sorted(in_folder.values()) == sorted(in_archive.values())
 
 
-@given(cut=st.integers(0, 12_000), junk=st.binary(max_size=700), flips=st.lists(st.integers(0, 8000), max_size=4))
+FIELDS = st.sampled_from([100, 124, 135, 136, 148, 156])  # of a header: mode, size, time, checksum, type
+HEADERS = st.builds(lambda member, byte: 1024 * member + byte, st.integers(0, 7), FIELDS)
+FLIPS = st.lists(st.tuples(st.integers(0, 8000) | HEADERS, st.sampled_from([0x55, 0xB0, 0xCF])), max_size=4)
+
+
+@given(
+    cut=st.integers(0, 8300) | st.just(10_240), junk=st.just(b"") | st.binary(max_size=700), flips=st.just([]) | FLIPS
+)
 @quick
 def test_a_damaged_archive_never_ends_in_a_traceback_or_in_silence(tmp_path_factory, cut, junk, flips):
     root = tmp_path_factory.mktemp("any")
     data = bytearray(tar_bytes(root, "a", 4))
     with tarfile.open(root / "one" / "part.tar") as archive:
         ends = [member.offset_data + member.size for member in archive][1::2]
-    for flip in flips:
-        data[flip] ^= 0x55
+    for position, change in flips:
+        data[position] ^= change
+    for start in range(0, 8 * 1024, 1024):  # else a wrong checksum hides what a header says
+        data[start + 148 : start + 156] = b" " * 8
+        data[start + 148 : start + 155] = b"%06o\0" % sum(data[start : start + 512])
     (root / "a.tar").write_bytes(bytes(data[:cut]) + junk)
     _, tally = judge(root / "a.tar")
     assert tally.good + tally.bad_count + sum(counts(tally.ignored).values()) > 0
@@ -474,7 +491,10 @@ def test_any_metadata_file_is_read_or_named(tmp_path_factory, rows, raw, kind):
     assert captions == expected
     assert tally.samples == len(names)
     path.write_bytes(path.read_bytes() + raw)
-    with contextlib.suppress(ValueError):  # one line, when the header or the caption's name cannot be told any more
-        found = judge(root)[1].samples
-        lines = [line for line in io.TextIOWrapper(io.BytesIO(raw), "utf-8", "surrogateescape") if line.strip()]
-        assert found == len(names) + len(lines) if kind == "jsonl" and rows else found >= len(names)
+    lines = [line for line in io.TextIOWrapper(io.BytesIO(raw), "utf-8", "surrogateescape") if line.strip()]
+    exact = kind == "jsonl" and bool(rows)
+    try:
+        found = judge(root)[1].samples - exact * len(lines)
+    except ValueError as error:  # in one line, where the header or the caption's name cannot be told any more
+        found = len(names) * (path.name in str(error) and "\n" not in str(error))
+    assert found == len(names) if exact else found >= len(names)
