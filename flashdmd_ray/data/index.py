@@ -23,7 +23,7 @@ from flashdmd_ray.data.sample import Bad, Sample, is_text
 from flashdmd_ray.data.tally import Tally
 from flashdmd_ray.run.files import check_writable, new_file, write_atomically
 
-VERSION = 2
+VERSION = 3
 
 Scanned = tuple[list[Sample], Tally]
 ScanAll = Callable[[TextFormat], Iterable[Scanned]]

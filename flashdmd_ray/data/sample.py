@@ -15,6 +15,7 @@ MISSING_IMAGE = "missing image"
 DUPLICATE = "duplicate key"
 BROKEN_LINE = "broken line"
 NOT_UTF8 = "text is not UTF-8; save it as UTF-8"
+NULS = "text holds NUL characters; save it as UTF-8"
 SYSTEM_FILE = "file of an operating system"
 
 
@@ -83,8 +84,10 @@ def check_caption(value: object) -> str:
     if value is None:
         raise BadSample("missing caption")
     value = first_text(decode_text(value) if isinstance(value, bytes) else value)
-    if not isinstance(value, str) or "\0" in value:
+    if not isinstance(value, str):
         raise BadSample("caption is not text")
+    if "\0" in value:
+        raise BadSample(NULS)
     if not is_text(value):
         raise BadSample(NOT_UTF8)
     text = value.strip()

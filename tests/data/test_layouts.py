@@ -20,10 +20,10 @@ from flashdmd_ray.data.build import build_images, open_reals
 from flashdmd_ray.data.datasets import accepted_index, image_format
 from flashdmd_ray.data.formats import Columns, open_images, open_prompts
 from flashdmd_ray.data.formats.folder import NO_NAME
-from flashdmd_ray.data.formats.names import ABSENT_SHARD
+from flashdmd_ray.data.formats.names import ABSENT_SHARD, NO_CAPTION, OTHER_LIST
 from flashdmd_ray.data.index import scan_here
 from flashdmd_ray.data.pixels import FURTHER_FRAME, decode
-from flashdmd_ray.data.sample import AFTER_END, NOT_UTF8, SYSTEM_FILE
+from flashdmd_ray.data.sample import AFTER_END, NOT_UTF8, NULS, SYSTEM_FILE
 from flashdmd_ray.data.tally import Tally
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -227,6 +227,54 @@ def test_names_in_metadata(tmp_path):
     assert counts(tally.bad) == {"missing caption": 1}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"file_name": "0.png", "text": "a"},\n {"file_name": "1.png", "text": "b"}]',
+        '[\n {\n  "file_name": "0.png",\n  "text": "a"\n },\n {"file_name": "1.png", "text": "b"}\n]\n',
+        '{"file_name": "0.png", "text": "a"},\n\n{"file_name": "1.png", "text": "b"},\n',
+        '{"file_name": "0.PNG", "text": "a"}\n{"file_name": ".\\\\1.Png", "text": "b"}\n',
+    ],
+)
+def test_lists_commas_and_letter_case_lose_no_row(text, tmp_path):
+    root = write_files(tmp_path, {"0.png": IMAGE, "1.png": IMAGE, "metadata.jsonl": text})
+    captions, tally = judge(root)
+    assert captions == {"0.png": "a", "1.png": "b"}
+    assert tally.samples == 2
+
+
+def test_a_letter_case_that_could_be_two_files_is_missing(tmp_path):
+    lines = '{"file_name": "A.png", "text": "a"}'
+    root = write_files(tmp_path, {"a.PNG": IMAGE, "a.png": IMAGE, "metadata.jsonl": lines})
+    assert counts(judge(root)[1].bad) == {"missing image": 1, "missing caption": 2}
+
+
+def test_what_is_about_the_data_is_no_caption(tmp_path):
+    about = {"README.txt": "x", "LICENSE.txt": "y", "a/metadata.json": "[]", "captions.txt": "one\ntwo"}
+    root = write_files(
+        tmp_path, {"0.png": IMAGE, "0.txt": "t", "index.png": IMAGE, "index.txt": "u", "lost.txt": "v", **about}
+    )
+    captions, tally = judge(root)
+    assert captions == {"0.png": "t", "index.png": "u"}
+    assert counts(tally.bad) == {"missing image": 1}
+    assert counts(tally.ignored) == {NO_CAPTION: 2, OTHER_LIST: 2}
+
+
+def test_the_caption_is_the_file_that_holds_a_text(tmp_path):
+    files = {
+        "0.png": IMAGE,
+        "0.txt": " \n",
+        "0.json": '{"caption": "of the JSON"}',
+        "1.png": IMAGE,
+        "1.txt": "",
+        "2.png": IMAGE,
+    }
+    root = write_files(tmp_path, files | {"2.txt": "utf-16".encode("utf-16-le")})
+    captions, tally = judge(root)
+    assert captions == {"0.png": "of the JSON"}
+    assert counts(tally.bad) == {"empty caption": 1, NULS: 1}
+
+
 def test_metadata_in_every_split(tmp_path):
     files = {f"{split}/metadata.csv": f"file_name,text\n0.png,of {split}\n" for split in ("train", "test")}
     captions, _ = judge(write_files(tmp_path, files | {f"{split}/0.png": IMAGE for split in ("train", "test")}))
@@ -246,8 +294,10 @@ def test_rows_of_a_csv_are_whole_or_broken(tmp_path):
 def test_a_field_given_twice_makes_a_row_bad(tmp_path):
     """A reader that takes the last one would train on a caption that nobody chose. NaN is what pandas writes for an empty cell."""
     rows = '{"file_name": "0.png", "text": "a", "text": "b"}\n{"file_name": "1.png", "text": "c", "score": NaN}\n'
-    captions, tally = judge(write_files(tmp_path / "f", {"0.png": IMAGE, "1.png": IMAGE, "metadata.jsonl": rows}))
-    assert captions == {"1.png": "c"}
+    listed = f"[{rows.strip()}]".replace("\n", ",\n")
+    for name, text in (("f", rows), ("list", listed)):
+        captions, tally = judge(write_files(tmp_path / name, {"0.png": IMAGE, "1.png": IMAGE, "metadata.jsonl": text}))
+        assert captions == {"1.png": "c"}
     assert counts(tally.bad) == {"broken line": 1, "missing caption": 1}
     beside = {
         "0.png": IMAGE,

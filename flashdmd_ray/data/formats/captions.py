@@ -17,8 +17,9 @@ LARGEST_TEXT = 16 * 2**20
 def caption_in(texts: Mapping[str, Callable[[], IO[bytes]]], column: str | None) -> object:
     """The caption in the files beside an image, None where there is none. Raises BadSample.
 
-    texts: suffix -> opens that file. column: which suffix, or which field of the JSON; None takes the first that is there.
+    texts: suffix -> opens that file. column: which suffix, or which field of the JSON; None takes the first with a text.
     """
+    found: list[object] = []
     for suffix in CAPTION_SUFFIXES:
         if suffix not in texts or (column is not None and suffix not in (f".{column}", ".json")):
             continue
@@ -26,8 +27,10 @@ def caption_in(texts: Mapping[str, Callable[[], IO[bytes]]], column: str | None)
             data = file.read(LARGEST_TEXT + 1)
         if len(data) > LARGEST_TEXT:
             raise BadSample(f"text file above {LARGEST_TEXT // 2**20} MiB")
-        return json_caption(data, column) if suffix == ".json" else data
-    return None
+        found.append(json_caption(data, column) if suffix == ".json" else data)
+        if found[-1].strip() if isinstance(found[-1], bytes) else is_filled(found[-1]):
+            return found[-1]
+    return next((value for value in found if value is not None), None)
 
 
 def json_caption(data: bytes, column: str | None) -> object:

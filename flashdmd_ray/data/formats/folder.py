@@ -142,7 +142,9 @@ class FolderImages:
     def _listed(self, metadata: list[str]) -> Iterator[Captioned | Bad | Ignored]:
         """Images that metadata files list, in their order, then the images that none mentions."""
         names = set(self._files[0])
-        alike = {same_name(name): name for name in names}
+        alike: dict[str, list[str]] = {}
+        for name in sorted(names):
+            alike.setdefault(same_name(name).casefold(), []).append(name)
         seen: set[str] = set()
         for path in metadata:
             rows = list(METADATA[os.path.basename(path)](self.root / path))
@@ -165,13 +167,16 @@ class FolderImages:
             elif name.lower().endswith(OTHER_SUFFIXES) and name not in seen:
                 yield Ignored(name, "image of a form that is not read")
 
-    def _found(self, folder: str, given: str, names: set[str], alike: dict[str, str]) -> str:
-        """The file that a metadata file means by a name: as it is, with Windows' slashes, or with accents written otherwise."""
+    def _found(self, folder: str, given: str, names: set[str], alike: dict[str, list[str]]) -> str:
+        """The file that a metadata file means: by its name, or with Windows' slashes, accents written otherwise, or another letter case."""
         roots = (self.root.absolute(), Path(os.path.realpath(self.root)))
         candidates = []
         for name in (given, given.replace("\\", "/")):
             root = next((root for root in roots if os.path.isabs(name) and Path(name).is_relative_to(root)), None)
             relative = os.path.join(folder, name) if root is None else str(Path(name).relative_to(root))
             candidates.append(os.path.normpath(relative))
-        candidates += [alike[same] for same in map(same_name, candidates) if same in alike]
+        for name in list(candidates):
+            equal = alike.get(same_name(name).casefold(), [])
+            same = [other for other in equal if same_name(other) == same_name(name)]
+            candidates += same or (equal if len(equal) == 1 else [])
         return next((name for name in candidates if name in names), candidates[0])

@@ -18,7 +18,7 @@ from flashdmd_ray.run.json_text import unique_names
 HEAD = 1000
 """Rows that tell what a file's columns are called."""
 _LONGEST_FIELD = 16 * LARGEST_CAPTION
-_DELIMITERS = (",", ";", "\t")
+_DELIMITERS = (",", ";", "\t", "|")
 
 
 def text_lines(path: Path) -> Iterator[str]:
@@ -41,13 +41,39 @@ def _open_text(path: Path, newline: str | None) -> Iterator[TextIO]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """("file line 3", value) for each line that is not blank; `Ellipsis` is the value of a line that is no JSON, or names a field twice."""
+    """("file line 3", value) for each line that is not blank; `Ellipsis` is the value of a line that is no JSON, or names a field twice.
+
+    A comma at the end of a line is none of its value. A file that is one list as a whole gives ("file item 3", value) for each item.
+    """
+    listed = _whole_list(path)
+    if listed is not None:
+        yield from ((f"{path.name} item {number}", item) for number, item in enumerate(listed, 1))
+        return
     for number, line in enumerate(text_lines(path), 1):
-        if line.strip():
+        if text := line.strip():
             try:
-                yield f"{path.name} line {number}", json.loads(line, object_pairs_hook=unique_names)
+                yield f"{path.name} line {number}", json.loads(text.removesuffix(","), object_pairs_hook=unique_names)
             except (ValueError, RecursionError):
                 yield f"{path.name} line {number}", ...
+
+
+def _whole_list(path: Path) -> list[Any] | None:
+    """The items of a file that is one JSON list, as `json.dump` writes it; None for any other."""
+    first = next((line for line in text_lines(path) if line.strip()), "")
+    if not first.lstrip().startswith("["):
+        return None
+    try:
+        whole = json.loads("".join(text_lines(path)), object_pairs_hook=_unique_or_nothing)
+    except (ValueError, RecursionError):
+        return None
+    return whole if isinstance(whole, list) else None
+
+
+def _unique_or_nothing(pairs: list[tuple[str, Any]]) -> Any:
+    try:
+        return unique_names(pairs)
+    except ValueError:
+        return ...
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:

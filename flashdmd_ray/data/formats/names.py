@@ -18,6 +18,11 @@ SEVERAL_IMAGES = "several images for one caption; data.image names the suffix of
 FURTHER_IMAGE = "further image of a sample"
 NOT_WANTED = "image of another suffix than data.image"
 ABSENT_SHARD = "file that is not there, by the number in the names of the others"
+NO_CAPTION = "text about the data set"
+OTHER_LIST = "list of captions that is not read; name it metadata.jsonl, .csv or .parquet, with file_name and text"
+_ABOUT = ("readme", "license", "licence", "notice", "copying", "changelog", "attribution", "credits", "citation")
+_LISTS = ("metadata", "meta_cap", "meta_lat", "captions", "prompts", "annotations", "dataset", "index")
+"""Names, without suffix, of text and JSON files that are no caption unless an image is called so too."""
 _SYSTEM = (
     "__macosx",
     "thumbs.db",
@@ -102,8 +107,13 @@ def group_files(names: Sequence[str], image_suffix: str | None = None) -> Iterat
     for (owner, copy), members in owners.items():
         yield from _group(owner, copy, members, captions.pop((owner, copy), {}), names)
     for (stem, copy), texts in captions.items():
-        yield Bad(stem, MISSING_IMAGE if not copy else DUPLICATE)
-        del texts
+        base = stem.rpartition("/")[2].lower()
+        if base in _ABOUT or base in _LISTS:
+            yield from (
+                Ignored(names[position], NO_CAPTION if base in _ABOUT else OTHER_LIST) for position in texts.values()
+            )
+        else:
+            yield Bad(stem, MISSING_IMAGE if not copy else DUPLICATE)
 
 
 def _group(
