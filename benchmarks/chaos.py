@@ -32,6 +32,8 @@ from chaos_report import print_report, read  # noqa: E402
 from chaos_strikes import KINDS, Strike, marked_processes  # noqa: E402
 from chaos_watch import Watched  # noqa: E402
 
+DISK_MIB = 1024
+"""Of the run folder. A checkpoint of the demo has 131."""
 EVERY = 3
 """Steps between checkpoints."""
 PATIENCE_S = 900.0
@@ -46,7 +48,7 @@ SETTINGS = (
         "run.name=struck",
     ),
     *("evaluation.samples=0", "tracking.enabled=false", "tracking.samples_every=1000", "monitor.enabled=false"),
-    *("deadlines.call_s=40", "deadlines.reward_s=40", "deadlines.attempts=20", "checkpoint.keep=3"),
+    *("deadlines.call_s=40", "deadlines.reward_s=40", "deadlines.attempts=20", "checkpoint.keep=2"),
 )
 
 
@@ -158,7 +160,7 @@ class StruckRun:
 def struck_run(out: Path, seed: int, interval: int, faults: int, kinds: list[str], reference: Path) -> None:
     """Run, strike, compare; append the lines of the seed to the two files."""
     shm = set(os.listdir("/dev/shm"))
-    with workplace(size_mib=160) as folder:
+    with workplace(size_mib=DISK_MIB) as folder:
         began = time.monotonic()
         struck = StruckRun(out, seed, interval, faults, folder)
         deck = [kind for _ in range(1 + faults // len(kinds)) for kind in struck.chance.sample(kinds, len(kinds))]
