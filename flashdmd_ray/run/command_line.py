@@ -85,9 +85,9 @@ def run_training(work: Callable[[], int], run: RunDirectory, checkpoints: Locati
         if is_new:
             run.discard_unused()
         return refuse(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # a signal while models load, a second one, or the end of its grace
         say(f"stopped at once; {next_start(run, checkpoints)}")
-        return 128 + signal.SIGINT
+        return 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     except Exception as error:
         where = f" (traceback: {run.errors})" if note_traceback(run) else ""
         say(f"the run failed: {brief(error)}{where}; {next_start(run, checkpoints)}")
