@@ -38,18 +38,12 @@ EVERY = 3
 """Steps between checkpoints."""
 PATIENCE_S = 900.0
 """For a run to make the next step after a fault."""
-SETTINGS = (
-    *(
-        "runtime=ray",
-        "batch=2",
-        "preference.updates=1",
-        "preference.batch=2",
-        "preference.candidates=2",
-        "run.name=struck",
-    ),
-    *("evaluation.samples=0", "tracking.enabled=false", "tracking.samples_every=1000", "monitor.enabled=false"),
-    *("deadlines.call_s=40", "deadlines.reward_s=40", "deadlines.attempts=20", "checkpoint.keep=2"),
-)
+SETTINGS = [
+    *("runtime=ray", "run.name=struck", "batch=2", "checkpoint.keep=2"),
+    *("preference.updates=1", "preference.batch=2", "preference.candidates=2", "monitor.enabled=false"),
+    *("evaluation.samples=0", "tracking.enabled=false", "tracking.samples_every=1000"),
+    *("deadlines.call_s=40", "deadlines.reward_s=40", "deadlines.attempts=20"),
+]
 
 
 def main() -> None:
@@ -58,16 +52,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--faults", type=int, default=10, help="in each run")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--set", metavar="key=value", nargs="+", default=[], help="further settings of the run")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.report:
         intervals = {seed: 2 + number for number, seed in enumerate(options.seeds)}
-        reference = undisturbed(options.out, options.faults * max(intervals.values()) + EVERY)
+        reference = undisturbed(options.out, options.faults * max(intervals.values()) + EVERY, options.set)
         done = {run["seed"] for run in read(options.out / "runs.jsonl")}
         for seed, interval in intervals.items():
             if seed not in done:
-                struck_run(options.out, seed, interval, options.faults, options.kinds, reference)
+                struck_run(options, seed, interval, reference)
     print_report(options.out)
 
 
@@ -92,17 +87,18 @@ def start(folder: Path, log: Path, steps: int, *settings: str) -> Watched:
     environment = os.environ | {"FLASHDMD_CHAOS": str(folder), "RAY_TMPDIR": str(folder), "RAY_ADDRESS": ""}
     environment["RAY_memory_monitor_refresh_ms"] = "0"  # what other programs need is no fault of the run
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(HERE / "chaos_job.py"), "--set", *SETTINGS, f"run.dir={folder / 'runs'}"]
-    return Watched([*command, f"steps={steps}", *settings], environment, log, folder / "runs" / "struck")
+    changes = [*SETTINGS, f"checkpoint.every={EVERY}", f"run.dir={folder / 'runs'}", f"steps={steps}", *settings]
+    command = [sys.executable, str(HERE / "chaos_job.py"), "--set", *changes]
+    return Watched(command, environment, log, folder / "runs" / "struck")
 
 
-def undisturbed(out: Path, steps: int) -> Path:
+def undisturbed(out: Path, steps: int, settings: list[str]) -> Path:
     """The checkpoints of every EVERY-th step of a run that nothing happens to."""
     kept, log = out / "reference", out / "reference.log"
     if kept.is_dir():
         return kept
     with workplace() as folder:
-        run = start(folder, log, steps, f"checkpoint.every={EVERY}", "checkpoint.keep=1000")
+        run = start(folder, log, steps, *settings, "checkpoint.keep=1000")
         assert run.wait_for_end(3600) == 0, f"the undisturbed run failed: {log}"
         seconds = [b - a for a, b in zip(run.step_times, run.step_times[1:], strict=False)]
         (run.folder / "checkpoints" / "seconds.json").write_text(json.dumps(seconds))
@@ -113,11 +109,12 @@ def undisturbed(out: Path, steps: int) -> Path:
 class StruckRun:
     """One run, its faults, and the same command again whenever it has ended before its last step."""
 
-    def __init__(self, out: Path, seed: int, interval: int, faults: int, folder: Path) -> None:
-        self.out, self.seed, self.interval = out, seed, interval
+    def __init__(self, options: argparse.Namespace, seed: int, interval: int, folder: Path) -> None:
+        faults = options.faults
+        self.seed, self.interval = seed, interval
         self.chance = random.Random(seed)
         self.steps = faults * interval + EVERY - faults * interval % EVERY
-        self.command = (folder, out / f"seed-{seed}.log", self.steps, f"checkpoint.every={EVERY}")
+        self.command = (folder, options.out / f"seed-{seed}.log", self.steps, *options.set)
         self.run = start(*self.command)
         self.exits: list[int] = []
 
@@ -157,20 +154,21 @@ class StruckRun:
         return code
 
 
-def struck_run(out: Path, seed: int, interval: int, faults: int, kinds: list[str], reference: Path) -> None:
+def struck_run(options: argparse.Namespace, seed: int, interval: int, reference: Path) -> None:
     """Run, strike, compare; append the lines of the seed to the two files."""
     shm = set(os.listdir("/dev/shm"))
     with workplace(size_mib=DISK_MIB) as folder:
         began = time.monotonic()
-        struck = StruckRun(out, seed, interval, faults, folder)
-        deck = [kind for _ in range(1 + faults // len(kinds)) for kind in struck.chance.sample(kinds, len(kinds))]
-        found = [struck.strike(number, kind) for number, kind in enumerate(deck[:faults])]
+        struck, kinds = StruckRun(options, seed, interval, folder), options.kinds
+        rounds = 1 + options.faults // len(kinds)
+        deck = [kind for _ in range(rounds) for kind in struck.chance.sample(kinds, len(kinds))][: options.faults]
+        found = [struck.strike(number, kind) for number, kind in enumerate(deck)]
         facts = {"seed": seed, "interval": interval, "steps": struck.steps, "exit": struck.finish()}
         facts |= {"wall": time.monotonic() - began, "left": leftovers(folder, shm)}
         facts |= compare(struck.run.folder, reference, struck.steps)
         facts |= {"step_s": sorted(json.loads((reference / "seconds.json").read_text()))}
         for name, lines in (("faults", found), ("runs", [facts])):
-            with (out / f"{name}.jsonl").open("a") as file:
+            with (options.out / f"{name}.jsonl").open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from chaos_watch import Watched
 
 ROLES = ("learner", "discriminator", "rollout", "reward")
@@ -30,9 +31,10 @@ class Strike:
         """Do it; returns what was done at which step."""
         step = self.run.step
         time.sleep(self.chance.random())  # anywhere in a step
+        memory = psutil.Process(self.run.pid).memory_info().rss / 2**20
         self.at = time.monotonic()
         KINDS[self.kind](self)
-        return {"kind": self.kind, "step": step}
+        return {"kind": self.kind, "step": step, "driver_mib": memory}
 
     def relieve(self, force: bool = False) -> None:
         """Make room on a full disk again, after a while."""
@@ -40,8 +42,8 @@ class Strike:
             self.ballast.unlink()
 
     def signal_worker(self, role: str, number: signal.Signals) -> None:
-        for pid in workers(self.place, role):
-            os.kill(pid, number)
+        pids = workers(self.place, role)
+        os.kill(pids[self.chance.randrange(len(pids)) if len(pids) > 1 else 0], number)
 
     def signal_ray(self, name: str) -> None:
         for pid, found in marked_processes(self.place).items():
