@@ -32,8 +32,8 @@ def print_report(out: Path) -> None:
         facts = (run["seed"], run["interval"], run["steps"], run["bit_equal"], run["recorded_once"], len(run["left"]))
         print(f"| {' | '.join(map(str, facts))} | {good:.0%} |")
     for run in runs:
-        first, *_, last = [fault["driver_mib"] for fault in faults if fault["seed"] == run["seed"]]
-        print(f"seed {run['seed']}: driver {first:.0f} MiB at its first fault, {last:.0f} MiB at its last")
+        if sizes := [fault["driver_mib"] for fault in faults if fault["seed"] == run["seed"] and "driver_mib" in fault]:
+            print(f"seed {run['seed']}: driver {sizes[0]:.0f} MiB at its first fault, {sizes[-1]:.0f} MiB at its last")
     costs = [fault["next_step"] for fault in faults if "next_step" in fault]
     if costs:
         cost = statistics.mean(costs)
