@@ -134,10 +134,10 @@ class Members:
                 self._end(self._idle[-1])
         self._grow()
 
-    def close(self) -> None:
-        """End all workers; calls from now on raise Closed."""
+    def close(self, reason: Exception | None = None) -> None:
+        """End all workers; calls from now on raise `reason`, or Closed."""
         with self.changed:
-            self.failure = self.failure or Closed(f"the {self._group.name} pool was closed")
+            self.failure = self.failure or reason or Closed(f"the {self._group.name} pool was closed")
             for member in list(self._members):
                 self._end(member)
             self.changed.notify_all()

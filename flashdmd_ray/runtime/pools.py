@@ -58,18 +58,25 @@ class Pool:
         self._deadlines = group.config.deadlines
         self._current_step: Callable[[], int | None]
         self._check_size: Callable[[int], None]
+        self._ray_is_alive: Callable[[], bool]
         self._low = placed.workers
         self._high = placed.max_workers or placed.workers
         self._members = Members(group)
         if self._high > self._low:
             in_thread(functools.partial(self._follow, Demand(placed.shrink_after_s)))
 
-    def attach(self, current_step: Callable[[], int | None], check_size: Callable[[int], None]) -> None:
+    def attach(
+        self,
+        current_step: Callable[[], int | None],
+        check_size: Callable[[int], None],
+        ray_is_alive: Callable[[], bool],
+    ) -> None:
         """Serve a runtime, which may be that of another attempt than before.
 
         check_size: raises ValueError when the cluster has no room for that many workers.
         """
         self._current_step = current_step
+        self._ray_is_alive = ray_is_alive
         self._check_size = check_size
 
     @property
@@ -133,7 +140,7 @@ class Pool:
                 return result
             self._after_failure(member, failure)
             passing = isinstance(failure, WorkerError) or role == "rewards"
-            if not passing or replays_left == 0:
+            if not passing or replays_left == 0 or not self.is_whole:
                 reraise(failure)
             message = failure if isinstance(failure, WorkerError) else f"{name}: {type(failure).__name__}: {failure}"
             log.warning("%s; the call is replayed (%d left)", one_line(message, 400), replays_left - 1)
@@ -146,7 +153,10 @@ class Pool:
         self._members.close()
 
     def _after_failure(self, member: Member, failure: Exception) -> None:
-        if isinstance(failure, WorkerError) and not isinstance(failure, RoleFailed):
+        if not self._ray_is_alive():
+            # Another call would have Ray look for the objects of the lost node, and then end this process without a word.
+            self._members.close(failure)
+        elif isinstance(failure, WorkerError) and not isinstance(failure, RoleFailed):
             self._members.replace(member)  # gone, or hanging in a call
         else:
             self._members.give_back(member)

@@ -80,7 +80,7 @@ class RayRuntime:
             check_placement(resized, self._cluster.nodes())
 
         for name, pool in pools.items():
-            pool.attach(lambda: self.step, functools.partial(check_size, name))
+            pool.attach(lambda: self.step, functools.partial(check_size, name), self._cluster.is_alive)
         return pools
 
     def _handle(self, name: str, role: str) -> RoleHandle:

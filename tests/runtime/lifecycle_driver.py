@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import time
 from collections.abc import Callable
 
 from toy_roles import TOYS, toy_config
@@ -17,10 +16,10 @@ roles = {"reward": TOYS["reward"]}
 def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> None:
     print("worker", runtime.rewards["reward"].pids().item(), flush=True)
     while "wait" in sys.argv:
-        time.sleep(0.1)
+        runtime.rewards["reward"].sleeps(0.1)
 
 
-Supervisor(toy_config(deadlines__attempts=1).deadlines).run(
-    attempt, lambda previous: build_runtime(toy_config(), roles)
+Supervisor(toy_config(deadlines__attempts=2).deadlines).run(
+    attempt, lambda previous: build_runtime(toy_config(), roles, previous=previous)
 )
 print("closed", flush=True)

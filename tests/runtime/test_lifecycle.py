@@ -61,8 +61,11 @@ def test_ctrl_c_reaches_every_process(driver: subprocess.Popen[str]) -> None:
     assert_gone(tree)
 
 
-def test_a_killed_driver_takes_ray_with_it(driver: subprocess.Popen[str]) -> None:
+def test_a_killed_raylet_is_replaced_and_a_killed_driver_takes_ray_with_it(driver: subprocess.Popen[str]) -> None:
+    lost = processes_of(driver)
+    next(process for process in lost if "raylet" in process.name()).kill()
     tree = processes_of(driver)
+    assert_gone(lost)
     agents = [process for process in tree if process.name() in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
     driver.kill()
     driver.wait(timeout=150)
