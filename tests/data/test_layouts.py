@@ -491,7 +491,7 @@ FLIPS = st.lists(st.tuples(st.integers(0, 8000) | HEADERS, st.sampled_from([0x55
 @given(
     cut=st.integers(0, 8300) | st.just(10_240), junk=st.just(b"") | st.binary(max_size=700), flips=st.just([]) | FLIPS
 )
-@example(cut=10_240, junk=b"", flips=[(1024 + 124, 0xB0)])  # a size of 88 bits
+@example(cut=10_240, junk=b"", flips=[(1024 + 124, 0xB0), (1024 + 156, 0x7C)])  # a long name of 88 bits
 @quick
 def test_a_damaged_archive_never_ends_in_a_traceback_or_in_silence(tmp_path_factory, cut, junk, flips):
     root = tmp_path_factory.mktemp("any")
