@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from flashdmd_ray.engine.processes import free_port, init_process_group
 from flashdmd_ray.run.messages import one_line
+from flashdmd_ray.run.variables import prepare_environment
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.environment import worker_environment
 from flashdmd_ray.runtime.errors import WorkerLost
@@ -146,6 +147,7 @@ def _trainer(work: Callable[[RayTrainContext], None], settings: TrainSettings) -
 
 def _on_rank(config: dict[str, Any]) -> None:
     """Run the work on this rank. A ValueError or FloatingPointError is written down: starting again would not mend it."""
+    prepare_environment(os.environ)
     context = RayTrainContext(config["storage"])
     try:
         config["work"](context)

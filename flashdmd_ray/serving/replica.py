@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from flashdmd_ray.run.variables import prepare_environment
 from flashdmd_ray.runtime.environment import limit_threads
 from flashdmd_ray.serving.batching import SamplingJob, SamplingThread
 from flashdmd_ray.serving.hooks import load_hook
@@ -24,6 +26,7 @@ class GeneratorReplica:
 
     def __init__(self, settings: ServeSettings) -> None:
         """Load and warm up every model. Raises ValueError for the first that cannot be served."""
+        prepare_environment(os.environ)
         limit_threads(settings.replica.threads)
         self._check = load_hook(settings.image_checker)
         self._thread = SamplingThread(settings.replica.batch)
