@@ -79,15 +79,20 @@ class Cluster:
         return [Node(cpus=resources.get("CPU", 0.0), gpus=int(resources.get("GPU", 0))) for resources in alive]
 
     def is_alive(self) -> bool:
-        """Return True if it can still be used: for a private one, if its raylet runs."""
+        """Return True if it can still be used: for a private one, if its raylet and its server run.
+
+        Without the first, Ray ends this process at the next look for an object; without the second, a minute later.
+        """
         if not ray.is_initialized():
             return False
-        return not self.private or any("raylet" in child.name() for child in _running(self.processes))
+        return not self.private or {"raylet", "gcs_server"} <= {child.name() for child in _running(self.processes)}
 
     def leave(self) -> None:
         """Disconnect from a cluster that `join` connected to; a private one ends, to its last process."""
         if self.joined and ray.is_initialized():
             tree = {below for process in _running(self.processes) for below in _tree(process)}
+            if not self.is_alive():
+                _end(tree)
             ray.shutdown()
             _end(tree)
 

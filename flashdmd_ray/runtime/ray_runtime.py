@@ -14,6 +14,7 @@ from flashdmd_ray.batch import PublishedWeights
 from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
+from flashdmd_ray.runtime.errors import WorkerLost
 from flashdmd_ray.runtime.placement import WorkerGroup, check_placement
 from flashdmd_ray.runtime.pools import Pool, PoolLease
 from flashdmd_ray.runtime.protocol import ScalablePool, Task
@@ -37,7 +38,7 @@ class RayRuntime:
         what a role's constructor raises, WorkerError when workers do not come up. Nothing is left running then. Call from the main
         thread: a private cluster ends with the thread that started it.
         """
-        self.step: int | None = None
+        self._step: int | None = None
         self._groups: dict[str, StatefulGroup | Pool] = {}
         started = time.monotonic()
         workers = ", ".join(f"{group.workers} {group.name}" for group in groups)
@@ -70,6 +71,19 @@ class RayRuntime:
         self.rewards: Mapping[str, Any] = {
             name: handle for (name, role), handle in handles.items() if role == "rewards"
         }
+
+    @property
+    def step(self) -> int | None:
+        """See `Runtime.step`. Set to another one, it raises WorkerLost when the private Ray has lost a process."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int | None) -> None:
+        self._step = step
+        if not self.is_alive:
+            raise WorkerLost(
+                f"step {step}: a process of the private Ray is gone: killed, or ended by the system for want of memory"
+            )
 
     def _attach_pools(self, groups: Sequence[WorkerGroup]) -> dict[str, Pool]:
         pools = {name: pool for name, pool in self._groups.items() if isinstance(pool, Pool)}
@@ -109,7 +123,7 @@ class RayRuntime:
         """End the groups that have lost a rank, or that no checkpoint can be loaded into, and all calls of the attempt."""
         for lease in self._leases.values():
             lease.end()
-        for group in self._groups.values():
+        for group in self._groups.values() if self.is_alive else ():
             if isinstance(group, StatefulGroup) and not (newest and group.is_whole):
                 group.close()
 
@@ -130,7 +144,7 @@ class RayRuntime:
         return self._cluster.is_alive()
 
     def close(self) -> None:
-        for group in self._groups.values():
+        for group in self._groups.values() if self.is_alive else ():
             group.close()
         self._groups = {}
         self._cluster.leave()

@@ -16,6 +16,7 @@ roles = {"reward": TOYS["reward"]}
 def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> None:
     print("worker", runtime.rewards["reward"].pids().item(), flush=True)
     while "wait" in sys.argv:
+        runtime.step = 0
         runtime.rewards["reward"].sleeps(0.1)
 
 

@@ -61,9 +61,10 @@ def test_ctrl_c_reaches_every_process(driver: subprocess.Popen[str]) -> None:
     assert_gone(tree)
 
 
-def test_a_killed_raylet_is_replaced_and_a_killed_driver_takes_ray_with_it(driver: subprocess.Popen[str]) -> None:
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_a_lost_ray_is_replaced_and_a_killed_driver_takes_it_along(driver: subprocess.Popen[str], victim: str) -> None:
     lost = processes_of(driver)
-    next(process for process in lost if "raylet" in process.name()).kill()
+    next(process for process in lost if process.name() == victim).kill()
     tree = processes_of(driver)
     assert_gone(lost)
     agents = [process for process in tree if process.name() in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
