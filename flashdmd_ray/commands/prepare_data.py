@@ -71,7 +71,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _config(options: argparse.Namespace) -> Config:
-    is_prompts = _is_prompts(Path(options.source).expanduser())
+    is_prompts = _is_prompts(Path(os.path.expanduser(options.source)))
     settings = [*options.set, f"data.{'prompts' if is_prompts else 'source'}={options.source}"]
     if options.model is not None:
         settings.append(f"model.teacher={options.model}")

@@ -21,7 +21,7 @@ from flashdmd_ray.data.formats import TextFormat
 from flashdmd_ray.data.order import Integers
 from flashdmd_ray.data.sample import Bad, Sample, is_text
 from flashdmd_ray.data.tally import Tally
-from flashdmd_ray.run.files import check_writable, new_file, write_atomically
+from flashdmd_ray.run.files import check_writable, new_file, user_cache, write_atomically
 
 VERSION = 3
 
@@ -104,7 +104,7 @@ def is_indexed(format: TextFormat, cache: Path) -> bool:
 
 def default_cache() -> Path:
     """Folder of the indexes unless the configuration says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdmd_ray" / "data"
+    return user_cache("data")
 
 
 def _identity(format: TextFormat) -> str:

@@ -95,5 +95,15 @@ def check_writable(path: Path) -> None:
         raise OSError(error.errno, error.strerror or type(error).__name__, str(nearest)) from None
 
 
+def user_cache(name: str) -> Path:
+    """Folder of this user for files that can be made again. Raises ValueError for a user without a home, as in some containers."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise ValueError(
+            f"no folder to cache {name}: this user has no home; set XDG_CACHE_HOME to a folder it can write"
+        )
+    return Path(base) / "flashdmd_ray" / name
+
+
 def _unused_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")

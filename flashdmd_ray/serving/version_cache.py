@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from flashdmd_ray.run.files import unfinished_folder, write_atomically
+from flashdmd_ray.run.files import unfinished_folder, user_cache, write_atomically
 from flashdmd_ray.serving.model_sources import ModelSource
 
 RETAINED = 2
@@ -43,7 +42,7 @@ class VersionCache:
     """The copies of one model."""
 
     def __init__(self, cache: Path | None, name: str, source: str) -> None:
-        root = default_cache() if cache is None else cache
+        root = user_cache("serving") if cache is None else cache
         self._root = root / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
         self._source = source
 
@@ -126,11 +125,6 @@ def _try_lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def default_cache() -> Path:
-    """Return the user's cache folder for served models."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashdmd_ray" / "serving"
 
 
 def fingerprint(folder: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashdmd_ray.run.files import check_writable, new_file, new_folder, write_atomically
+from flashdmd_ray.run.files import check_writable, new_file, new_folder, user_cache, write_atomically
 
 
 def _fail(make: Callable[[Path], AbstractContextManager[Path]], path: Path) -> None:
@@ -68,3 +68,15 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     assert error.value.filename == str(tmp_path / "file")
     check_writable(tmp_path / "new" / "deep")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert user_cache("data") == Path("/cache/flashdmd_ray/data")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/users/me")
+    assert user_cache("data") == Path("/users/me/.cache/flashdmd_ray/data")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)  # as of a container that runs under any number
+    with pytest.raises(ValueError, match="no folder to cache data: .*set XDG_CACHE_HOME"):
+        user_cache("data")
