@@ -19,7 +19,7 @@ the docstring under it.
 
 from __future__ import annotations
 
-from flashdmd_ray.config.addresses import hide_passwords
+from flashdmd_ray.config.addresses import hide_passwords, tracking_address
 from flashdmd_ray.config.algorithm import (
     AdversarialConfig,
     GeneratorConfig,
@@ -65,6 +65,7 @@ from flashdmd_ray.config.section import (
     PublicUrl,
     Section,
     Timestep,
+    TrackingUrl,
     changeable_keys,
     local_path,
     suggestion,
@@ -109,6 +110,7 @@ __all__ = [
     "Section",
     "Timestep",
     "TrackingConfig",
+    "TrackingUrl",
     "apply_override",
     "changeable_keys",
     "dump_changes",
@@ -119,5 +121,6 @@ __all__ = [
     "local_path",
     "parse_config",
     "suggestion",
+    "tracking_address",
     "validated",
 ]

@@ -32,6 +32,17 @@ def hide_passwords(text: str, url: str) -> str:
     return text
 
 
+def tracking_address(url: str) -> str:
+    """The address itself unless no MLflow can be there. Raises ValueError, which does not repeat it: it may hold a password."""
+    if re.match(r"[\w.-]+:\d+(/|$)", url):
+        raise ValueError("has no http:// before its host; write http://HOST:PORT")
+    if re.match(r"https?:", url) and not re.match(r"https?://[^/]", url):
+        raise ValueError("names no host; write http://HOST:PORT")
+    if url.startswith("postgres:"):
+        raise ValueError("must begin with postgresql://, as MLflow's databases do")
+    return url
+
+
 def without_password(url: str) -> str:
     """The address itself when it holds no password. Raises ValueError, which does not repeat it."""
     if passwords_of(url):

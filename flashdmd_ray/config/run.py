@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from flashdmd_ray.config.section import LocalPath, MayChange, PositiveInt, PublicUrl, Section
+from flashdmd_ray.config.section import LocalPath, MayChange, PositiveInt, PublicUrl, Section, TrackingUrl
 
 
 def _plain_name(name: str) -> str:
@@ -50,7 +50,7 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    uri: PublicUrl | None = None
+    uri: TrackingUrl | None = None
     """MLflow tracking server; null uses a sqlite file beside the runs."""
     uri_env: str | None = None
     """Environment variable that holds the address instead: for one with a password, which must not be printed and stored."""

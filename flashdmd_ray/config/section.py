@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from flashdmd_ray.config.addresses import hide_passwords, without_password
+from flashdmd_ray.config.addresses import hide_passwords, tracking_address, without_password
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -34,6 +34,8 @@ def _expand_home(text: str) -> str:
         raise ValueError("is empty; give a path")
     if re.search(r"(^|/)\$[A-Za-z_]|\$\{\w+\}", text):
         raise ValueError(f"environment variables are not replaced in settings; write the path itself, got '{text}'")
+    if re.match(r"[A-Za-z][\w+.-]*:/+~", text):
+        raise ValueError("a ~ inside an address is not replaced; write the whole path")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise ValueError(f"there is no home folder {text.split('/')[0]}; write the whole path")
@@ -53,6 +55,8 @@ PathOrName = Annotated[str, AfterValidator(_expand_home)]
 """A path of this machine, or one of the names that the setting explains: a hub id, an address, 'demo'. A leading ~ is the home folder."""
 PublicUrl = Annotated[str, AfterValidator(without_password), AfterValidator(_expand_home)]
 """As `PathOrName`, an address only without a password: it is printed and stored."""
+TrackingUrl = Annotated[PublicUrl, AfterValidator(tracking_address)]
+"""As `PublicUrl`, of an MLflow server or database."""
 LocalPath = Annotated[
     Path, BeforeValidator(lambda value: local_path(value) if isinstance(value, str | Path) else value)
 ]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
-from flashdmd_ray.config import TrackingConfig
+from flashdmd_ray.config import TrackingConfig, tracking_address
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.metrics_log import MetricsLog
 from flashdmd_ray.run.mlflow_names import LEFT_OUT, URI_VARIABLE
@@ -99,7 +99,10 @@ def tracking_uri(config: TrackingConfig, run: RunDirectory) -> str:
         raise ValueError(
             f"tracking.uri_env: the environment variable {config.uri_env} is not set; set it to MLflow's address, or use tracking.uri"
         )
-    return uri
+    try:
+        return tracking_address(uri)
+    except ValueError as error:
+        raise ValueError(f"tracking.uri_env: the address in {config.uri_env} {error}") from None
 
 
 def default_uri(run: RunDirectory) -> str:

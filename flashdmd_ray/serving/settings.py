@@ -13,8 +13,8 @@ from flashdmd_ray.config import (
     PathOrName,
     PositiveFloat,
     PositiveInt,
-    PublicUrl,
     Section,
+    TrackingUrl,
     suggestion,
     validated,
 )
@@ -95,7 +95,7 @@ class ServeSettings(Section):
     """Name of a base in an export's flashdmd.json -> directory or hub id of that pipeline, where the name alone is not enough."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
-    registry: PublicUrl | None = None
+    registry: TrackingUrl | None = None
     """Tracking URI of the MLflow registry; null is MLflow's own default (MLFLOW_TRACKING_URI)."""
     watch_s: PositiveFloat | None = 5.0
     """Seconds between looks at each source; a new version takes the old one's place. null: only at the start."""

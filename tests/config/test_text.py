@@ -112,6 +112,7 @@ def test_an_item_of_a_list_is_set_by_its_number(tmp_path):
         ("adversarial.weight", "1e400", "1e400 is no finite number"),
         ("steps", "!env STEPS", "nothing is known of !env"),
         ("rewards", "{kind: latent}", "write a list"),
+        ("tracking.uri", "sqlite:///~/mlflow.db", "a ~ inside an address is not replaced"),
         ("data", "null", "leave the key out for its default"),
     ],
 )

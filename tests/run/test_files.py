@@ -78,5 +78,5 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
     assert user_cache("data") == Path("/users/me/.cache/flashdmd_ray/data")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)  # as of a container that runs under any number
-    with pytest.raises(ValueError, match="no folder to cache data: .*set XDG_CACHE_HOME"):
+    with pytest.raises(ValueError, match=r"no folder to cache data: .*set XDG_CACHE_HOME"):
         user_cache("data")

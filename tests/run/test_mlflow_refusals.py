@@ -175,6 +175,15 @@ def test_an_address_with_a_password_is_refused_without_repeating_it(key, url):
     assert SECRET not in hide_passwords(f"could not connect to {url}: no route", url)
 
 
+@pytest.mark.parametrize("url", ["localhost:5000", "127.0.0.1:5000/x", "http:/x", "https://", "postgres://h/db"])
+def test_an_address_where_no_mlflow_can_be_is_refused_where_it_is_given(run, monkeypatch, url):
+    with pytest.raises(ValueError, match=r"tracking\.uri: .*(write http://HOST:PORT|postgresql://)"):
+        parse_config({"tracking": {"uri": url}})
+    monkeypatch.setenv("MLFLOW_ADDRESS", url)
+    with pytest.raises(ValueError, match=r"tracking\.uri_env: the address in MLFLOW_ADDRESS (has|names|must)"):
+        Tracker(run, TrackingConfig(uri_env="MLFLOW_ADDRESS"), after_step=0)
+
+
 @pytest.mark.parametrize(
     "url",
     ["http://mlflow:5000", "sqlite:////a/b.db", "s3://bucket/a@b/c", "http://h:80/p@x", "/a/b:c@d", "sftp://me@host/x"],
