@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 from flashdmd_ray.config import Config
 from flashdmd_ray.data.datasets import data_faults
@@ -25,11 +27,9 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
 
     Raises ValueError, one line for each fault, naming the key or file and the remedy.
     """
-    if config.runtime == "ray":
-        check_ray_address(os.environ)
     run, parts, models = _inspected(config)
     check_free(run.path)
-    if missing := [*models.absent, *data_faults(config)]:
+    if missing := _missing(config, models):
         raise ValueError("\n".join(missing))
     check_fit(config, models, parts)
     return run, parts
@@ -38,10 +38,33 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
 def preview(config: Config) -> tuple[RunDirectory, list[Part], list[str]]:
     """As `check` for `--dry-run`, which plans a run whose data or checkpoint of Segment Anything is still to come: those are named last."""
     run, parts, models = _inspected(config)
-    return run, parts, [*models.absent, *data_faults(config)]
+    return run, parts, _missing(config, models)
+
+
+def _missing(config: Config, models: Models) -> list[str]:
+    """What must be brought here before a run can start, one line each."""
+    return [*models.absent, *data_faults(config), *missing_packages(config)]
+
+
+def missing_packages(config: Config) -> list[str]:
+    """One line for each optional package that a run needs and this machine lacks; machines of another cluster may have it."""
+    rewards = config.rewards if config.preference.updates else ()
+    hub = config.data.source.startswith("hf:") or (Path(config.data.source) / "dataset_info.json").is_file()
+    needs = [("engine.optimizer", "bitsandbytes", "low-memory")] if config.engine.optimizer == "adamw_8bit" else []
+    needs += [
+        (f"rewards.{n}.kind", "open_clip", "rewards") for n, r in enumerate(rewards) if r.kind.startswith("hpsv2")
+    ]
+    needs += [("data.source", "datasets", "hub")] if hub else []
+    return [
+        f"{key}: needs the package {package}, which is not installed; pip install 'flashdmd-ray[{extra}]'"
+        for key, package, extra in needs
+        if importlib.util.find_spec(package) is None and not os.environ.get("RAY_ADDRESS")
+    ]
 
 
 def _inspected(config: Config) -> tuple[RunDirectory, list[Part], Models]:
+    if config.runtime == "ray":
+        check_ray_address(os.environ)
     run = RunDirectory.check(config.run, config)
     check_checkpoint_root(config, run.path)
     tracking_uri(config.tracking, run)

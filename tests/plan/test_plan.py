@@ -1,5 +1,6 @@
 """The plan: parameters from file headers, memory and schedule as arithmetic, damaged files refused before anything is loaded."""
 
+import importlib.util
 import json
 import re
 
@@ -9,6 +10,7 @@ from model_folders import PARTS, model_settings
 
 from flashdmd_ray import plan
 from flashdmd_ray.config import parse_config
+from flashdmd_ray.plan.check import missing_packages
 from tests.tiny import save_sam
 
 
@@ -167,6 +169,18 @@ def test_the_dry_run_and_the_start_refuse_the_same_data(what, settings, tmp_path
     assert said in line
     with pytest.raises(ValueError, match="^" + re.escape(line) + "$"):
         plan.check(config)
+
+
+def test_packages_that_are_not_installed_are_missed(settings, monkeypatch):
+    rewards = [{"kind": "hpsv2.1", "path": "xswu/HPSv2"}]
+    tree = settings | {"engine": {"optimizer": "adamw_8bit"}, "rewards": rewards, "data": {"source": "hf:a/b"}}
+    find = importlib.util.find_spec
+    gone = {"bitsandbytes", "open_clip", "datasets"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in gone else find(name, *a))
+    lines = missing_packages(parse_config(tree))
+    assert [line.partition(":")[0] for line in lines] == ["engine.optimizer", "rewards.0.kind", "data.source"]
+    gone.clear()
+    assert len(missing_packages(parse_config(tree | {"engine": {}}))) == 0
 
 
 def test_parts_of_the_demo_are_refused_beside_another_teacher(settings):
