@@ -34,7 +34,10 @@ Table = Mapping[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the first words name; returns its exit code, 2 for an unknown one."""
     outlive_readers()
-    return _dispatch("flashdmd", COMMANDS, list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        return _dispatch("flashdmd", COMMANDS, list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:  # while a command's module is imported
+        return 130
 
 
 def _dispatch(program: str, table: Table, words: Sequence[str]) -> int:

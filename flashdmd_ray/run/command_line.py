@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 from flashdmd_ray.config import local_path
 from flashdmd_ray.run.folder import RunDirectory
@@ -121,10 +122,22 @@ def prepare_process() -> None:
         os.environ.setdefault(name, value)
     logging.captureWarnings(True)  # library warnings are for developers: kept out of the progress display
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for classes of the user's own, as Ray does for its workers
     leave_on_signals()
     outlive_readers()
+    sys.excepthook = _without_interrupts
+    try:
+        here = os.getcwd()
+    except OSError:
+        say("the working directory is gone; change to one that is there")
+        raise SystemExit(REFUSED) from None
+    if here not in sys.path:
+        sys.path.append(here)  # for classes of the user's own, as Ray does for its workers
+
+
+def _without_interrupts(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ctrl-C is no defect that would need a traceback; the exit code tells of it."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
 
 
 def refuse(error: ValueError) -> int:

@@ -35,6 +35,9 @@ sys.exit(interruption.exit_code or 5)
 """
 
 
+PREPARE = "from flashdmd_ray.run.command_line import prepare_process; prepare_process()"
+
+
 class Job:
     def __init__(self, folder: Path, **options) -> None:
         self.ready, self.result, self.stop = (folder / name for name in ("ready", "result", "stop"))
@@ -108,7 +111,7 @@ def test_help_may_be_cut_short():
 
 def test_letters_that_the_terminal_has_not_cost_nothing(tmp_path):
     """The environment of many batch systems: ASCII."""
-    code = "from flashdmd_ray.run.command_line import prepare_process; prepare_process(); print('Größe 質'); print('\\udcf6 end')"
+    code = PREPARE + "; print('Größe 質'); print('\\udcf6 end')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONIOENCODING": "ascii:strict"},
@@ -116,6 +119,18 @@ def test_letters_that_the_terminal_has_not_cost_nothing(tmp_path):
         check=True,
     )
     assert done.stdout == rb"Gr\xf6\xdfe \u8cea" + b"\n" + rb"\udcf6 end" + b"\n"
+
+
+def test_ctrl_c_at_any_time_has_no_traceback():
+    code = f"{PREPARE}; import os; os.kill(os.getpid(), 2)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
+def test_a_working_directory_that_is_gone_is_named(tmp_path):
+    code = f"import os; os.rmdir(os.getcwd()); {PREPARE}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: the working directory is gone; change to one that is there\n")
 
 
 def test_what_was_printed_arrives(tmp_path):
