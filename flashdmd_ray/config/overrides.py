@@ -6,7 +6,7 @@ from typing import Any
 
 from flashdmd_ray.config.annotations import below, is_optional, is_text, section_of
 from flashdmd_ray.config.section import Section
-from flashdmd_ray.config.yaml_text import read_tree
+from flashdmd_ray.config.yaml_text import plain_text, read_tree
 
 
 def apply_override(section: type[Section], tree: dict[str, Any], override: str) -> None:
@@ -67,7 +67,7 @@ def read_value(text: str, annotation: Any) -> Any:
     """The value of a setting of this type. Raises ValueError when a part of `text` would be lost."""
     written = text.strip()
     if is_text(annotation) and not written.startswith(("'", '"')):
-        return None if is_optional(annotation) and written in ("", "null") else written
+        return None if is_optional(annotation) and written in ("", "null", "~") else plain_text(written, annotation)
     value, rest = read_tree(written, annotation)
     if rest.strip():
         raise ValueError(f"the value would end before '{rest.strip()}', which is a comment in YAML; put text in quotes")

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from flashdmd_ray.config.annotations import alternatives, below, is_text
+from flashdmd_ray.config.annotations import alternatives, below, is_optional, is_text
 
 FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
 SURPRISING = re.compile(r"[-+]?(0[0-9_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)")
@@ -51,7 +51,7 @@ def read_tree(text: bytes | str, annotation: Any) -> tuple[Any, str]:
 def _value(loader: yaml.SafeLoader, node: yaml.Node, annotation: Any, where: str) -> Any:
     is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
     if is_plain and is_text(annotation) and node.tag != _NULL and not node.tag.startswith("!"):
-        return node.value
+        return plain_text(node.value, annotation, where)
     if node.tag not in _TAGS[type(node)]:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
         is_day = is_plain and tag == "!!timestamp"
@@ -76,6 +76,13 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, annotation: Any, where: str
         read = str(value).lower()
         raise _refused(where, f"YAML reads {node.value} as {read}; write {read}")
     return value
+
+
+def plain_text(written: str, annotation: Any, where: str = "") -> str:
+    """A text setting without quotes. Raises ValueError for Python's None where null is meant."""
+    if written.lower() == "none" and is_optional(annotation):
+        raise _refused(where, f"{written} is a text, as any word; write null")
+    return written
 
 
 def _surprises(node: yaml.ScalarNode, annotation: Any) -> bool:

@@ -83,8 +83,12 @@ def test_another_value_is_read_whole_or_refused(value, comment):
 
 
 def test_quotes_and_null_are_understood():
-    config = load_config(None, ["run.name='a b'", "data.prompts=null", "data.caption=", 'model.vae="x #1"'])
+    config = load_config(
+        None, ["run.name='a b'", "data.prompts=null", "data.caption=", 'model.vae="x #1"', "data.cache=~"]
+    )
     assert (config.run.name, config.data.prompts, config.data.caption, config.model.vae) == ("a b", None, None, "x #1")
+    assert config.data.cache is None
+    assert load_config(None, ["run.name=none", "tracking.uri_env='None'"]).tracking.uri_env == "None"
 
 
 def test_an_item_of_a_list_is_set_by_its_number(tmp_path):
@@ -113,6 +117,7 @@ def test_an_item_of_a_list_is_set_by_its_number(tmp_path):
         ("steps", "!env STEPS", "nothing is known of !env"),
         ("rewards", "{kind: latent}", "write a list"),
         ("tracking.uri", "sqlite:///~/mlflow.db", "a ~ inside an address is not replaced"),
+        ("checkpoint.dir", "None", "None is a text, as any word; write null"),
         ("data", "null", "leave the key out for its default"),
     ],
 )
