@@ -18,12 +18,15 @@ def print_report(out: Path) -> None:
     kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for fault in faults:
         kinds[fault["kind"]].append(fault)
-    print(
-        f"{len(faults)} faults in {len(runs)} finished runs\n\n| fault | times | detect s | rebuild s | load s | next step s | steps lost |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for kind, struck in kinds.items():
-        print(f"| {kind} | {len(struck)} | {' | '.join(middle(struck, column) for column in COLUMNS)} |")
+    columns = ("fault", "times", "detect s", "rebuild s", "load s", "next step s", "steps lost", "command given again")
+    print(f"{len(faults)} faults in {len(runs)} finished runs\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for kind, struck in sorted(kinds.items()):
+        facts = [
+            len(struck),
+            *(middle(struck, column) for column in COLUMNS),
+            sum(len(fault["exits"]) for fault in struck),
+        ]
+        print(f"| {kind} | {' | '.join(map(str, facts))} |")
     print(
         "\n| seed | steps between faults | steps | bits equal | every step once | left over | goodput |\n|---|---|---|---|---|---|---|"
     )
@@ -42,8 +45,10 @@ def print_report(out: Path) -> None:
 
 
 def middle(struck: Sequence[Mapping[str, Any]], column: str) -> str:
+    """The median, and the largest where that is another."""
     values = [fault[column] for fault in struck if column in fault]
-    return f"{statistics.median(values):.1f}" if values else ""
+    middle, most = (f"{value:.1f}" for value in (statistics.median(values), max(values))) if values else ("", "")
+    return middle if middle == most else f"{middle}, at most {most}"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
