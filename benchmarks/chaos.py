@@ -202,6 +202,8 @@ def leftovers(folder: Path, shm: set[str]) -> list[str]:
         except OSError:
             continue
     memory = [name for name in set(os.listdir("/dev/shm")) - shm if f"/dev/shm/{name}" not in mapped]
+    time.sleep(10)  # other programs have files there, too, that come and go
+    memory = [name for name in memory if Path("/dev/shm", name).exists()]
     return [f"process {pid} {name}" for pid, name in alive.items()] + sockets + memory
 
 
