@@ -14,6 +14,7 @@ from flashdmd_ray.plan.models import Models, models_of
 from flashdmd_ray.plan.parts import Part, parts_of_models
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.lock import check_free
+from flashdmd_ray.run.sockets import listen
 from flashdmd_ray.run.storage import check_checkpoint_root
 from flashdmd_ray.run.tracking import tracking_uri
 from flashdmd_ray.run.variables import check_ray_address
@@ -29,6 +30,8 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
     """
     run, parts, models = _inspected(config)
     check_free(run.path)
+    if config.runtime == "ray" and config.control.enabled:
+        listen(config.control).close()
     if missing := _missing(config, models):
         raise ValueError("\n".join(missing))
     check_fit(config, models, parts)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.config import ControlConfig
+from flashdmd_ray.run.sockets import listen
 from flashdmd_ray.runtime.protocol import ScalablePool
 
 END_S = 5.0
@@ -34,7 +35,7 @@ def open_control(config: ControlConfig, pools: Mapping[str, ScalablePool], path:
     if not pools or not config.enabled:
         yield
         return
-    listener = _listen(config)
+    listener = listen(config)
     token = secrets.token_urlsafe(32)
     host, port = listener.getsockname()[:2]
     _write_private(path, {"url": f"http://{host}:{port}", "token": token})
@@ -44,21 +45,6 @@ def open_control(config: ControlConfig, pools: Mapping[str, ScalablePool], path:
     finally:
         path.unlink(missing_ok=True)
         server.close()
-
-
-def _listen(config: ControlConfig) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((config.host, config.port))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise ValueError(
-            f"control: cannot listen on {config.host}:{config.port} ({error.strerror or error}); "
-            "set control.port to 0 for any free one, or control.enabled to false"
-        ) from None
-    return listener
 
 
 def _write_private(path: Path, facts: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import socket
 
 import pytest
 import torch
@@ -193,9 +194,17 @@ def test_parts_of_the_demo_are_refused_beside_another_teacher(settings):
         assert keys == ["data.source", "model.sam", "rewards.0.path", "run.name"]
 
 
-def test_checking_creates_nothing(settings, tmp_path):
+def test_checking_creates_nothing_and_frees_the_address_it_tried(settings, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    plan.check(parse_config(settings))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = parse_config(settings | {"runtime": "ray", "control": {"port": port}})
+        with pytest.raises(
+            ValueError, match=rf"control: cannot listen on 127\.0\.0\.1:{port} .*set control\.port to 0"
+        ):
+            plan.check(config)
+    for _ in range(2):
+        plan.check(config)
     assert sorted(tmp_path.rglob("*")) == before
 
 
