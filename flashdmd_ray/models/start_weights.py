@@ -14,8 +14,9 @@ from torch import Tensor
 from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.headers import Header, ModelFileError, read_header
+from flashdmd_ray.models.locations import HubPath
 from flashdmd_ray.models.single_file import LORA_NAME
-from flashdmd_ray.models.state_dicts import check_layout, read_weights
+from flashdmd_ray.models.state_dicts import check_layout, find_file, read_weights
 from flashdmd_ray.models.stock_modules import load_module, load_part
 from flashdmd_ray.models.weight_reading import weights_device
 
@@ -30,22 +31,30 @@ def load_start(family: Family, path: str) -> dict[str, Tensor]:
 
     path: a pipeline's directory or hub id, such as an export of this project or SDXL-Turbo; a file of the network's weights under
     diffusers' names, such as those of DMD2 and SDXL-Lightning; or a .safetensors file with a LoRA, such as LCM's, which is merged into the
-    teacher.
+    teacher. A file may lie in a repository: owner/name/file.
     Raises ValueError, one line naming `generator.start`, for anything else and for weights of another network.
     """
     network = family.denoiser().network
     try:
-        if not Path(path).is_file():
+        file = _file(path)
+        if file is None:
             state = load_module(type(network), path, FAMILIES[family.name].denoiser, torch.float32).state_dict()
-        elif is_lora(Path(path)):
-            load_part(path, "the LoRA", lambda: merge_lora(family, network, path))
+        elif is_lora(file):
+            load_part(path, "the LoRA", lambda: merge_lora(family, network, str(file)))
             state = network.state_dict()
         else:
-            state = read_weights(Path(path))
+            state = read_weights(file)
         check_layout(network, state, path)
     except ValueError as error:
         raise ValueError(f"generator.start: {error}") from error
     return {name: value.float() for name, value in state.items()}
+
+
+def _file(path: str) -> Path | None:
+    """The file that `path` names, here or in a hub repository; None for a directory or a repository as a whole."""
+    hub = HubPath.parse(path)
+    in_repository = hub is not None and Path(hub.inside).suffix in (".safetensors", ".bin", ".pt", ".pth")
+    return Path(path) if Path(path).is_file() else find_file(path, ()) if in_repository else None
 
 
 def is_lora(file: Path) -> bool:

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from flashdmd_ray.config import load_config, parse_config
@@ -70,6 +71,15 @@ def test_a_lora_is_merged(family, tmp_path):
         load_start(family, str(tmp_path / "text.safetensors"))
 
 
+def test_a_file_in_the_hub_s_cache(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--somebody--students" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    save_file(student_of(family), folder / "4step.safetensors")
+    found = load_start(family, "somebody/students/4step.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in student_of(family).items())
+
+
 def wrapped(family, tmp_path):
     """A Lightning checkpoint: {"state_dict": {"model.x": ...}}."""
     torch.save(
@@ -126,7 +136,10 @@ def test_what_is_no_student_is_one_line_before_and_while_loading(what, family, t
     config = parse_config(
         {"model": model, "generator": {"start": str(tmp_path / where)}, "rewards": [{"kind": "pickscore"}]}
     )
-    for read in (try_loading, lambda _: load_start(family, str(tmp_path / where))):
+    for read in (
+        lambda config: try_loading(config, start=config.generator.start),
+        lambda _: load_start(family, str(tmp_path / where)),
+    ):
         if said is None:
             read(config)
         else:
