@@ -23,14 +23,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from flashdmd_ray.config import hide_passwords
 from flashdmd_ray.run.interruption import INSISTENT, NOTICES
 from flashdmd_ray.run.messages import one_line, typed_line
 from flashdmd_ray.run.mlflow_names import LEFT_OUT, URI_VARIABLE
 from flashdmd_ray.run.mlflow_run import REFUSALS, LeftOut, MetricsTail, MlflowRun, Unusable
-from flashdmd_ray.run.output import outlive_readers
+from flashdmd_ray.run.output import outlive_readers, private_output
 
 MOST_LEFT_OUT = 10
 """Things left out that the user is told of, one by one; mlflow.log names all."""
@@ -134,6 +134,8 @@ def reason_of(error: Exception) -> str:
 
 
 _left_out: list[str] = []
+_channel: list[TextIO] = []
+"""Where the training process reads; standard output until `main` has opened it."""
 
 
 def leave_out(text: str) -> None:
@@ -148,7 +150,7 @@ def leave_out(text: str) -> None:
 
 def say(text: str) -> None:
     """Send one line to the training process, which may be gone."""
-    print(hide_passwords(text, os.environ.get(URI_VARIABLE, "")), flush=True)
+    print(hide_passwords(text, os.environ.get(URI_VARIABLE, "")), flush=True, file=_channel[0] if _channel else None)
 
 
 class _Formatter(logging.Formatter):
@@ -171,6 +173,7 @@ def main() -> int:
     arguments = parser.parse_args()
     for number in (*INSISTENT, *NOTICES):  # meant for the training, which then says "finish" or closes the input
         signal.signal(number, signal.SIG_IGN)
+    _channel.append(private_output())  # MLflow prints the address of a run
     outlive_readers()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -51,6 +51,13 @@ def outlive_readers() -> None:
         setattr(sys, name, _over(descriptor, stream))
 
 
+def private_output() -> TextIO:
+    """Standard output as it was until now, for messages of this program alone. What libraries print goes to standard error from now on."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    return _over(kept, None)
+
+
 def write_directly(text: str) -> None:
     """Write a line to standard error past Python's buffers: allowed in a signal handler. A reader that is gone is ignored."""
     with contextlib.suppress(OSError):

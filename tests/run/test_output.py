@@ -121,6 +121,17 @@ def test_letters_that_the_terminal_has_not_cost_nothing(tmp_path):
     assert done.stdout == rb"Gr\xf6\xdfe \u8cea" + b"\n" + rb"\udcf6 end" + b"\n"
 
 
+def test_what_libraries_print_is_no_message_of_a_program():
+    code = (
+        "import os; from flashdmd_ray.run.output import outlive_readers, private_output\n"
+        "ours = private_output(); outlive_readers()\n"
+        "print('a library'); os.system('echo a child'); print('ours', file=ours, flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "ours\n"
+    assert sorted(done.stderr.splitlines()) == ["a child", "a library"]
+
+
 def test_ctrl_c_at_any_time_has_no_traceback():
     code = f"{PREPARE}; import os; os.kill(os.getpid(), 2)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
