@@ -127,7 +127,8 @@ class MlflowProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", URI_VARIABLE: uri},
             start_new_session=True,  # a closed terminal, Ctrl-C and batch systems signal the group of the training
         )

@@ -70,7 +70,7 @@ class RunFolder(ModelSource):
         step = str(int(self._newest().rpartition("-")[2]))
         command = [sys.executable, "-c", program, str(self._run.path), "--checkpoint", step, "--out", str(into)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s)
         except subprocess.TimeoutExpired:
             raise ValueError(f"{self._run.path}: checkpoint {step} was not exported within {timeout_s:g} s") from None
         if done.returncode:
