@@ -15,6 +15,7 @@ import yaml
 
 from flashdmd_ray.config.annotations import alternatives, below, is_optional, is_text
 
+MOST_VALUES = 100_000
 FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
 SURPRISING = re.compile(r"[-+]?(0[0-9_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)")
 _NULL, _INT, _FLOAT, _BOOL, _STR, _SEQ, _MAP = (
@@ -34,6 +35,8 @@ def read_tree(text: bytes | str, annotation: Any) -> tuple[Any, str]:
             node = loader.get_single_node()
             if node is None:
                 return None, ""
+            if _values_in(node, {}) > MOST_VALUES:
+                raise ValueError("not valid YAML (its aliases make it too large)")
             rest = "" if isinstance(text, bytes) else text[node.end_mark.index :]
             return _value(loader, node, annotation, ""), rest
         finally:
@@ -46,6 +49,16 @@ def read_tree(text: bytes | str, annotation: Any) -> tuple[Any, str]:
         raise ValueError(f"not valid YAML ({' '.join(str(error).split())})") from None
     except RecursionError:
         raise ValueError("not valid YAML (nested too deeply)") from None
+
+
+def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node becomes when its aliases are replaced, which can double at every line."""
+    if id(node) not in known:
+        known[id(node)] = 1
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        if not isinstance(node, yaml.ScalarNode):
+            known[id(node)] += sum(_values_in(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _value(loader: yaml.SafeLoader, node: yaml.Node, annotation: Any, where: str) -> Any:

@@ -138,6 +138,12 @@ def test_a_file_of_any_unicode_encoding_is_read(tmp_path, encoding):
     assert load(tmp_path, "run: {name: größe}\r\nsteps: 3\r\n".encode(encoding)).run.name == "größe"
 
 
+def test_aliases_cannot_make_a_file_too_large(tmp_path):
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]
+    with pytest.raises(ValueError, match="aliases make it too large"):
+        load(tmp_path, "\n".join(lines))
+
+
 def test_another_encoding_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"c.yaml: not UTF-8 text .*save it as UTF-8"):
         load(tmp_path, "run: {name: größe}".encode("latin-1"))
