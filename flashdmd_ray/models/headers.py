@@ -22,6 +22,13 @@ _SCALES = re.compile(
 _WRAPPERS = ("_orig_mod.", "module.", "model.")
 """Starts of all names when a module around the network was saved: a compiled or distributed one, or Lightning's."""
 
+_PREDICTIONS = {
+    "v_prediction": ("v", "vpred", "v_pred", "velocity_prediction"),
+    "epsilon": ("eps", "noise", "eps_prediction", "epsilon_prediction"),
+    "flow": ("rectified_flow", "flow_matching", "flow_prediction"),
+}
+"""Prediction types, and how else the metadata of files call them."""
+
 
 class ModelFileError(ValueError):
     """A file of a model that cannot be used. The message names the file and the remedy."""
@@ -133,8 +140,8 @@ def stated_scheduler(header: Header) -> dict[str, Any]:
         )
     if "v_pred" in markers or metadata.get("ss_v_parameterization") == "true":
         prediction = "v"
-    names = {"v": "v_prediction", "eps": "epsilon", "rectified flow": "flow"}
-    names |= {name: name for name in ("v_prediction", "epsilon", "flow")}
+    names = {each: name for name, same in _PREDICTIONS.items() for each in (name, *same)}
+    prediction = re.sub(r"[\s-]+", "_", prediction)
     if prediction and prediction not in names:
         raise ModelFileError(
             f"{header.path} states prediction type {prediction!r}, which is not supported; choose an eps-, v- or flow-prediction model"

@@ -19,7 +19,7 @@ _UNUSED = re.compile(
     r"|denoiser\.sigmas$|(sqrt_|log_one_minus_|posterior_)?[a-z_]*(alphas|betas|variance|coef[12])\w*$|logvar$|scale_factor$|v_pred$|ztsnr$|edm_"
 )
 """Weights that were saved with the others and are not part of the network: averages, schedules, markers."""
-LORA_NAME = re.compile(r"^lora_|\.lora_(A|B|up|down|mid)\.|\.(hada|lokr)_|\.dora_scale$")
+LORA_NAME = re.compile(r"^lora_|\.lora_(A|B|up|down|mid)\.|_lora\.(down|up)\.|\.(hada|lokr)_|\.dora_scale$")
 """Names of the matrices of low-rank adapters."""
 
 

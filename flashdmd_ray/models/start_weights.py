@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from flashdmd_ray.models.stock_modules import load_module, load_part
 from flashdmd_ray.models.weight_reading import weights_device
 
 _MATRIX = re.compile(
-    r"(unet|transformer)\.(?P<layer>.+)\.(?P<side>lora_A|lora_B|lora\.down|lora\.up)(\.[\w-]+)?\.weight"
+    r"(?P<layer>.+?)\.(((?P<down>lora_A|lora\.down)|(?P<up>lora_B|lora\.up))(\.[\w-]+)?\.(weight|bias)|lora_magnitude_vector(\..+)?)"
 )
-"""Names of the two matrices of an adapted layer, as diffusers calls them."""
+"""Names of the matrices of an adapted layer, as diffusers calls them."""
+_OLDER = re.compile(r"\.processor\.(\w+)_lora")
+"""Names of attention layers in older versions, which kohya's are still turned into."""
 
 
 def load_start(family: Family, path: str) -> dict[str, Tensor]:
@@ -77,7 +79,10 @@ def merge_lora(family: Family, network: ModelMixin, path: str) -> None:
         raise ModelFileError(
             "it changes text encoders too, which stay the teacher's here; choose one of the network alone"
         )
-    _check_layers(network, {name: tensor.shape for name, tensor in state.items()})
+    start = f"{FAMILIES[family.name].denoiser}."
+    plain = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    state = {name if name.startswith(start) else f"{start}{name}": tensor for name, tensor in plain.items()}
+    _check_layers(network, {name.removeprefix(start): tuple(tensor.shape) for name, tensor in state.items()})
     if weights_device().type == "meta":
         return
     if FAMILIES[family.name].denoiser == "unet":
@@ -88,21 +93,30 @@ def merge_lora(family: Family, network: ModelMixin, path: str) -> None:
     network.unload_lora()
 
 
-def _check_layers(network: ModelMixin, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises ModelFileError unless each pair of matrices, down and up, fits a layer of the network: the libraries pass over others."""
+def _check_layers(network: ModelMixin, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ModelFileError unless all weights are pairs of matrices, down and up, that fit layers of the network.
+
+    The libraries pass over weights that they do not know: such a LoRA would do nothing, or half of what it does.
+    """
     layers = dict(network.named_modules())
+    ranks: dict[str, dict[str, int]] = {}
     for name, shape in shapes.items():
-        match = _MATRIX.fullmatch(name)
+        match = _MATRIX.fullmatch(_OLDER.sub(r".\1.lora", name).replace(".to_out.lora", ".to_out.0.lora"))
         weight = None if match is None else getattr(layers.get(match["layer"]), "weight", None)
-        if match is None:
+        if match is None or weight is None:
+            what = "changes a layer that this teacher has not" if match else "is no matrix of a low-rank adapter"
+            raise ModelFileError(f"{name!r} {what}: it is of another model, or another form; choose a LoRA of this one")
+        side = (match["down"] and "down") or (match["up"] and "up")
+        if not side:  # the magnitudes of DoRA, a bias
             continue
-        if weight is None:
-            raise ModelFileError(
-                f"{name!r} changes a layer that this teacher has not: it is of another model; choose a LoRA of this one"
-            )
-        is_down = match["side"] in ("lora_A", "lora.down")
-        own, wanted = (shape[1], weight.shape[1]) if is_down else (shape[0], weight.shape[0])
+        ranks.setdefault(match["layer"], {})[side] = shape[0 if side == "down" else 1]
+        own, wanted = (shape[1], weight.shape[1]) if side == "down" else (shape[0], weight.shape[0])
         if own != wanted:
             raise ModelFileError(
-                f"{name!r} is {tuple(shape)}, the layer {tuple(weight.shape)}: it is of another model; choose a LoRA of this one"
+                f"{name!r} is {shape}, the layer {tuple(weight.shape)}: it is of another model; choose a LoRA of this one"
+            )
+    for layer, found in ranks.items():
+        if found.get("down") != found.get("up"):
+            raise ModelFileError(
+                f"the two matrices of layer {layer!r} do not fit each other ({found}); download it again"
             )

@@ -164,7 +164,7 @@ def rewritten(file, path, changes, metadata=None):
 @pytest.mark.parametrize("stated", ["markers", "modelspec"])
 def test_a_file_that_states_v_prediction_is_read_so(stated, file, whole, tmp_path):
     markers = {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)} if stated == "markers" else {}
-    metadata = None if markers else {"modelspec.prediction_type": "v"}
+    metadata = None if markers else {"modelspec.prediction_type": "V-Prediction"}
     path = rewritten(file, tmp_path / "v.safetensors", markers, metadata)
     assert checked(path, teacher_config=str(whole)) == checked(file, teacher_config=str(whole))
     family = loaded(path, parts=(), teacher_config=str(whole))

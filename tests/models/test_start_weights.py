@@ -66,6 +66,12 @@ def test_a_lora_is_merged(family, tmp_path):
     torch.testing.assert_close(found[f"{layer}.weight"], teacher[f"{layer}.weight"] + up @ down)
     assert all(torch.equal(found[name], value) for name, value in teacher.items() if name != f"{layer}.weight")
     assert found.keys() == teacher.keys()
+    for start in ("", "base_model.model."):
+        save_file(
+            {f"{start}{layer}.lora_A.weight": down, f"{start}{layer}.lora_B.weight": up}, tmp_path / "l.safetensors"
+        )
+        other = load_start(family, str(tmp_path / "l.safetensors"))
+        assert torch.equal(other[f"{layer}.weight"], found[f"{layer}.weight"]), start or "names of the network itself"
     save_file(lora | {"text_encoder.layer.lora_A.weight": down.clone()}, tmp_path / "text.safetensors")
     with pytest.raises(ValueError, match=r"generator\.start: .*text encoders"):
         load_start(family, str(tmp_path / "text.safetensors"))
@@ -87,13 +93,15 @@ def wrapped(family, tmp_path):
     )
 
 
-def lora_of(layer, out, inner):
+def lora_of(layer, out, inner, more="", rank=2):
     def write(family, tmp_path):
         _, _, prefix = FORMS[family.name]
         name = next(name for name in family.teacher.network.state_dict() if name.endswith("to_q.weight"))
         where = f"{prefix}.{layer or name.removesuffix('.weight')}"
-        down, up = torch.randn(2, inner), torch.randn(out, 2)
-        save_file({f"{where}.lora_A.weight": down, f"{where}.lora_B.weight": up}, tmp_path / "s.safetensors")
+        own_out, own_inner = family.teacher.network.state_dict()[name].shape
+        down, up = torch.randn(2, inner or own_inner), torch.randn(out or own_out, rank)
+        extra = {f"{prefix}.{more}": torch.ones(2)} if more else {}
+        save_file({f"{where}.lora_A.weight": down, f"{where}.lora_B.weight": up, **extra}, tmp_path / "s.safetensors")
 
     return write
 
@@ -124,6 +132,8 @@ STARTS = {
     ),
     "another network": ("s", another_network, r"is \(\d+, 5, .*the model needs"),
     "a LoRA of another layer": ("s.safetensors", lora_of("nowhere", 8, 8), "changes a layer that this teacher has not"),
+    "more than a LoRA": ("s.safetensors", lora_of("", None, None, "norm.weight"), "is no matrix of a low-rank adapter"),
+    "a LoRA of two ranks": ("s.safetensors", lora_of("", None, None, rank=3), "do not fit each other"),
     "a LoRA of another size": ("s.safetensors", lora_of("", 7, 9), r"is \(2, 9\), the layer \("),
 }
 
