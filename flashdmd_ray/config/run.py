@@ -7,7 +7,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from flashdmd_ray.config.section import LocalPath, MayChange, PositiveInt, PublicUrl, Section, TrackingUrl
+from flashdmd_ray.config.section import (
+    LocalPath,
+    MayChange,
+    PositiveInt,
+    PublicUrl,
+    Section,
+    TrackingUrl,
+    without_variables,
+)
 
 
 def _plain_name(name: str) -> str:
@@ -25,7 +33,7 @@ def _plain_name(name: str) -> str:
 
 
 class RunConfig(Section):
-    name: Annotated[str, AfterValidator(_plain_name)] = "demo"
+    name: Annotated[str, AfterValidator(_plain_name), AfterValidator(without_variables)] = "demo"
     """Folder of this run below `dir`; the same name again resumes it."""
     dir: LocalPath = Path("runs")
     """Where run folders and the default MLflow database live."""
@@ -54,7 +62,7 @@ class TrackingConfig(Section):
     """MLflow tracking server; null uses a sqlite file beside the runs."""
     uri_env: str | None = None
     """Environment variable that holds the address instead: for one with a password, which must not be printed and stored."""
-    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "flashdmd_ray"
+    experiment: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(without_variables)] = "flashdmd_ray"
     """Experiment in MLflow. Exports are versions of the registered model flashdmd_ray, whatever the experiment."""
     enabled: bool = True
     """false writes only the run folder."""

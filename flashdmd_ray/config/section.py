@@ -29,11 +29,17 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Timestep = Annotated[int, Field(strict=True, ge=0, le=999)]
 
 
+def without_variables(text: str, variable: str = r"\$(\{|[A-Za-z_])") -> str:
+    """The text itself. Raises ValueError for one that only a shell would complete. variable: pattern of what a shell would replace."""
+    if re.search(variable, text):
+        raise ValueError(f"environment variables are not replaced in settings; write the text itself, got '{text}'")
+    return text
+
+
 def _expand_home(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty; give a path")
-    if re.search(r"(^|/)\$[A-Za-z_]|\$\{\w+\}", text):
-        raise ValueError(f"environment variables are not replaced in settings; write the path itself, got '{text}'")
+    without_variables(text, r"(^|/)\$[A-Za-z_]|\$\{\w+\}")
     if re.match(r"[A-Za-z][\w+.-]*:/+~", text):
         raise ValueError("a ~ inside an address is not replaced; write the whole path")
     expanded = os.path.expanduser(text)

@@ -117,6 +117,8 @@ def test_an_item_of_a_list_is_set_by_its_number(tmp_path):
         ("steps", "!env STEPS", "nothing is known of !env"),
         ("rewards", "{kind: latent}", "write a list"),
         ("tracking.uri", "sqlite:///~/mlflow.db", "a ~ inside an address is not replaced"),
+        ("run.name", "demo-$USER", "environment variables are not replaced"),
+        ("tracking.experiment", "${TEAM}", "environment variables are not replaced"),
         ("checkpoint.dir", "None", "None is a text, as any word; write null"),
         ("data", "null", "leave the key out for its default"),
     ],
