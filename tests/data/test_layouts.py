@@ -243,6 +243,19 @@ def test_lists_commas_and_letter_case_lose_no_row(text, tmp_path):
     assert tally.samples == 2
 
 
+def test_only_metadata_files_are_lists(tmp_path):
+    lines = '{"file_name": "0.png", "text": "a"}'
+    root = write_files(
+        tmp_path, {"0.png": IMAGE, "Metadata.JSONL": lines, "old_metadata.jsonl": lines, "x.metadata.csv": "a,b"}
+    )
+    captions, tally = judge(root)
+    assert captions == {"0.png": "a"}
+    assert tally.samples == 1
+    (root / "metadata.csv").write_text("file_name,text\n0.png,b\n")
+    with pytest.raises(ValueError, match=r"holds Metadata\.JSONL and metadata\.csv in one folder"):
+        open_images(str(root), Columns())
+
+
 def test_a_letter_case_that_could_be_two_files_is_missing(tmp_path):
     lines = '{"file_name": "A.png", "text": "a"}'
     root = write_files(tmp_path, {"a.PNG": IMAGE, "a.png": IMAGE, "metadata.jsonl": lines})

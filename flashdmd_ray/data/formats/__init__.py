@@ -51,7 +51,7 @@ def open_images(source: str, columns: Columns) -> ImageFormat:
     if packed:
         _refuse_compressed(packed[0])
     archives, found = files_below(path, (".tar",)), files_below(path, (".parquet",))
-    lists = files_below(path, tuple(METADATA))
+    lists = tuple(file for file in files_below(path, tuple(METADATA)) if file.name.lower() in METADATA)
     tables = tuple(table for table in found if table not in lists and not _is_list(table))
     images = files_below(path, SUFFIXES) or (() if archives or tables else files_below(path, OTHER_SUFFIXES))
     there = {".tar": archives, ".parquet": tables, "image": images or lists}
@@ -60,7 +60,8 @@ def open_images(source: str, columns: Columns) -> ImageFormat:
         counts = ", ".join(f"{len(there[kind]):,} {kind} files" for kind in kinds)
         raise ValueError(f"data.source: {source} holds {counts}; name a folder with one kind of them")
     if len({file.parent for file in lists}) < len(lists):
-        raise ValueError(f"data.source: {source} holds {' and '.join(METADATA)} in one folder; keep one of them")
+        several = [file.name for file in lists if sum(other.parent == file.parent for other in lists) > 1]
+        raise ValueError(f"data.source: {source} holds {' and '.join(several)} in one folder; keep one of them")
     if archives:
         beside = tuple(Ignored(str(table.relative_to(path)), LIST_OF_ARCHIVE) for table in found)
         return TarImages(archives, columns, beside)
@@ -83,7 +84,7 @@ def _file(path: Path, source: str, columns: Columns) -> ImageFormat:
         return ParquetImages((path,), columns)
     if path.name.lower().endswith(COMPRESSED):
         _refuse_compressed(path)
-    if path.name in METADATA:
+    if path.name.lower() in METADATA:
         raise ValueError(f"data.source: {source} is a list of images; name its folder")
     raise ValueError(
         f"data.source: {source} is no .tar and no .parquet file; prompts alone belong in data.prompts (.txt, .jsonl, .parquet)"

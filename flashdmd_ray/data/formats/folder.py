@@ -116,7 +116,7 @@ class FolderImages:
     @cached_property
     def _entries(self) -> list[Captioned | Bad | Ignored]:
         names, passed = self._files
-        listed = [name for name in names if os.path.basename(name) in METADATA and not is_system_file(name)]
+        listed = [name for name in names if os.path.basename(name).lower() in METADATA and not is_system_file(name)]
         return [*(self._listed(listed) if listed else self._beside()), *passed]
 
     def _beside(self) -> Iterator[Captioned | Bad | Ignored]:
@@ -147,7 +147,7 @@ class FolderImages:
             alike.setdefault(same_name(name).casefold(), []).append(name)
         seen: set[str] = set()
         for path in metadata:
-            rows = list(METADATA[os.path.basename(path)](self.root / path))
+            rows = list(METADATA[os.path.basename(path).lower()](self.root / path))
             whole = [row for _, row in rows if isinstance(row, dict)]
             file_name = self.columns.image or FILE_NAME
             heads = [{key: value for key, value in row.items() if key != file_name} for row in whole[:HEAD]]
