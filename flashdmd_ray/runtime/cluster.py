@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +35,9 @@ busy machine can miss; the next try finds their files in memory."""
 
 ANSWER_S = 10.0
 """For the cluster of RAY_ADDRESS to answer on a connection."""
+
+FORGET_S, LOOK_S, ACCEPT_S = 60.0, 0.5, 3.0
+"""For Ray to notice that a machine is gone, which takes it some 15 s; between two looks; for a machine to accept a connection."""
 
 SYSTEM_CONFIG = {
     # Workers with settings of their own are never taken from Ray's stock, which would be 256 idle processes.
@@ -78,6 +83,16 @@ class Cluster:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return [Node(cpus=resources.get("CPU", 0.0), gpus=int(resources.get("GPU", 0))) for resources in alive]
 
+    def forget_lost(self) -> None:
+        """Wait, FORGET_S at most, until Ray knows which machines are gone: until then it would start workers on them."""
+        end = time.monotonic() + FORGET_S
+        while not self.private and time.monotonic() < end:
+            if all(
+                _accepts(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes() if node["Alive"]
+            ):
+                return
+            time.sleep(LOOK_S)
+
     def is_alive(self) -> bool:
         """Return True if it can still be used: for a private one, if its raylet and its server run.
 
@@ -95,6 +110,14 @@ class Cluster:
                 _end(tree)
             ray.shutdown()
             _end(tree)
+
+
+def _accepts(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), ACCEPT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def join_running(address: str) -> None:

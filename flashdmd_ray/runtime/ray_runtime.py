@@ -157,6 +157,7 @@ def _start(group: WorkerGroup, current_step: Callable[[], int | None]) -> Statef
 def _cluster_after(previous: RayRuntime | None) -> Cluster:
     """The cluster of the attempt before, or, where that is gone or there was none, another one."""
     if previous is not None and previous.is_alive:
+        previous._cluster.forget_lost()
         return previous._cluster
     if previous is not None:
         previous.close()

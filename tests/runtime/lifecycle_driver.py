@@ -1,4 +1,7 @@
-"""A driver of its own, for test_lifecycle.py: brings up a private Ray with one worker, says so, and waits to be ended."""
+"""A driver of its own for tests of ends and losses: starts or joins a Ray with one worker, says so, and waits to be ended.
+
+Arguments: `wait`; `learner` for a worker that holds trained state.
+"""
 
 import signal
 import sys
@@ -10,17 +13,18 @@ from flashdmd_ray.runtime import Runtime, Supervisor, build_runtime
 
 # A shell that starts something in the background has it ignore Ctrl-C; here it must arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-roles = {"reward": TOYS["reward"]}
+group = "learner" if "learner" in sys.argv else "reward"
 
 
 def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> None:
-    print("worker", runtime.rewards["reward"].pids().item(), flush=True)
+    role = runtime.rewards["reward"] if group == "reward" else runtime.generator
+    print("worker", role.pids().item(), flush=True)
     while "wait" in sys.argv:
         runtime.step = 0
-        runtime.rewards["reward"].sleeps(0.1)
+        role.sleeps(0.1)
 
 
 Supervisor(toy_config(deadlines__attempts=2).deadlines).run(
-    attempt, lambda previous: build_runtime(toy_config(), roles, previous=previous)
+    attempt, lambda previous: build_runtime(toy_config(), {group: TOYS[group]}, previous=previous)
 )
 print("closed", flush=True)
