@@ -100,7 +100,10 @@ class Cluster:
         """
         if not ray.is_initialized():
             return False
-        return not self.private or {"raylet", "gcs_server"} <= {child.name() for child in _running(self.processes)}
+        try:
+            return not self.private or {"raylet", "gcs_server"} <= {child.name() for child in _running(self.processes)}
+        except psutil.NoSuchProcess:  # it ended just now
+            return False
 
     def leave(self) -> None:
         """Disconnect from a cluster that `join` connected to; a private one ends, to its last process."""
@@ -178,7 +181,12 @@ def _start_private() -> None:
 
 
 def _running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    running = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                running.append(process)
+    return running
 
 
 def _tree(process: psutil.Process) -> list[psutil.Process]:
