@@ -181,11 +181,12 @@ class PreferencePairs(Batch):
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """Generator weights as rollout workers receive them: a version (the step they follow) and a checksum they read back."""
+    """Generator weights as rollout workers receive them. version: the step they follow. tensors: by name; none for rollouts that live
+    beside the generator. key: different for every publication, since after a fault a version is published anew."""
 
     version: int
     tensors: Any
-    checksum: str
+    key: str
 
 
 def to_uint8(images: Tensor) -> Tensor:

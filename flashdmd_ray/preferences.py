@@ -71,14 +71,13 @@ class PreferenceSource:
         )
 
     def publish(self, step: int) -> None:
-        """Give the rollout pool the generator's weights before `step`, if that step needs them.
+        """Give the rollouts the generator's weights before `step`, if that step needs them.
 
         They are read now and travel while the step goes on: only the rollouts wait for them.
         """
         if self.due(step):
-            weights = self.runtime.generator.weights()
             self._version = step
-            self._published = self.runtime.background(partial(self.runtime.publish, weights, version=step))
+            self._published = self.runtime.publish(step)
 
     def check_ranking(self, rng: StepRng) -> Metrics:
         """Measure, at the first step with preference updates, how latent rewards rank the candidates of this run; {} at other steps.
@@ -93,9 +92,7 @@ class PreferenceSource:
         for high in range(self.config.high_noise_steps):
             for part in range(-(-ranking.GROUPS // preference.batch)):
                 stream = f"ranking/{high}/{part}"
-                candidates = self.runtime.rollouts.candidates(
-                    self.prompts(rng, stream, preference.batch), high, rng.seed(stream), self._published.result()
-                )
+                candidates = self._draw(self.prompts(rng, stream, preference.batch), high, rng.seed(stream))
                 scores = score(candidates, self.config, self.runtime)
                 found.setdefault(candidates.next_timestep, []).append(scores.rewards)
         return ranking.check(self.config, found)
@@ -105,10 +102,17 @@ class PreferenceSource:
         if not self.due(rng.step):
             return []
         updates = range(self.config.preference.updates)
-        tasks = [self.runtime.background(partial(self._rated_pairs, rng, update)) for update in updates]
+        tasks = [
+            self._start(partial(self._draw_pairs, rng, update), partial(self._rate_pairs, rng)) for update in updates
+        ]
         if self.probe_due(rng.step):
-            tasks.append(self.runtime.background(self._probe))
+            tasks.append(self._start(self._draw_probe, self._rate_probe))
         return tasks
+
+    def _start(self, draw: Callable[[], Candidates], rate_them: Callable[[Candidates], RatedPairs]) -> Task[RatedPairs]:
+        if self.config.placement.home("rollout") == "learner":  # drawn with the very weights that this step changes
+            return self.runtime.background(partial(rate_them, draw()))
+        return self.runtime.background(lambda: rate_them(draw()))
 
     def probe_due(self, step: int) -> bool:
         """Return True if the hack monitor probes this step, which has preference updates."""
@@ -154,34 +158,38 @@ class PreferenceSource:
                 f"{self.runtime.step} ({lost['groups']} groups: {reasons}); see the warnings before this line and the workers' logs"
             )
 
-    def _rated_pairs(self, rng: StepRng, update: int) -> RatedPairs:
-        preference, due = self.config.preference, self.config.due_rewards(rng.step)
+    def _draw(self, prompts: Prompts, high: int, seed: int, decode: bool = True) -> Candidates:
+        """See `Rollout.candidates`. Cut as the learner's ranks would share it, so that last bits are the same wherever rollouts live."""
+        assert self._version >= 0, "candidates before publish()"
+        weights, rollouts = self._published.result(), self.runtime.rollouts
+        parts = prompts.split(self.config.placement.calls("rollout"))
+        calls = [partial(rollouts.candidates, part, high, seed, weights, decode=decode) for part in parts]
+        return Candidates.concat(self.runtime.parallel(*calls))
+
+    def _draw_pairs(self, rng: StepRng, update: int) -> Candidates:
         stream = f"preference/{update}"
-        assert self._version >= 0, "request() before publish()"
-        candidates = self.runtime.rollouts.candidates(
-            self.prompts(rng, stream, preference.batch),
+        return self._draw(
+            self.prompts(rng, stream, self.config.preference.batch),
             rng.index(f"{stream}/high", self.config.high_noise_steps),
             rng.seed(f"{stream}/noise"),
-            self._published.result(),
-            decode=any(reward.reads_images for reward in due),
+            decode=any(reward.reads_images for reward in self.config.due_rewards(rng.step)),
         )
-        scores = score(candidates, self.config, self.runtime, [reward.pool_name for reward in due])
+
+    def _rate_pairs(self, rng: StepRng, candidates: Candidates) -> RatedPairs:
+        due = [reward.pool_name for reward in self.config.due_rewards(rng.step)]
+        scores = score(candidates, self.config, self.runtime, due)
         return rate(candidates, scores.rewards, self.config, scores.failures)
 
-    def _probe(self) -> RatedPairs:
-        """Score the same prompts and noise at every step: only the generator changes from one probe to the next.
+    def _draw_probe(self) -> Candidates:
+        """The same prompts and noise at every step: only the generator changes from one probe to the next.
 
         Starts from pure noise, where an error of the network is multiplied most: trouble shows there first.
         """
         preference = self.config.preference
         rng = StepRng(self.config.seed, preference.start_step)
-        assert self._version >= 0, "request() before publish()"
-        candidates = self.runtime.rollouts.candidates(
-            self.prompts(rng, "monitor", preference.batch),
-            0,
-            rng.seed("monitor/noise"),
-            self._published.result(),
-        )
+        return self._draw(self.prompts(rng, "monitor", preference.batch), 0, rng.seed("monitor/noise"))
+
+    def _rate_probe(self, candidates: Candidates) -> RatedPairs:
         latent = [reward.label for reward in self.config.rewards if not reward.reads_images]
         rewards = score(candidates, self.config, self.runtime).rewards
         return RatedPairs(None, probe_signals(candidates.images, rewards, latent))

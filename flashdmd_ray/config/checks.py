@@ -36,7 +36,7 @@ def check_ranks(config: Config) -> None:
         ("discriminator", "batch", config.batch, critic),
         ("learner", "preference.batch", config.preference.batch, engine),
     ):
-        workers = getattr(config.placement, group).workers
+        workers = config.placement.of(group).workers
         if batch % workers:
             raise ValueError(
                 f"placement.{group}.workers: {workers} ranks cannot share {key} {batch} equally; choose a multiple of the ranks"

@@ -97,6 +97,14 @@ class Config(Section):
         placement = self.placement.model_copy(update={"reward": self.placement.pool(name), "pools": {}})
         return self.model_copy(update={"rewards": self.reward_pools[name], "placement": placement})
 
+    def process(self, group: str) -> str:
+        """The group in whose processes the roles of `group` live; "local" for the one process of runtime 'local'."""
+        return "local" if self.runtime == "local" else self.placement.home(group)
+
+    def beside_learner(self, group: str) -> bool:
+        """Return True if the roles of `group` live in the learner's processes."""
+        return self.process(group) == self.process("learner")
+
     def due_rewards(self, step: int) -> tuple[RewardConfig, ...]:
         """The rewards that score the candidates of `step`, a step with preference updates."""
         nth = (step - self.preference.start_step) // self.preference.every

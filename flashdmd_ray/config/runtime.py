@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,14 @@ class GroupConfig(Section):
     that share of the memory. null: that of the GPUs of this machine, if it has any."""
 
 
-class PoolConfig(GroupConfig):
+class RoleGroupConfig(GroupConfig):
+    within: Literal["learner"] | None = None
+    """learner: these roles live in the learner's processes, on its GPUs, and share its work among the ranks; workers, cpus and gpus are
+    the learner's then. Rollouts read the weights that are trained, so nothing is published. null: processes of their own. One process
+    (runtime 'local') holds all roles in any case."""
+
+
+class PoolConfig(RoleGroupConfig):
     max_workers: PositiveInt | None = None
     """null: always `workers`. Else the pool grows up to so many while calls wait, and shrinks back to `workers` when they do not."""
     shrink_after_s: PositiveFloat = 60.0
@@ -30,6 +37,8 @@ class PoolConfig(GroupConfig):
 
     @model_validator(mode="after")
     def _grows(self) -> Self:
+        if self.max_workers is not None and self.within is not None:
+            raise ValueError("max_workers: a pool within the learner cannot grow; set it to null")
         if self.max_workers is not None and self.max_workers < self.workers:
             raise ValueError(
                 f"max_workers: {self.max_workers} is below workers {self.workers}; raise it, or null for a fixed size"
@@ -39,14 +48,15 @@ class PoolConfig(GroupConfig):
 
 class RewardPoolConfig(PoolConfig):
     groups_per_call: PositiveInt | None = None
-    """Prompt groups in one call of a worker; null: all of an update. Fewer let several workers share one update, and lose less with a call
-    that fails. It is the cut, never the number of workers, that a result depends on in its last bits."""
+    """Prompt groups in one call of a worker; null: an update is cut into as many calls as the learner has ranks. Fewer let several workers
+    share one update, and lose less with a call that fails. It is the cut, never the number of workers, that a result depends on in its
+    last bits. Not read within the learner."""
 
 
 class PlacementConfig(Section):
     learner: GroupConfig = GroupConfig()
     """Teacher, generator and score estimator; ZeRO shards over its ranks."""
-    discriminator: GroupConfig = GroupConfig()
+    discriminator: RoleGroupConfig = RoleGroupConfig()
     """Decoder, SAM and heads."""
     rollout: PoolConfig = PoolConfig()
     """Candidate generation from the published weights."""
@@ -84,21 +94,29 @@ class PlacementConfig(Section):
         return self.pools.get(name, self.reward)
 
     def of(self, group: str) -> GroupConfig:
-        """The section of a group or pool: 'learner', 'discriminator', 'rollout' or the name of a pool of rewards."""
-        if group in self.WORKER_GROUPS:
-            section: GroupConfig = getattr(self, group)
-            return section
-        return self.pool(group)
+        """The section that places a group or pool: 'learner', 'discriminator', 'rollout' or the name of a pool of rewards."""
+        section: GroupConfig = getattr(self, group) if group in self.WORKER_GROUPS else self.pool(group)
+        return self.learner if isinstance(section, RoleGroupConfig) and section.within else section
+
+    def home(self, group: str) -> str:
+        """The group in whose processes the roles of `group` live: itself, or the learner."""
+        return "learner" if self.of(group) is self.learner else group
 
     def key(self, group: str) -> str:
         """The setting that holds `of(group)`, for messages."""
+        group = self.home(group)
         if group in self.WORKER_GROUPS:
             return f"placement.{group}"
         return f"placement.pools.{group}" if group in self.pools else "placement.reward"
 
     def chunks(self, pool: str, groups: int) -> int:
-        """Number of calls that a pool of rewards gets `groups` prompt groups in."""
-        return -(-groups // (self.pool(pool).groups_per_call or groups))
+        """Number of calls that a pool of rewards gets `groups` prompt groups in; the learner's ranks share one."""
+        size = self.pool(pool).groups_per_call
+        return self.calls(pool) if size is None or self.pool(pool).within else -(-groups // size)
+
+    def calls(self, group: str) -> int:
+        """Number of calls that a pool gets an update in: one for each rank of the learner, or one that these ranks share."""
+        return 1 if self.home(group) == "learner" else self.learner.workers
 
 
 class DeadlineConfig(Section):

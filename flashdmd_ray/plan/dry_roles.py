@@ -34,7 +34,7 @@ from flashdmd_ray.roles.discriminator import Discriminator
 from flashdmd_ray.roles.generator import Generator
 from flashdmd_ray.roles.latent_adversary import AdversarialScoreEstimator, DenoiserWithHead, LatentDiscriminator
 from flashdmd_ray.roles.reward import Reward
-from flashdmd_ray.roles.rollout import Rollout
+from flashdmd_ray.roles.rollout import LiveRollout
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
 
 Roles = dict[str, dict[str, Any]]
@@ -145,14 +145,14 @@ def build_roles(
         judge = PricedJudge(config.model.dtype, prices.judge, spend, _logits(models, prices))
         parts = config.adversarial.accumulation or config.engine.accumulation
         plain = DryEngine(judge, config.adversarial.optimizer, parts, "discriminator", partial(updated, 0.0))
-        home = learner if config.runtime == "local" else family(config.adversarial.prompt_projection)
+        home = learner if config.beside_learner("discriminator") else family(config.adversarial.prompt_projection)
         roles["discriminator"] = {"discriminator": Discriminator(config, home, plain, images)}  # type: ignore[arg-type]
     if config.preference.updates:
-        home = learner if config.runtime == "local" else family(True)
+        home = learner if config.beside_learner("rollout") else family(True)
         network = PricedDenoiser("rollout", precision, prices.rollout, spend)
-        roles["rollout"] = {"rollouts": Rollout(config, home, network)}  # type: ignore[arg-type]
+        roles["rollout"] = {"rollouts": LiveRollout(config, home, network)}  # type: ignore[arg-type]
         for pool in config.reward_pools:
-            home = learner if config.runtime == "local" else family(True)
+            home = learner if config.beside_learner(pool) else family(True)
             roles[pool] = {f"rewards/{pool}": _rewards(config, models, prices, pool, home, spend)}
     return roles
 

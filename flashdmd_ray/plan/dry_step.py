@@ -173,11 +173,15 @@ class DryRuntime:
         }
         self._published = published_bytes(config, models)
 
-    def publish(self, weights: object, version: int) -> PublishedWeights:
-        """Only takes its time, in the driver."""
-        seconds = seconds_of(Call(carried=self._published), self.config, "learner", self.gpu)
-        self.ledger.clock.work(self.process("driver"), 1, "publish", seconds)
-        return PublishedWeights(version, {}, "")
+    def publish(self, version: int) -> ClockTask[PublishedWeights]:
+        """Only takes the learner's time, where weights have to travel."""
+        return self.background(lambda: self._publish(version))
+
+    def _publish(self, version: int) -> PublishedWeights:
+        if self._published:
+            seconds = seconds_of(Call(carried=self._published), self.config, "learner", self.gpu)
+            self.ledger.clock.work(self.config.process("learner"), 1, "publish", seconds)
+        return PublishedWeights(version, {}, str(version))
 
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
         return self.ledger.clock.parallel(*calls)
@@ -188,14 +192,10 @@ class DryRuntime:
     def pool_metrics(self) -> dict[str, float]:
         return {}
 
-    def process(self, group: str) -> str:
-        """Processes of the group, or the one that all roles share."""
-        return "local" if self.config.runtime == "local" else group
-
     @contextmanager
     def inside(self, group: str) -> Iterator[None]:
         """Tensors made here live in a process of the group."""
-        with self._memories.setdefault(self.process(group), LiveMemory()):
+        with self._memories.setdefault(self.config.process(group), LiveMemory()):
             yield
 
     def peaks(self) -> dict[str, float]:
@@ -209,12 +209,12 @@ class Handle:
     def __init__(self, runtime: DryRuntime, group: str, role: Any) -> None:
         self.role = role
         self._runtime, self._group = runtime, group
-        self._stateful = group in ("learner", "discriminator")
+        self._ranks = group == "discriminator" or runtime.config.beside_learner(group)
         self._workers = runtime.config.placement.of(group).workers
 
     def __getattr__(self, method: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            ranks = self._workers if self._stateful else 1
+            ranks = self._workers if self._ranks else 1
             shards, sizes = split_arguments(tuple(_role_of(value) for value in args), kwargs, ranks)
             result = self._call(method, *shards[0])
             return join_results([result] * ranks, sizes)
@@ -223,19 +223,16 @@ class Handle:
 
     def _call(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         runtime, ledger = self._runtime, self._runtime.ledger
-        ledger.group, ledger.call = self._group, Call()
-        ledger.share = 1.0 if self._stateful else 1 / self._workers
-        for value in args:
-            if isinstance(value, PublishedWeights):
-                self.role.version = value.version  # loaded: a check of the values would be one of nothing
+        ledger.group, ledger.call = self._group, Call(ranks=self._workers if self._ranks else 1)
+        ledger.share = 1.0 if self._ranks else 1 / self._workers
         with runtime.inside(self._group):
             result = getattr(self.role, method)(*map_tensors(args, _copied), **map_tensors(kwargs, _copied))
         ledger.call.carried += _size(args) + _size(result)
         result = map_tensors(result, _scores if method == "score" else _copied)
         if ledger.counts:
             seconds = seconds_of(ledger.call, runtime.config, self._group, runtime.gpu)
-            workers = 1 if self._stateful or runtime.config.runtime == "local" else self._workers
-            ledger.clock.work(runtime.process(self._group), workers, method, seconds)
+            workers = 1 if self._ranks else self._workers
+            ledger.clock.work(runtime.config.process(self._group), workers, method, seconds)
         return result
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from flashdmd_ray.config import Config, parse_config
 from flashdmd_ray.plan.mean_step import step_of
 from flashdmd_ray.plan.models import Models
-from flashdmd_ray.plan.parts import Part, parts_of_models
+from flashdmd_ray.plan.parts import Held, Part, parts_of_models
 from flashdmd_ray.plan.works import Step
 
 GIB = 2**30
@@ -43,12 +43,13 @@ class Process:
 
 def processes(config: Config, parts: Sequence[Part], step: Step | None) -> dict[str, Process | None]:
     """One process of each group by its name; None where a size is unknown. Runtime 'local' has one, called "local"."""
-    groups = ["local"] if config.runtime == "local" else list(dict.fromkeys(part.group for part in parts))
-    return {group: _process(group, parts, step) for group in groups}
+    groups = dict.fromkeys(config.process(part.group) for part in parts)
+    # What is shared is loaded once.
+    held = {group: {part.name: part.held for part in parts if config.process(part.group) == group} for group in groups}
+    return {group: _process(group, held[group], step) for group in groups}
 
 
-def _process(group: str, parts: Sequence[Part], step: Step | None) -> Process | None:
-    mine = {part.name: part.held for part in parts if group in ("local", part.group)}  # what is shared is loaded once
+def _process(group: str, mine: Mapping[str, Held | None], step: Step | None) -> Process | None:
     held = [each for each in mine.values() if each is not None]
     if step is None or len(held) < len(mine):
         return None
@@ -71,7 +72,8 @@ def check_fit(config: Config, models: Models, parts: Sequence[Part], step: Step 
 
 def _placed(config: Config) -> list[str]:
     pools = ("rollout", *config.reward_pools) if config.preference.updates else ()
-    return [name for name in ("learner", "discriminator", *pools) if config.placement.of(name).gpus]
+    homes = dict.fromkeys(config.placement.home(name) for name in ("learner", "discriminator", *pools))
+    return [name for name in homes if config.placement.of(name).gpus]
 
 
 def room_of(config: Config, group: str) -> float | None:
@@ -118,7 +120,7 @@ _SETTINGS: Mapping[str, Sequence[Setting]] = {
     ),
     "discriminator": (
         ("engine.gradient_checkpointing", lambda config: True),
-        ("adversarial.accumulation", lambda config: config.batch // config.placement.discriminator.workers),
+        ("adversarial.accumulation", lambda config: config.batch // config.placement.of("discriminator").workers),
         ("model.dtype", lambda config: "bfloat16"),
     ),
     "rollout": (
@@ -141,10 +143,10 @@ _SETTINGS: Mapping[str, Sequence[Setting]] = {
 def _remedies(config: Config, models: Models, group: str, need: float) -> Iterator[tuple[dict[str, Any], Process]]:
     """Settings that differ from the configuration's, one more each time, and what the process needs with them."""
     changes: dict[str, Any] = {}
-    everything = [*_SETTINGS["learner"], *_SETTINGS["rollout"], *_SETTINGS["reward"]]
-    settings = everything if group == "local" else _SETTINGS.get(group, _SETTINGS["reward"])
+    names = [name for name in (*config.placement.WORKER_GROUPS, *config.reward_pools) if config.process(name) == group]
+    kinds = dict.fromkeys(name if name in _SETTINGS else "reward" for name in names)
     last = need
-    for key, choose in settings:
+    for key, choose in [setting for kind in kinds for setting in _SETTINGS[kind]]:
         value = choose(config)
         if value is None or value is False or value == _value(config, key):
             continue
@@ -162,7 +164,7 @@ def _remedies(config: Config, models: Models, group: str, need: float) -> Iterat
 def _most_micro_batches(config: Config) -> int:
     """Largest number of micro-batches that a rank's samples allow."""
     placement = config.placement
-    shares = [config.batch // placement.learner.workers, config.batch // placement.discriminator.workers]
+    shares = [config.batch // placement.learner.workers, config.batch // placement.of("discriminator").workers]
     if config.preference.updates:
         shares.append(config.preference.batch // placement.learner.workers)
     return min(shares)

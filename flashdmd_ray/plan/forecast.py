@@ -96,7 +96,7 @@ def gpus_of(config: Config) -> dict[str, float]:
         names += ["rollout", *config.reward_pools]
     return {
         name: config.placement.of(name).workers * config.placement.of(name).gpus
-        for name in names
+        for name in dict.fromkeys(map(config.placement.home, names))
         if config.placement.of(name).gpus
     }
 
@@ -120,27 +120,36 @@ def better_placement(config: Config, models: Models, step: Step, found: Forecast
             best, chosen = tried, changed
     if chosen is None:
         return None
-    placement = chosen.placement
-    workers = ", ".join(
-        f"{group} {getattr(placement, group).workers}" for group in ("learner", "discriminator", "rollout")
+    counts = {name: chosen.placement.of(name).workers for name in ("learner", "discriminator", "rollout")}
+    together = chosen.beside_learner("rollout")
+    how = (
+        f"everything within {counts['learner']} learners"
+        if together
+        else ", ".join(f"{n} {w}" for n, w in counts.items())
     )
-    return f"a shorter step with workers {workers}: {best.seconds:.3g} s, idle {best.idle:.0%}"
+    return f"a shorter step with {how}: {best.seconds:.3g} s, idle {best.idle:.0%}"
 
 
 def _divisions(config: Config, step: Step) -> Sequence[Config]:
-    """Other divisions of the GPUs among learner, discriminator and rollout, the most promising first."""
+    """Other placements on the same GPUs, the most promising first: all roles within the learner, or divided among its three groups."""
     if config.runtime == "local" or step.timing is None or config.adversarial.space == "latent":
         return []
+    if config.beside_learner("discriminator") or config.beside_learner("rollout"):
+        return []
+    gpus = int(sum(gpus_of(config).values()))
+    inside = {name: {"within": "learner"} for name in ("discriminator", "rollout", "reward")}
+    together = _with_placement(config, {"learner": {"workers": gpus, "gpus": 1}, **inside})
     placed = config.placement
     load = {
-        group: step.timing.busy.get(group, 0.0) * getattr(placed, group).workers
+        group: step.timing.busy.get(group, 0.0) * placed.of(group).workers
         for group in ("learner", "discriminator", "rollout")
     }
-    ranked: list[tuple[float, Config]] = []
-    for workers in _shares(sum(getattr(placed, group).workers for group in load)):
-        changed = _with_workers(config, dict(zip(load, workers, strict=True)))
+    ranked: list[tuple[float, Config]] = [] if together is None else [(0.0, together)]
+    for workers in _shares(sum(placed.of(group).workers for group in load)):
+        counts = dict(zip(load, workers, strict=True))
+        changed = _with_placement(config, {group: {"workers": count} for group, count in counts.items()})
         if changed is not None and changed != config:
-            ranked.append((max(load[group] / count for group, count in zip(load, workers, strict=True)), changed))
+            ranked.append((max(load[group] / count for group, count in counts.items()), changed))
     return [changed for _, changed in sorted(ranked, key=lambda each: each[0])]
 
 
@@ -150,10 +159,10 @@ def _shares(total: int) -> Iterator[tuple[int, int, int]]:
             yield learner, discriminator, total - learner - discriminator
 
 
-def _with_workers(config: Config, workers: dict[str, int]) -> Config | None:
+def _with_placement(config: Config, changes: dict[str, dict[str, Any]]) -> Config | None:
     placement: dict[str, Any] = config.placement.model_dump(mode="json")
-    for group, count in workers.items():
-        placement[group]["workers"] = count
+    for group, change in changes.items():
+        placement[group] |= change
     try:
         return parse_config(config.model_dump(mode="json") | {"placement": placement})
     except ValueError:  # ranks that cannot share the batch

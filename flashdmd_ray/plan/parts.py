@@ -149,8 +149,9 @@ def _trained(config: Config, models: Models, role: str) -> Part:
 
 
 def published_bytes(config: Config, models: Models) -> float:
-    """Weights that go to the rollout workers before a step with preference updates, in the compute precision."""
-    count = trained_parameters(config, models, "generator") if config.preference.updates else 0
+    """Weights that go to the rollout workers before a step with preference updates, in the compute precision; none beside the learner."""
+    travel = config.preference.updates and not config.beside_learner("rollout")
+    count = trained_parameters(config, models, "generator") if travel else 0
     return BYTES[config.engine.precision] * float(count or 0)
 
 
@@ -190,6 +191,8 @@ def _reference(config: Config, models: Models) -> Part:
 
 def _rollout(config: Config, models: Models) -> list[Part]:
     frozen = BYTES[config.model.dtype]
+    if config.beside_learner("rollout"):
+        return [Part("rollout", "rollout", 0, "no", Held(), "the generator's own network")]
     count = trained_parameters(config, models, "generator")
     return [
         _frozen("teacher", "rollout", models.denoiser.parameters, frozen, models.denoiser.source),

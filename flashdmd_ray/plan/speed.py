@@ -18,12 +18,14 @@ STORE = 1.5e9
 
 @dataclass
 class Call:
-    """flops: by precision. carried: bytes of arguments and results. updated: parameters that an optimizer changed."""
+    """flops: by precision. carried: bytes of arguments and results. ranks: that are called at once and share the way to the driver.
+    updated: parameters that an optimizer changed."""
 
     flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     launches: float = 0.0
     carried: float = 0.0
     updated: float = 0.0
+    ranks: int = 1
 
     def add(self, flops: float, launches: float, precision: str) -> None:
         self.flops[precision] += flops
@@ -40,7 +42,7 @@ def seconds_of(call: Call, config: Config, group: str, gpu: Gpu | None) -> float
     )
     moved = call.carried / gpu.host
     if config.runtime == "ray":
-        moved += call.carried / STORE
+        moved += call.ranks * call.carried / STORE
     return max(compute, call.launches * LAUNCH_S) + moved + _update(call.updated, config, group, gpu)
 
 

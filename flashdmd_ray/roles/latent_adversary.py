@@ -6,9 +6,7 @@ trains both losses in its update, and `LatentDiscriminator` answers the generato
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,10 +113,13 @@ class LatentDiscriminator(Saved):
     def __init__(self, estimator: AdversarialScoreEstimator):
         self.estimator = estimator
 
+    neighbour = "score"
+    """The role that is built before it in its process."""
+
     @classmethod
-    def from_neighbours(cls, roles: Mapping[str, Any]) -> LatentDiscriminator:
-        """Built after the roles of its process, from the estimator among them."""
-        return cls(roles["score"])
+    def from_neighbour(cls, estimator: AdversarialScoreEstimator) -> LatentDiscriminator:
+        """The discriminator of the head on that estimator."""
+        return cls(estimator)
 
     @property
     def device(self) -> torch.device:

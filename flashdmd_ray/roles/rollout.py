@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from flashdmd_ray.batch import Candidates, Prompts, PublishedWeights, noise, to_uint8
 from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import Config
 from flashdmd_ray.diffusion.sampling import backward_simulation, denoise_to_clean, step_distribution, timesteps_like
-from flashdmd_ray.models.denoiser import Conditioning, Denoiser
+from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family
+from flashdmd_ray.roles.generator import Generator
 from flashdmd_ray.roles.networks import group_family, prompt_noise, trained_network, x0_predictor
 
 
 class Rollout:
-    """Stateless but for a copy of the weights that the generator trains, which every call names by version."""
+    """Draws candidates with a copy of the weights that the generator trains, which every call names by version.
 
-    def __init__(self, config: Config, family: Family, network: Denoiser, name: str = "rollout"):
+    In the generator's own process (`LiveRollout`) it draws with the generator's network.
+    """
+
+    neighbour = "generator"
+    """The role whose network it draws with where both live in one process."""
+
+    def __init__(self, config: Config, family: Family, network: Module, name: str = "rollout"):
         """name: of the worker, for errors."""
         self.config = config
         self.family = family
         self.schedule = family.schedule
         self.timesteps = config.sampling.timesteps
-        self.network = network.eval().requires_grad_(False)
+        self.network = network
         self.version: int | None = None
-        self._checksum = ""  # after a fault a version may be published anew
+        self._loaded = ""
         self.name = name
         frozen = all(p.dtype == torch.float32 for p in family.teacher.parameters())
         self._staleness = StaleWeightsCheck(name, exact=frozen and config.engine.precision == "float32")
@@ -33,7 +41,14 @@ class Rollout:
     @classmethod
     def from_config(cls, config: Config, rank: int = 0, world_size: int = 1) -> Rollout:
         family = group_family(config, "rollout")
-        return cls(config, family, trained_network(config, family, "generator"), f"rollout-{rank}")
+        network = trained_network(config, family, "generator").eval().requires_grad_(False)
+        return cls(config, family, network, f"rollout-{rank}")
+
+    @classmethod
+    def from_neighbour(cls, generator: Generator) -> LiveRollout:
+        """Rollouts in the generator's process."""
+        generator.family.load(("vae",))
+        return LiveRollout(generator.config, generator.family, generator.engine.module)
 
     @property
     def device(self) -> torch.device:
@@ -44,21 +59,22 @@ class Rollout:
         """Take over published weights, and the precision that the learner computes in: a candidate is drawn by the very network that the
         preference loss differentiates.
 
-        Raises ValueError, naming the worker, when what the network holds then is not what was published, or when its output
-        does not show the change.
+        Raises ValueError, naming the worker, when they are of another network, or when its output does not show the change.
         """
-        if (self.version, self._checksum) == (weights.version, weights.checksum):
+        if self._loaded == weights.key:
             return
-        for name, tensor in self.network.state_dict(keep_vars=True).items():
-            tensor.data = tensor.data.to(weights.tensors[name].dtype)
-        self.network.load_state_dict(weights.tensors)
-        arrived = checksum(self.network.state_dict())
-        if arrived != weights.checksum:
-            raise ValueError(
-                f"{self.name}: weights of version {weights.version} arrived with checksum {arrived}, published as {weights.checksum}"
-            )
-        self._staleness.check(weights.version, arrived, self._fingerprint())
-        self.version, self._checksum = weights.version, weights.checksum
+        state = self.network.state_dict(keep_vars=True)
+        if state.keys() != weights.tensors.keys():
+            other = sorted(state.keys() ^ weights.tensors.keys())
+            raise ValueError(f"{self.name}: weights of version {weights.version} are of another network: {other[0]}")
+        changed = False
+        for name, tensor in state.items():
+            published = weights.tensors[name].to(self.device)
+            tensor.data = tensor.data.to(published.dtype)
+            changed = changed or not torch.equal(tensor, published)
+            tensor.data.copy_(published)
+        self._staleness.check(weights.version, changed, self._fingerprint())
+        self.version, self._loaded = weights.version, weights.key
 
     @torch.no_grad()
     def _fingerprint(self) -> str:
@@ -124,6 +140,14 @@ class Rollout:
         return clean.unflatten(0, (groups, count))
 
 
+class LiveRollout(Rollout):
+    """Rollouts in the generator's process: they draw with its network, so its calls must end before the generator is updated."""
+
+    def load_weights(self, weights: PublishedWeights) -> None:
+        """Take over the version's number: the weights are there."""
+        self.version = weights.version
+
+
 UNCHANGED_VERSIONS_ALLOWED = 20
 """Versions in a row that may leave the output as it was where half precision rounds small changes away."""
 
@@ -135,15 +159,15 @@ class StaleWeightsCheck:
         """name: of the worker, for errors. exact: the network computes in float32, where every update shows."""
         self._name = name
         self._allowed = 0 if exact else UNCHANGED_VERSIONS_ALLOWED
-        self._last: tuple[str, str] | None = None
+        self._last: str | None = None
         self._unchanged = 0
 
-    def check(self, version: int, weights: str, output: str) -> None:
-        """weights, output: checksums after `version` was loaded. Raises ValueError when weights changed and the output did not."""
-        before, self._last = self._last, (weights, output)
-        if before is None or before[0] == weights:
+    def check(self, version: int, changed: bool, output: str) -> None:
+        """changed: `version` brought other weights. output: its checksum. Raises ValueError when weights changed and the output did not."""
+        before, self._last = self._last, output
+        if before is None or not changed:
             return
-        self._unchanged = self._unchanged + 1 if before[1] == output else 0
+        self._unchanged = self._unchanged + 1 if before == output else 0
         if self._unchanged > self._allowed:
             raise ValueError(
                 f"{self._name}: weights of version {version} differ from those before, but the network's output for a fixed input does "

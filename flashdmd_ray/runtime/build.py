@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from flashdmd_ray.config import Config
 from flashdmd_ray.runtime.border import at_border
 from flashdmd_ray.runtime.environment import limit_threads, on_gpu, use_loopback
 from flashdmd_ray.runtime.local import LocalRuntime
-from flashdmd_ray.runtime.placement import WorkerGroup, create_roles
+from flashdmd_ray.runtime.placement import WorkerGroup, create_roles, rewards_of
 from flashdmd_ray.runtime.protocol import Runtime
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ ROLES: Roles = {
 """Worker group -> name of the role in `Runtime` -> "module:Class"; "reward" stands for every pool of rewards.
 
 Roles of one group live in the same processes: the EMA update moves all weights at every step, which is a local operation
-only because the generator and the score estimator are neighbours."""
+only because the generator and the score estimator are neighbours. Groups that are placed within the learner join them."""
 
 LATENT_ADVERSARY: Roles = {
     "learner": {
@@ -51,14 +50,20 @@ def roles_for(config: Config) -> Roles:
 
 
 def worker_groups(config: Config, roles: Roles | None = None) -> list[WorkerGroup]:
-    """List the worker groups of this configuration; without preference updates nothing is rolled out or rewarded."""
+    """List the worker groups of this configuration; without preference updates nothing is rolled out or rewarded.
+
+    One process has one group, called after its first.
+    """
     roles = roles_for(config) if roles is None else roles
-    needed = [name for name in roles if name in STATEFUL or config.preference.updates]
-    return [
-        _worker_group(config, name, roles[kind])
-        for kind in needed
-        for name in (config.reward_pools if kind == "reward" else (kind,))
-    ]
+    found: dict[str, dict[str, str]] = {}
+    for kind in roles:
+        if kind not in STATEFUL and not config.preference.updates:
+            continue
+        for name in config.reward_pools if kind == "reward" else (kind,):
+            home = next(iter(found), name) if config.runtime == "local" else config.placement.home(name)
+            named = {f"{role}/{name}" if role == "rewards" else role: path for role, path in roles[kind].items()}
+            found.setdefault(home, {}).update(named)
+    return [_worker_group(config, name, mine) for name, mine in found.items()]
 
 
 def _worker_group(config: Config, name: str, roles: Mapping[str, str]) -> WorkerGroup:
@@ -71,7 +76,7 @@ def _worker_group(config: Config, name: str, roles: Mapping[str, str]) -> Worker
         gpus=placed.gpus,
         stateful=name in STATEFUL,
         key=config.placement.key(name),
-        config=config.for_pool(name) if "rewards" in roles else config,
+        config=config,
     )
 
 
@@ -102,13 +107,8 @@ def build_runtime(
 def _build_local(config: Config, groups: Sequence[WorkerGroup], say: Callable[[str], None]) -> LocalRuntime:
     say(f"loading {', '.join(role for group in groups for role in group.roles)} in this process")
     limit_threads(config.placement.threads)
-    if any(group.gpus for group in groups):
+    if any(placed.gpus for placed in config.placement.groups()):
         on_gpu()
-    built: dict[str, Any] = {}
-    rewards: dict[str, Any] = {}
-    for group in groups:
-        roles = {name: at_border(role) for name, role in create_roles(group, rank=0, world_size=1).items()}
-        if "rewards" in roles:
-            rewards[group.name] = roles.pop("rewards")
-        built |= roles
-    return LocalRuntime(built, rewards)
+    (group,) = groups
+    roles = {name: at_border(role) for name, role in create_roles(group, rank=0, world_size=1).items()}
+    return LocalRuntime(roles, rewards_of(roles))

@@ -16,7 +16,7 @@ from flashdmd_ray.runtime.errors import NoRoom
 class WorkerGroup:
     """One kind of worker process: the roles that live in it, how many there are, and what each reserves.
 
-    roles: name of the role in `Runtime` -> "module:Class". cpus, gpus: for one worker.
+    roles: name of the role in `Runtime` -> "module:Class"; "rewards/<pool>" for the rewards of one pool. cpus, gpus: for one worker.
     """
 
     name: str
@@ -32,7 +32,6 @@ class WorkerGroup:
     key: str
     """The setting that places it."""
     config: Config
-    """Its roles are built from this; a pool of rewards has only its own rewards in it."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,23 @@ def create_roles(group: WorkerGroup, rank: int, world_size: int) -> dict[str, An
     """Build the roles of one process, in order. Raises what a role raises (ValueError for missing or corrupt weights).
 
     rank: of a group's worker, or the number of a pool's member, whose world size is 1. A role class is built by
-    `from_config(config, rank, world_size)`, or, when it shares a network with another role of
-    its process, by `from_neighbours(roles)` with the roles built before it.
+    `from_config(config, rank, world_size)`, or, when its `neighbour` was built before it in this process and shares a network with it,
+    by `from_neighbour(role)`. Rewards get a configuration with no others than their pool's.
     """
     roles: dict[str, Any] = {}
     for name, path in group.roles.items():
-        kind = role_class(path)
-        if hasattr(kind, "from_neighbours"):
-            roles[name] = kind.from_neighbours(roles)
+        kind, (kind_of_role, _, pool) = role_class(path), name.partition("/")
+        if (neighbour := getattr(kind, "neighbour", None)) in roles:
+            roles[name] = kind.from_neighbour(roles[neighbour])
         else:
-            roles[name] = kind.from_config(group.config, rank=rank, world_size=world_size)
+            config = group.config.for_pool(pool) if kind_of_role == "rewards" else group.config
+            roles[name] = kind.from_config(config, rank=rank, world_size=world_size)
     return roles
+
+
+def rewards_of(roles: Mapping[str, Any]) -> dict[str, Any]:
+    """The rewards among the roles, or handles of roles, of a job: by pool."""
+    return {name.partition("/")[2]: role for name, role in roles.items() if name.startswith("rewards/")}
 
 
 def check_devices(group: WorkerGroup, assigned: int, visible: int) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from torch import Tensor
-
 from flashdmd_ray.batch import PublishedWeights
 from flashdmd_ray.runtime.usage import PoolState
 
@@ -59,8 +57,11 @@ class Runtime(Protocol):
     step: int | None
     """Set by the driver at the start of each step, so that errors can name it."""
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> PublishedWeights:
-        """Copy generator weights to where rollout workers can read them. `version` is the step they follow."""
+    def publish(self, version: int) -> Task[PublishedWeights]:
+        """Copy the generator's weights, as they are now, to where rollout workers can read them. `version` is the step they follow.
+
+        Nothing is copied for rollouts that live beside the generator: their calls must end before it is updated.
+        """
 
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
         """Run independent calls at the same time where there are processes for it; results in order.

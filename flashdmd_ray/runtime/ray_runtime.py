@@ -8,17 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from flashdmd_ray.batch import PublishedWeights
-from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
 from flashdmd_ray.runtime.errors import WorkerLost
-from flashdmd_ray.runtime.placement import WorkerGroup, check_placement
+from flashdmd_ray.runtime.placement import WorkerGroup, check_placement, rewards_of
 from flashdmd_ray.runtime.pools import Pool, PoolLease
 from flashdmd_ray.runtime.protocol import ScalablePool, Task
-from flashdmd_ray.runtime.wire import put_weights, register_tensors
+from flashdmd_ray.runtime.wire import register_tensors
 from flashdmd_ray.runtime.workers import RoleHandle, StatefulGroup
 
 T = TypeVar("T")
@@ -62,15 +59,12 @@ class RayRuntime:
             self.close()
             raise
         self._leases = {name: PoolLease(pool) for name, pool in self._groups.items() if isinstance(pool, Pool)}
-        handles = {(group.name, role): self._handle(group.name, role) for group in groups for role in group.roles}
-        roles = {role: handle for (_, role), handle in handles.items()}
+        roles = {role: self._handle(group.name, role) for group in groups for role in group.roles}
         self.generator: Any = roles.get("generator")
         self.score: Any = roles.get("score")
         self.discriminator: Any = roles.get("discriminator")
         self.rollouts: Any = roles.get("rollouts")
-        self.rewards: Mapping[str, Any] = {
-            name: handle for (name, role), handle in handles.items() if role == "rewards"
-        }
+        self.rewards: Mapping[str, Any] = rewards_of(roles)
 
     @property
     def step(self) -> int | None:
@@ -105,9 +99,13 @@ class RayRuntime:
         self._groups[name].setup()
         say(f"{name} is ready ({time.monotonic() - started:.0f} s)")
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> PublishedWeights:
-        """Put one copy in the object store, which workers read in place. It is kept as long as the returned object lives."""
-        return PublishedWeights(version=version, tensors=put_weights(weights), checksum=checksum(weights))
+    def publish(self, version: int) -> Task[PublishedWeights]:
+        """The learner puts one copy into the object store, which workers read in place. It is kept as long as the result lives."""
+        learner = self._groups["learner"]
+        assert isinstance(learner, StatefulGroup)
+        if learner.has("rollouts"):
+            return in_thread(lambda: PublishedWeights(version, {}, ""))
+        return learner.publish(version)
 
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
         return run_parallel(calls)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from flashdmd_ray.batch import concat_values, is_cut, split_value
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -43,20 +41,15 @@ def _shard_sizes(columns: Sequence[Sequence[Any]], ranks: int) -> list[int]:
     return list(shard_sizes)
 
 
-def is_replicated(result: Any) -> bool:
-    """Return True for a mapping of tensors: a full set of weights, equal on all ranks, that only rank 0 needs to send."""
-    return isinstance(result, dict) and bool(result) and all(isinstance(value, Tensor) for value in result.values())
-
-
 def join_results(results: Sequence[Any], sizes: Sequence[int]) -> Any:
     """Join the ranks' results to the group's.
 
     Batches and tensors are concatenated, tuples joined element by element, floats and mappings of floats (metrics)
-    averaged with the shard sizes as weights; of weights rank 0's copy is taken; anything else must be equal on all
-    ranks.
+    averaged with the shard sizes as weights; of mappings that the other ranks left empty (weights) rank 0's is taken;
+    anything else must be equal on all ranks.
     """
     first = results[0]
-    if len(results) == 1 or is_replicated(first):
+    if len(results) == 1 or (isinstance(first, dict) and not any(results[1:])):
         return first
     if isinstance(first, dict):
         return {name: join_results([result[name] for result in results], sizes) for name in first}

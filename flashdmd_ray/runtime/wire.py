@@ -50,14 +50,15 @@ def _to_tensor(packed: tuple[np.ndarray, torch.dtype]) -> Tensor:
     return torch.tensor(array).view(dtype) if dtype not in _NUMPY_HAS else torch.tensor(array)
 
 
-def put_weights(weights: Mapping[str, Tensor]) -> ObjectRef:
-    """Put one copy in the object store for any number of readers."""
-    return ray.put({name: _to_array(tensor) for name, tensor in weights.items()})
+def published(weights: Mapping[str, Tensor], version: int) -> PublishedWeights:
+    """Put one copy in the object store for any number of readers. It is kept as long as the returned object lives anywhere."""
+    stored: ObjectRef = ray.put({name: _to_array(tensor) for name, tensor in weights.items()})
+    return PublishedWeights(version, stored, stored.hex())
 
 
 def fetch_weights(published: PublishedWeights, timeout_s: float) -> PublishedWeights:
     """Return the same weights with readable tensors: views of shared memory, to be copied from and never written to."""
-    packed = ray.get(published.tensors, timeout=timeout_s)
+    packed = ray.get(published.tensors, timeout=timeout_s) if published.tensors else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensors = {name: torch.from_numpy(array).view(dtype) for name, (array, dtype) in packed.items()}

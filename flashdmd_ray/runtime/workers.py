@@ -16,14 +16,17 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
+from flashdmd_ray.batch import PublishedWeights
 from flashdmd_ray.run.variables import prepare_environment
 from flashdmd_ray.runtime.border import call_role
+from flashdmd_ray.runtime.concurrency import in_thread
 from flashdmd_ray.runtime.environment import limit_threads, on_gpu, worker_environment
 from flashdmd_ray.runtime.errors import Call, Closed, WorkerError
 from flashdmd_ray.runtime.failures import most_telling, reraise, translate
 from flashdmd_ray.runtime.placement import WorkerGroup, check_devices, create_roles, role_class
-from flashdmd_ray.runtime.shards import is_replicated, join_results, split_arguments
-from flashdmd_ray.runtime.wire import register_tensors, with_fetched_weights
+from flashdmd_ray.runtime.protocol import Task
+from flashdmd_ray.runtime.shards import join_results, split_arguments
+from flashdmd_ray.runtime.wire import published, register_tensors, with_fetched_weights
 from flashdmd_ray.runtime.worker_logs import last_lines, own_log
 
 GRACE_S = 1.0
@@ -96,8 +99,12 @@ class Worker:
         args, kwargs = with_fetched_weights(args, kwargs, self._config.deadlines.call_s)
         args = tuple(self._resolve(value) for value in args)
         kwargs = {name: self._resolve(value) for name, value in kwargs.items()}
-        result = call_role(self._roles[role], method, args, kwargs)
-        return {} if self._rank and self._group.stateful and is_replicated(result) else result
+        return call_role(self._roles[role], method, args, kwargs)
+
+    def publish(self, version: int) -> PublishedWeights | None:
+        """Put the generator's weights into the object store; rank 0 of the learner does, the others help to gather them."""
+        weights = self._roles["generator"].weights()
+        return None if self._rank else published(weights, version)
 
     def _resolve(self, value: Any) -> Any:
         return self._roles[value.role] if isinstance(value, RoleReference) else value
@@ -184,6 +191,19 @@ class StatefulGroup:
                 raise self._failure
             refs = [actor.call.remote(role, method, *shard) for actor, shard in zip(self._actors, shards, strict=True)]
         return join_results(self._wait(refs, Call(role, method, self._current_step()), self._deadlines.call_s), sizes)
+
+    def publish(self, version: int) -> Task[PublishedWeights]:
+        """Publish the weights as they are after the calls made so far. The driver gets a reference alone."""
+        if self._failure is not None:
+            raise self._failure
+        with self._order:
+            refs = [actor.publish.remote(version) for actor in self._actors]
+        call = Call("generator", "publish", self._current_step())
+        return in_thread(lambda: self._wait(refs, call, self._deadlines.call_s)[0])
+
+    def has(self, role: str) -> bool:
+        """Return True if the role lives in these processes."""
+        return role in self._group.roles
 
     def _reference(self, value: Any) -> Any:
         if not isinstance(value, RoleHandle):
