@@ -71,9 +71,9 @@ def advance(config: Config) -> list[tuple[int, str]]:
     runtime, published = build_runtime(config), []
     publish = runtime.publish
 
-    def recorded(weights, version):
-        published.append((version, checksum(weights)))
-        return publish(weights, version)
+    def recorded(version):
+        published.append((version, checksum(runtime.generator.weights())))
+        return publish(version)
 
     runtime.publish = recorded
     with (

@@ -9,7 +9,6 @@ import torch
 
 from flashdmd_ray.batch import Latents, PreferencePairs, Prompts, PublishedWeights, noise
 from flashdmd_ray.checkpoint import load_tensors
-from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import Config, load_config, parse_config
 from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import UNetDenoiser
@@ -146,7 +145,7 @@ def test_rollouts_receive_the_adapter_and_draw_the_generator_s_samples(config, p
     tensors = generator.weights()
     assert all(".lora_" in name for name in tensors)
     rollout = Rollout.from_config(config)
-    published = PublishedWeights(version=2, tensors=tensors, checksum=checksum(tensors))
+    published = PublishedWeights(version=2, tensors=tensors, key="2")
     rollout.candidates(prompts, 0, seed=3, weights=published)
     assert storages(inside(rollout.network)) == storages(rollout.family.teacher) | storages(rollout.network)
     inputs = noise(prompts.indices, (4, 8, 8), 1, "x"), torch.tensor([9, 500, 999]), generator.family.encode(TEXTS)

@@ -85,10 +85,18 @@ def test_rewards_are_placed_by_pool() -> None:
     rewards = [{"kind": "pickscore"}, {"kind": "pickscore", "name": "b", "pool": "x"}, {"kind": "latent", "pool": "x"}]
     placement = {"reward": {"cpus": 2}, "pools": {"x": {"workers": 3}}}
     found = [
-        g for g in worker_groups(parse_config({"rewards": rewards, "placement": placement})) if "rewards" in g.roles
+        g
+        for g in worker_groups(parse_config({"rewards": rewards, "placement": placement}))
+        if any(role.startswith("rewards/") for role in g.roles)
     ]
     assert [(g.name, g.workers, g.cpus, g.key) for g in found] == [
         ("pickscore", 1, 2, "placement.reward"),
         ("x", 3, 2, "placement.pools.x"),
     ]
-    assert [[r.label for r in g.config.rewards] for g in found] == [["pickscore"], ["b", "latent"]]
+    assert [list(g.roles) for g in found] == [["rewards/pickscore"], ["rewards/x"]]
+    inside = groups(
+        **dict.fromkeys(("discriminator", "rollout", "reward"), {"within": "learner"}), learner={"workers": 2}
+    )
+    (learner,) = inside
+    assert learner.workers == 2
+    assert list(learner.roles)[:4] == ["generator", "score", "discriminator", "rollouts"]

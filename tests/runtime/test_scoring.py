@@ -57,7 +57,8 @@ class Toys:
 
     def __init__(self, config: Config, trouble: dict[str, dict[str, Any]]) -> None:
         self.rewards = {name: Troubled(config.for_pool(name), trouble.get(name, {})) for name in config.reward_pools}
-        roles = {"generator": Generator(config, 0, 1), "rollouts": Rollout(config, 0, 1)}
+        generator = Generator(config, 0, 1)
+        roles = {"generator": generator, "rollouts": Rollout.from_neighbour(generator)}
         self.runtime = LocalRuntime(roles, self.rewards)
         self.source = PreferenceSource(config, self.runtime, prompts)
 

@@ -23,7 +23,6 @@ from flashdmd_ray.batch import (
     noise,
     to_uint8,
 )
-from flashdmd_ray.checkpoint.checksum import checksum
 from flashdmd_ray.config import Config, parse_config
 
 SHAPE = (2, 4, 4)
@@ -79,7 +78,7 @@ class Toy:
         self.weight = torch.load(directory / f"{type(self).__name__}.pt")
 
     def weights(self) -> dict[str, Tensor]:
-        return {"weight": self.weight}
+        return {} if self.rank else {"weight": self.weight}
 
     def facts(self) -> tuple[str, ...]:
         return (
@@ -160,12 +159,21 @@ class Discriminator(Toy):
 
 
 class Rollout(Toy):
+    neighbour = "generator"
+
+    @classmethod
+    def from_neighbour(cls, generator: Generator) -> Rollout:
+        made = cls(generator.config, generator.rank, generator.world_size)
+        made.generator = generator
+        return made
+
+    generator: Generator | None = None
+
     def candidates(
         self, prompts: Prompts, high: int, seed: int, weights: PublishedWeights, decode: bool = True
     ) -> Candidates:
-        assert checksum(weights.tensors) == weights.checksum
         drawn = noise(prompts.indices, (3, *SHAPE), seed, f"candidates/{high}")
-        values = drawn * weights.tensors["weight"]
+        values = drawn * (weights.tensors["weight"] if self.generator is None else self.generator.weight)
         return Candidates(prompts, values[:, 0], values, to_uint8(values), 999, 749, weights.version)
 
 
