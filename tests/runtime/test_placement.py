@@ -95,7 +95,7 @@ def test_rewards_are_placed_by_pool() -> None:
     ]
     assert [list(g.roles) for g in found] == [["rewards/pickscore"], ["rewards/x"]]
     inside = groups(
-        **dict.fromkeys(("discriminator", "rollout", "reward"), {"within": "learner"}), learner={"workers": 2}
+        **{key: {"within": "learner"} for key in ("discriminator", "rollout", "reward")}, learner={"workers": 2}
     )
     (learner,) = inside
     assert learner.workers == 2
