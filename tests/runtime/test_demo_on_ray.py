@@ -33,8 +33,8 @@ class Recorded:
         self.metrics.append(metrics)
 
 
-def run(runtime_name: str, lora: str) -> tuple[list[Metrics], dict[str, Tensor]]:
-    config = load_config(None, [f"runtime={runtime_name}", *SMALL, f"lora={lora}"])
+def run(runtime_name: str, *settings: str) -> tuple[list[Metrics], dict[str, Tensor]]:
+    config = load_config(None, [f"runtime={runtime_name}", *SMALL, *settings])
     runtime = build_runtime(config)
     try:
         recorded = Recorded()
@@ -44,19 +44,34 @@ def run(runtime_name: str, lora: str) -> tuple[list[Metrics], dict[str, Tensor]]
         runtime.close()
 
 
+def without_pools(steps: list[Metrics]) -> list[Metrics]:
+    return [{name: value for name, value in step.items() if not name.startswith("pool/")} for step in steps]
+
+
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("lora", ["{}", "{networks: [generator, score], rank: 4}"], ids=["whole", "lora"])
 def test_the_demo_is_bit_identical_on_ray(lora: str) -> None:
     threads = torch.get_num_threads()
     try:
-        (here, mine), (there, theirs) = run("local", lora), run("ray", lora)
+        (here, mine), (there, theirs) = run("local", f"lora={lora}"), run("ray", f"lora={lora}")
     finally:
         torch.set_num_threads(threads)
     assert len(here) == STEPS
     assert "preference/loss" in here[-1]
-    assert here == [{name: value for name, value in step.items() if not name.startswith("pool/")} for step in there]
+    assert here == without_pools(there)
     assert there[-1]["pool/rollout/workers"] == there[-1]["pool/reward/workers"] == 1
     assert there[-1]["preference/groups"] == there[-1]["preference/scored"] == 4
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert all(".lora_" in name for name in mine) == ("networks" in lora)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_ranks_that_hold_all_roles_end_with_the_bits_of_separate_processes() -> None:
+    ranks = ["placement.learner.workers=2", "engine.kind=deepspeed", "engine.zero_stage=2"]
+    groups = ("discriminator", "rollout", "reward")
+    here, mine = run("ray", *ranks, "placement.discriminator.workers=2", "placement.rollout.workers=2")
+    there, theirs = run("ray", *ranks, *(f"placement.{group}.within=learner" for group in groups))
+    assert without_pools(here) == there
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
