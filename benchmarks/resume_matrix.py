@@ -39,7 +39,7 @@ from flashdmd_ray.engine import free_port, init_process_group
 from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
 from flashdmd_ray.runtime.build import build_runtime, worker_groups
 from flashdmd_ray.runtime.local import LocalRuntime
-from flashdmd_ray.runtime.placement import create_roles
+from flashdmd_ray.runtime.placement import create_roles, rewards_of
 from flashdmd_ray.runtime.protocol import Runtime
 from flashdmd_ray.runtime.shards import join_results, split_arguments
 
@@ -169,17 +169,10 @@ class InRanks:
 
 
 def in_ranks(config: Config, rank: int, ranks: int) -> LocalRuntime:
-    """The runtime of one rank: the stateful roles cut over the ranks, rollouts and rewards whole in each."""
-    built: dict[str, Any] = {}
-    rewards: dict[str, Any] = {}
-    for group in worker_groups(config):
-        if group.stateful:
-            built |= {name: InRanks(role) for name, role in create_roles(group, rank, ranks).items()}
-        else:
-            built |= create_roles(group, 0, 1)
-            if "rewards" in built:
-                rewards[group.name] = built.pop("rewards")
-    return LocalRuntime(built, rewards)
+    """The runtime of one rank of processes that hold all roles."""
+    (group,) = worker_groups(config)
+    roles = {name: InRanks(role) for name, role in create_roles(group, rank, ranks).items()}
+    return LocalRuntime(roles, rewards_of(roles))
 
 
 Cells = Mapping[Kind, tuple[tuple[int, int], ...]]
