@@ -37,7 +37,8 @@ UTILISATION = 0.4
 LAUNCH_S = 8e-6
 """Seconds of Python and driver for each kernel: a call takes at least so long for each of them. An assumption as well."""
 NETWORK = 40e9
-"""Bytes a second between machines."""
+"""Bytes a second between machines for each GPU: a port of 400 Gb/s of its own. An assumption as well."""
+GPUS_OF_A_MACHINE = 8
 
 
 def gpus_here() -> list[float]:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from flashdmd_ray.config import Config
-from flashdmd_ray.plan.hardware import LAUNCH_S, NETWORK, UTILISATION, Gpu
+from flashdmd_ray.plan.hardware import GPUS_OF_A_MACHINE, LAUNCH_S, NETWORK, UTILISATION, Gpu
 
 OPTIMIZER_BYTES = 40
 """That an update of AdamW reads and writes for each parameter of a rank: gradient, master and moments, weights and the average."""
@@ -52,7 +52,7 @@ def _update(parameters: float, config: Config, group: str, gpu: Gpu) -> float:
         return 0.0
     ranks = config.placement.of(group).workers
     sharded = ranks if config.engine.kind == "deepspeed" else 1
-    link = gpu.link if ranks <= 8 else NETWORK
+    link = gpu.link if ranks <= GPUS_OF_A_MACHINE else min(gpu.link, GPUS_OF_A_MACHINE * NETWORK)  # NCCL uses all ports
     exchanged = 4 * parameters * 2 * (ranks - 1) / ranks / link
     if config.engine.offload_optimizer and group == "learner":
         return exchanged + OPTIMIZER_BYTES * parameters / sharded / HOST_MEMORY + 6 * parameters / gpu.host
