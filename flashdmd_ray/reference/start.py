@@ -101,15 +101,14 @@ def _lines(
     options: argparse.Namespace, name: str, gpus: int, room: float, side: int | None, batch: int, at_once: int
 ) -> Iterator[str]:
     """The lines of a configuration file."""
-    usual, rollouts = USUAL[options.family], max(1, gpus // 2)  # rollouts take most of a step
-    ranks = max(1, gpus - rollouts - 1)
+    usual, ranks = USUAL[options.family], max(1, gpus)
     number = "bfloat16" if gpus else "float32"
     yield f"# yaml-language-server: $schema={SCHEMAS[Config]}"
     yield f"# Distils {options.family} with low-rank adapters. `flashdmd config KEY` explains a key; docs/configuration.md all of them."
     yield "steps: 2000          # the first few hundred show whether it works"
     yield f"batch: {batch * ranks}             # larger is steadier; accumulation below keeps it in memory"
     yield "ttur: 1"
-    yield f"runtime: {'ray' if gpus > 1 else 'local'}       # local: one process. ray: a process for each role"
+    yield f"runtime: {'ray' if gpus > 1 else 'local'}       # local: one process. ray: one for each GPU here"
     yield f"run: {{name: {_text(name)}}}   # the same name again resumes the run"
     yield "model:"
     yield f"  family: {options.family}"
@@ -137,9 +136,8 @@ def _lines(
     yield "  lr: 2.0e-6"
     yield "rewards:             # held_out: a judge that training does not raise"
     half = "float16" if gpus else "float32"
-    pool = ", pool: reward" if gpus > 1 else ""
-    yield f"  - {{kind: pickscore, path: yuvalkirstain/PickScore_v1, dtype: {half}, batch: 4{pool}}}"
-    yield f"  - {{kind: imagereward, path: THUDM/ImageReward, dtype: {half}, batch: 4, held_out: true{pool}}}"
+    yield f"  - {{kind: pickscore, path: yuvalkirstain/PickScore_v1, dtype: {half}, batch: 4}}"
+    yield f"  - {{kind: imagereward, path: THUDM/ImageReward, dtype: {half}, batch: 4, held_out: true}}"
     yield "monitor: {every: 10}"
     yield "lora: {networks: [generator, score], rank: 32}"
     yield "engine:"
@@ -148,22 +146,21 @@ def _lines(
     yield f"  precision: {number}"
     yield "  gradient_checkpointing: true"
     yield f"  accumulation: {batch // at_once}    # parts of a batch, one after another, to save memory"
-    yield from _placement(gpus, ranks, rollouts, room)
+    yield from _placement(gpus, room)
     yield "checkpoint: {every: 250}"
     yield "tracking: {samples_every: 100}"
     yield f"evaluation: {{batch: 2, guidance_scale: {usual.guidance}, ema: 0.95}}"
 
 
-def _placement(gpus: int, ranks: int, rollouts: int, room: float) -> Iterator[str]:
-    """The section `placement`. One GPU: one process. More: one for the discriminator, half of all for rollouts and rewards."""
+def _placement(gpus: int, room: float) -> Iterator[str]:
+    """The section `placement`: all roles on each GPU."""
     if not gpus:
         yield "placement: {threads: 4}   # no GPUs: everything on the CPU"
         return
-    shares = {1: (1.0, 1.0, 1.0, 1.0), 2: (1.0, 0.5, 0.3, 0.2)}.get(gpus, (1.0, 1.0, 0.6, 0.4))
-    yield "placement:           # gpus: of each worker; with Ray several workers may share one"
-    groups = ("learner", "discriminator", "rollout", "reward")
-    for group, workers, share in zip(groups, (ranks, 1, rollouts, rollouts), shares, strict=True):
-        yield f"  {group}: {{workers: {workers}, gpus: {share:g}, gpu_memory_gib: {room:g}}}"
+    yield "placement:           # all roles on each GPU; docs/planning.md has other layouts"
+    yield f"  learner: {{workers: {gpus}, gpus: 1, gpu_memory_gib: {room:g}}}"
+    for group in ("discriminator", "rollout", "reward"):
+        yield f"  {group}: {{within: learner}}"
     yield "  threads: 4"
 
 
