@@ -10,7 +10,7 @@ from flashdmd_ray.config import Config
 from flashdmd_ray.runtime.border import at_border
 from flashdmd_ray.runtime.environment import limit_threads, on_gpu, use_loopback
 from flashdmd_ray.runtime.local import LocalRuntime
-from flashdmd_ray.runtime.placement import WorkerGroup, create_roles, rewards_of
+from flashdmd_ray.runtime.placement import REWARDS, WorkerGroup, create_roles, rewards_of
 from flashdmd_ray.runtime.protocol import Runtime
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def worker_groups(config: Config, roles: Roles | None = None) -> list[WorkerGrou
             continue
         for name in config.reward_pools if kind == "reward" else (kind,):
             home = next(iter(found), name) if config.runtime == "local" else config.placement.home(name)
-            named = {f"{role}/{name}" if role == "rewards" else role: path for role, path in roles[kind].items()}
+            named = {REWARDS + name if role == "rewards" else role: path for role, path in roles[kind].items()}
             found.setdefault(home, {}).update(named)
     return [_worker_group(config, name, mine) for name, mine in found.items()]
 

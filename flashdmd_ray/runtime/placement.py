@@ -11,6 +11,9 @@ from typing import Any
 from flashdmd_ray.config import Config
 from flashdmd_ray.runtime.errors import NoRoom
 
+REWARDS = "rewards/"
+"""Before the pool's name in the name of its role."""
+
 
 @dataclass(frozen=True)
 class WorkerGroup:
@@ -51,18 +54,23 @@ def create_roles(group: WorkerGroup, rank: int, world_size: int) -> dict[str, An
     """
     roles: dict[str, Any] = {}
     for name, path in group.roles.items():
-        kind, (kind_of_role, _, pool) = role_class(path), name.partition("/")
+        kind = role_class(path)
         if (neighbour := getattr(kind, "neighbour", None)) in roles:
             roles[name] = kind.from_neighbour(roles[neighbour])
         else:
-            config = group.config.for_pool(pool) if kind_of_role == "rewards" else group.config
+            config = group.config.for_pool(name.removeprefix(REWARDS)) if is_reward(name) else group.config
             roles[name] = kind.from_config(config, rank=rank, world_size=world_size)
     return roles
 
 
 def rewards_of(roles: Mapping[str, Any]) -> dict[str, Any]:
     """The rewards among the roles, or handles of roles, of a job: by pool."""
-    return {name.partition("/")[2]: role for name, role in roles.items() if name.startswith("rewards/")}
+    return {name.removeprefix(REWARDS): role for name, role in roles.items() if is_reward(name)}
+
+
+def is_reward(role: str) -> bool:
+    """Return True for the name of a role that is the rewards of a pool."""
+    return role.startswith(REWARDS)
 
 
 def check_devices(group: WorkerGroup, assigned: int, visible: int) -> None:

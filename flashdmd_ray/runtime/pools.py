@@ -20,7 +20,7 @@ from flashdmd_ray.runtime.concurrency import in_thread
 from flashdmd_ray.runtime.errors import Call, Closed, RoleFailed, WorkerError
 from flashdmd_ray.runtime.failures import reraise, translate
 from flashdmd_ray.runtime.members import Member, Members
-from flashdmd_ray.runtime.placement import WorkerGroup
+from flashdmd_ray.runtime.placement import WorkerGroup, is_reward
 from flashdmd_ray.runtime.usage import PoolState
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Pool:
         A reward's own errors are replayed too: a server may be busy, or one machine at fault. A rollout's would come back.
         """
         call = Call(role, method, self._current_step())
-        timeout = self._deadlines.reward_s if role == "rewards" else self._deadlines.call_s
+        timeout = self._deadlines.reward_s if is_reward(role) else self._deadlines.call_s
         for replays_left in reversed(range(self._deadlines.retries + 1)):
             member = self._members.take(call, self._deadlines.start_s + timeout)
             name = self._members.name(member)
@@ -139,7 +139,7 @@ class Pool:
                 self._members.give_back(member)
                 return result
             self._after_failure(member, failure)
-            passing = isinstance(failure, WorkerError) or role == "rewards"
+            passing = isinstance(failure, WorkerError) or is_reward(role)
             if not passing or replays_left == 0 or not self.is_whole:
                 reraise(failure)
             message = failure if isinstance(failure, WorkerError) else f"{name}: {type(failure).__name__}: {failure}"

@@ -36,7 +36,7 @@ def test_a_call_is_replayed(two: Runtime, how: str, tmp_path: Path) -> None:
 
 
 def test_retries_are_bounded(two: Runtime) -> None:
-    with pytest.raises(RoleFailed, match=r"rewards\.raises .*failed: RuntimeError"):
+    with pytest.raises(RoleFailed, match=r"rewards/reward\.raises .*failed: RuntimeError"):
         two.rewards["reward"].raises(RuntimeError)
     two.step = 3
     with pytest.raises(WorkerLost, match=r"rewards\.dies at step 3: reward-\d+ is gone"):
