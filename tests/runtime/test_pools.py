@@ -39,7 +39,7 @@ def test_retries_are_bounded(two: Runtime) -> None:
     with pytest.raises(RoleFailed, match=r"rewards/reward\.raises .*failed: RuntimeError"):
         two.rewards["reward"].raises(RuntimeError)
     two.step = 3
-    with pytest.raises(WorkerLost, match=r"rewards\.dies at step 3: reward-\d+ is gone"):
+    with pytest.raises(WorkerLost, match=r"rewards/reward\.dies at step 3: reward-\d+ is gone"):
         two.rewards["reward"].dies()
     assert two.rewards["reward"].sleeps(0.0) == 0.0
 
