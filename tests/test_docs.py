@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from flashdmd_ray.config import PRESETS, Config, Section, load_config
+from flashdmd_ray.plan import gpu_of
 from flashdmd_ray.plan.fit import processes
+from flashdmd_ray.plan.forecast import forecast_of
 from flashdmd_ray.plan.mean_step import step_of
 from flashdmd_ray.plan.models import models_of
 from flashdmd_ray.plan.parts import parts_of_models
@@ -99,14 +101,26 @@ def test_every_preset_is_described():
 
 
 @pytest.mark.parametrize("preset", sorted(presets(ROOT / "docs/planning.md")))
-def test_the_memory_of_the_presets_is_what_the_plan_says(preset):
-    cell = rows(ROOT / "docs/planning.md")[preset][3].strip("| ")
+def test_the_figures_of_the_presets_are_what_the_plan_says(preset):
+    page, readme = rows(ROOT / "docs/planning.md")[preset], rows(ROOT / "README.md")[preset]
+    if preset.startswith("demo"):
+        assert not "".join(page[3:]).strip("| ")
+        return
     config = load_config(preset)
-    models = models_of(config)
-    planned = processes(config, parts_of_models(config, models), step_of(config, models, repeats=1))
+    models, gpu = models_of(config), gpu_of(config, None)
+    step = step_of(config, models, gpu)
+    planned = processes(config, parts_of_models(config, models), step)
     sizes = {group: f"{process.gpu_gib:.0f}" for group, process in planned.items() if process is not None}
     local = [sizes["local"]] if "local" in sizes else [f"{group} {size}" for group, size in sizes.items()]
-    assert cell == ("" if preset.startswith("demo") else ", ".join(local))
+    assert page[3] == ", ".join(local)
+    forecast = forecast_of(config, step, gpu)
+    figures = [float(f"{value:.2g}") for value in (forecast.seconds, forecast.before)]
+    assert [float(value) for value in re.findall(r"([\d.]+) s a step.*?\(([\d.]+) s before", page[4])[0]] == figures
+    hours = f"{forecast.hours:.2g}" if forecast.hours < 100 else f"{forecast.hours:.0f}"
+    assert f"{hours} GPU-hours" in page[4]
+    assert f"planned: {max(sizes.values())} GiB, " in readme[3]
+    assert f"{hours} GPU-hours" in readme[3]
+    assert f"about ${forecast.cost:,.0f}" in readme[3]
 
 
 def test_the_results_of_the_readme_are_those_of_the_results_page():
