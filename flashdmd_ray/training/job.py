@@ -9,7 +9,7 @@ from flashdmd_ray.checkpoint import latest_step, manifests, newest_healthy, newe
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
-from flashdmd_ray.results.report import report
+from flashdmd_ray.results.report import report, what_next
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.lock import Lock, hold_run
@@ -22,6 +22,7 @@ from flashdmd_ray.runtime.protocol import Runtime
 from flashdmd_ray.runtime.supervisor import Supervisor
 from flashdmd_ray.training.data_report import start_report
 from flashdmd_ray.training.observer import Observer
+from flashdmd_ray.training.progress_line import legend
 from flashdmd_ray.training.training_run import TrainingRun
 
 STOPPED_BY_MONITOR = 3
@@ -41,6 +42,7 @@ def run_job(config: Config) -> int:
         if done < config.steps or not (directory.path / "report.json").is_file():
             return _train(config, directory, root, lock)
     print(f"{directory.path} is finished ({done} steps); raise steps to go on, or choose another run.name")
+    print(what_next(config, directory))
     return 0
 
 
@@ -55,6 +57,7 @@ def _train(config: Config, directory: RunDirectory, root: Location, lock: Lock) 
         Interruption(progress.notice, config.deadlines.stop_s) as stop,
     ):
         progress.say(f"resuming after step {done}" if done else f"starting {directory.path}")
+        progress.say(legend(config))
 
         def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> bool:
             """Train from the newest checkpoint on; returns whether the hack monitor stopped it."""

@@ -16,6 +16,14 @@ SHOWN = {
     "preference/beta_h": "|beta H|",
 }
 """Metric -> its name in a progress line; `shown_figures` adds the rewards."""
+MEANINGS = {
+    "gap": "how far the score estimator is behind",
+    "D real": "share of real samples that the discriminator tells right",
+    "D fake": "the same for generated ones",
+    "kept": "share of prompt groups that are learnt from",
+    "|beta H|": "strength of a preference, below .05 it does nothing",
+}
+"""Name in a progress line -> its meaning. A reward's name stands for its mean."""
 
 
 class ProgressLine(Observer):
@@ -31,10 +39,16 @@ class ProgressLine(Observer):
             self._progress.say(line)
 
 
+def legend(config: Config) -> str:
+    """The meaning of the figures in a progress line, in one line."""
+    labels = shown_figures(config).values()
+    return "; ".join(f"{label}: {MEANINGS.get(label, 'mean reward')}" for label in labels)
+
+
 def shown_figures(config: Config) -> dict[str, str]:
     """Names of the metrics of a progress line, with their labels: the first optimised reward and the first held-out one before the rest."""
     if not config.preference.updates:
-        return SHOWN
+        return {name: label for name, label in SHOWN.items() if not name.startswith("preference/")}
     first = {reward.held_out: reward.label for reward in reversed(config.rewards)}
     return {
         f"reward/{label}": f"{label} (held out)" if held_out else label for held_out, label in sorted(first.items())
