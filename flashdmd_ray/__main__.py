@@ -24,6 +24,7 @@ COMMANDS = {
         "reference.command:config_command",
         "explain a setting (config KEY), write a configuration (config new)",
     ),
+    "doctor": ("commands.doctor:doctor_command", "report this machine, and what a configuration lacks here"),
     "scale": ("commands.scale:scale_command", "look at the pools of a running job and resize them"),
 }
 """Command -> the function that runs it and what it does; a group of commands is a mapping of its own."""
