@@ -1,0 +1,166 @@
+"""The command `flashdmd reward serve`: a reward model behind HTTP, which jobs elsewhere use as `kind: remote`. Imports no Ray.
+
+It speaks the protocol of docs/rewards.md in both encodings. Exit codes: 0 stopped by a signal, 2 an option or the model is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import hmac
+import io
+import json
+import os
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from torch import Tensor
+
+from flashdmd_ray.batch import from_uint8
+from flashdmd_ray.config import RewardConfig, validated
+from flashdmd_ray.models.rewards import PixelReward, reward_model
+from flashdmd_ray.run.command_line import REFUSED, run_command
+from flashdmd_ray.run.http_server import Bounds, listen_on, running_server
+from flashdmd_ray.run.interruption import Interruption
+from flashdmd_ray.run.messages import one_line
+from flashdmd_ray.serving.api_keys import is_loopback
+
+LARGEST_BODY = 512 * 2**20
+CONNECTIONS = 64
+MAX_SIDE = 4096
+"""Pixels of the longer side of an image."""
+DRAIN_S = 30.0
+PICTURES = "images must be PNG files in base64, all of one size, of at most 4096 pixels a side"
+
+
+def reward_serve_command(arguments: Sequence[str] | None = None) -> int:
+    """`flashdmd reward serve KIND PATH ...`: answer until a signal comes; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="flashdmd reward serve",
+        description="Serve a reward on images over HTTP, for rewards of kind 'remote'.",
+        epilog="A job uses it with: {kind: remote, path: http://HOST:PORT/score}",
+    )
+    parser.add_argument("kind", help="pickscore, hpsv2.1, imagereward, ..., or custom")
+    parser.add_argument("path", help="its weights, or module:Class of a class of your own; `demo`: the packaged reward")
+    parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8100, help="0: any that is free (default: %(default)s)")
+    parser.add_argument("--token-env", metavar="NAME", help="variable with the bearer token that clients must send")
+    return run_command(lambda: _serve(parser.parse_args(arguments)))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    token = os.environ.get(options.token_env, "") if options.token_env else None
+    if token == "":
+        raise ValueError(f"--token-env: {options.token_env} is not set in this process")
+    if token is None and not is_loopback(options.host):
+        raise ValueError(f"--host {options.host}: others could use it; give --token-env NAME")
+    entry = {"kind": options.kind, "path": options.path, "dtype": options.dtype, "batch": options.batch}
+    settings = validated(RewardConfig, entry)
+    if not settings.reads_images or settings.remote is not None:
+        raise ValueError(f"KIND: '{options.kind}' is no model of images that can be served here")
+    listener = listen_on(options.host, options.port)
+    print(f"loading {settings.label} from {settings.path}", flush=True)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = reward_model(settings)
+    assert isinstance(model, PixelReward), "it reads images"
+    app, stop = build_app(model.to(device), device, token), threading.Event()
+    with Interruption() as signals, running_server(app, listener, stop, DRAIN_S, Bounds(CONNECTIONS, CONNECTIONS)):
+        host, port = listener.getsockname()[:2]
+        print(f"{settings.label} on {device} answers at http://{host}:{port}/score", flush=True)
+        while not signals.requested and not stop.wait(0.2):
+            pass
+    return 0 if signals.requested else REFUSED
+
+
+def build_app(model: PixelReward, device: torch.device, token: str | None = None) -> Starlette:
+    """The application that answers POST /score. Requests wait for one another: the model takes one batch at a time.
+
+    Every refusal is {"error": one line}: 400 a body that is not of the protocol, 401 without the token, 411 or 413 a body of no stated
+    length or too long, 500 an error of the model or a score that is not finite.
+    """
+    one_at_a_time = threading.Lock()
+
+    def answer(kind: str, body: bytes) -> Response:
+        try:
+            pixels, texts = decoded(kind, body)
+        except ValueError as error:
+            return _refused(400, str(error))
+        try:
+            with one_at_a_time, torch.no_grad():
+                scores = model.score(from_uint8(pixels).to(device), texts).float().cpu()
+        except Exception as error:  # the model may be anybody's
+            return _refused(500, f"{type(error).__name__}: {error}")
+        if not scores.isfinite().all():
+            return _refused(500, "the model gave a score that is not finite")
+        return JSONResponse({"scores": scores.tolist()})
+
+    async def score(request: Request) -> Response:
+        given = request.headers.get("authorization", "").encode()
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            return _refused(401, "a bearer token is needed")
+        length = request.headers.get("content-length", "")
+        if "transfer-encoding" in request.headers or not length.isdecimal():
+            return _refused(411, "the body must have a stated length")
+        if int(length) > LARGEST_BODY:
+            return _refused(413, f"the body is limited to {LARGEST_BODY} bytes")
+        kind = request.headers.get("content-type", "").partition(";")[0].strip()
+        return await run_in_threadpool(answer, kind, await request.body())
+
+    return Starlette(routes=[Route("/score", score, methods=["POST"])])
+
+
+def decoded(kind: str, body: bytes) -> tuple[Tensor, list[str]]:
+    """Pixels uint8 (B, 3, H, W) and prompts of a request. Raises ValueError, one line, for one that is not of the protocol."""
+    try:
+        if kind == "application/octet-stream":
+            texts, pixels = json.loads(_metadata(body)["prompts"]), load(body)["images"]
+        else:
+            tree = json.loads(body)
+            texts, images = tree["prompts"], tree["images"]
+            pixels = torch.stack([_pixels(image) for image in images]) if images else torch.empty(0)
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"not a request of the protocol: {one_line(error)}") from None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("prompts must be a list of texts")
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or max(pixels.shape[2:]) > MAX_SIDE:
+        raise ValueError(PICTURES)
+    if len(texts) != len(pixels):
+        raise ValueError(f"{len(texts)} prompts for {len(pixels)} images")
+    return pixels, texts
+
+
+def _metadata(body: bytes) -> dict[str, str]:
+    """The `__metadata__` of safetensors bytes."""
+    size = int.from_bytes(body[:8], "little")
+    if size > len(body):
+        raise ValueError("the file is cut short")
+    metadata: dict[str, str] = json.loads(body[8 : 8 + size])["__metadata__"]
+    return metadata
+
+
+def _pixels(text: str) -> Tensor:
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
+            if max(image.size) > MAX_SIDE:
+                raise ValueError(PICTURES)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError(PICTURES) from None
+
+
+def _refused(status: int, text: str) -> Response:
+    return JSONResponse({"error": one_line(text)}, status)
