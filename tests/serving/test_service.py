@@ -205,9 +205,15 @@ def test_a_full_queue_is_answered_in_openais_shape(service):
 def test_a_client_that_leaves_ends_its_drawing(service):
     """Hundreds of forwards that nobody waits for any more would keep both replicas busy for long."""
     leaving = {"model": "demo:teacher", "n": 10}
+    left = 0
     for _ in range(4):
-        with pytest.raises(requests.exceptions.ReadTimeout):
-            service.post(timeout=0.5, **leaving)
+        try:
+            assert (
+                service.post(timeout=0.5, **leaving).status_code == 429
+            )  # on a busy machine those before are not gone yet
+        except requests.exceptions.ReadTimeout:
+            left += 1
+    assert left
     began = time.monotonic()
     service.generate(num_inference_steps=1)
     service.generate(num_inference_steps=1)
