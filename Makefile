@@ -34,7 +34,7 @@ serve: install ## what `make demo` made, as an image API with a page at http://1
 	$(BIN)/flashdmd serve runs/demo
 
 test: install ## all tests
-	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 check: install ## style, types, import rules, declared dependencies
 	$(BIN)/ruff check .

@@ -29,13 +29,8 @@ use_loopback(os.environ)
 use_quick_handles(os.environ)
 
 
-LONG = ("deploy", "runtime", "checkpoint", "serving", "training", "plan")
-"""Folders of the long test files. They come first, so that in the end no process has one left while the others are done."""
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put long files first. Leave out tests marked `gpu` or `browser` where there is none: deselected, so that the summary counts them."""
-    items.sort(key=lambda item: LONG.index(folder) if (folder := item.path.parent.name) in LONG else len(LONG))
+    """Leave out tests marked `gpu` or `browser` where there is none: deselected, so that the summary counts them."""
     for mark, is_there in (("gpu", has_gpu), ("browser", has_browser)):
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and not is_there():

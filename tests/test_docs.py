@@ -10,7 +10,7 @@ import pytest
 
 from flashdmd_ray.config import PRESETS, Config, Section, load_config
 from flashdmd_ray.plan import gpu_of
-from flashdmd_ray.plan.fit import processes
+from flashdmd_ray.plan.fit import check_fit, processes
 from flashdmd_ray.plan.forecast import forecast_of
 from flashdmd_ray.plan.mean_step import step_of
 from flashdmd_ray.plan.models import models_of
@@ -101,7 +101,9 @@ def test_every_preset_is_described():
 
 
 @pytest.mark.parametrize("preset", sorted(presets(ROOT / "docs/planning.md")))
-def test_the_figures_of_the_presets_are_what_the_plan_says(preset):
+def test_the_figures_of_the_presets_are_what_the_plan_says(preset, monkeypatch):
+    assert len(PRESETS[preset].read_text(encoding="utf-8").splitlines()) <= 80
+    monkeypatch.setattr("flashdmd_ray.plan.measure.measure", None)  # the networks of presets are in the table
     page, readme = rows(ROOT / "docs/planning.md")[preset], rows(ROOT / "README.md")[preset]
     if preset.startswith("demo"):
         assert not "".join(page[3:]).strip("| ")
@@ -109,7 +111,9 @@ def test_the_figures_of_the_presets_are_what_the_plan_says(preset):
     config = load_config(preset)
     models, gpu = models_of(config), gpu_of(config, None)
     step = step_of(config, models, gpu)
-    planned = processes(config, parts_of_models(config, models), step)
+    parts = parts_of_models(config, models)
+    check_fit(config, models, parts, step)
+    planned = processes(config, parts, step)
     sizes = {group: f"{process.gpu_gib:.0f}" for group, process in planned.items() if process is not None}
     local = [sizes["local"]] if "local" in sizes else [f"{group} {size}" for group, size in sizes.items()]
     assert page[3] == ", ".join(local)

@@ -3,7 +3,7 @@
 import pytest
 
 from flashdmd_ray import plan
-from flashdmd_ray.config import PRESETS, load_config, parse_config
+from flashdmd_ray.config import load_config, parse_config
 from flashdmd_ray.plan import fit
 from flashdmd_ray.plan.forecast import forecast_of
 from flashdmd_ray.plan.hardware import GPUS
@@ -11,7 +11,6 @@ from flashdmd_ray.plan.mean_step import step_of
 from flashdmd_ray.plan.models import Model, Models, models_of
 from flashdmd_ray.plan.parts import BUCKET, parts_of_models
 
-CONFIGS = [path for name, path in PRESETS.items() if not name.startswith("latent_reward")]
 N = 1000
 UNKNOWN_NETWORKS = Models(
     denoiser=Model("a teacher", parameters=N),
@@ -89,11 +88,6 @@ def test_a_plan_that_cannot_fit_is_refused_with_the_settings_that_would_do():
     plan.check(checkpointed)  # the advice holds
 
 
-def test_without_any_setting_that_would_do_it_says_so():
-    with pytest.raises(ValueError, match=r"no setting brings it below that"):
-        plan.check(demo_on_gpus(1.001))
-
-
 def test_steps_before_preference_updates_begin_are_planned_as_what_they_are():
     alone, joint, both = (
         forecast(demo_on_gpus(8.0, steps=100, preference=changed))
@@ -120,12 +114,11 @@ def test_a_share_of_a_gpu_is_a_share_of_its_memory():
     assert fit.room_of(load_config(), "learner") is None
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configurations_are_planned_from_the_table(path, monkeypatch):
-    """Every figure is known, nothing is measured, and what has GPUs fits on them and says how long it takes."""
-    assert len(path.read_text().splitlines()) <= 80
+@pytest.mark.parametrize("name", ["demo", "demo_sd3", "demo_dmd2", "sdxl_lora_80gb"])
+def test_shipped_configurations_are_planned_from_the_table(name, monkeypatch):
+    """Every figure is known, nothing is measured, and what has GPUs says how long it takes. (tests/test_docs.py plans the others.)"""
     monkeypatch.setattr("flashdmd_ray.plan.measure.measure", None)
-    config = load_config(path)
+    config = load_config(name)
     run, parts, _ = plan.preview(config)
     text = plan.describe(config, run, parts, plan.gpu_of(config, None))
     assert "on loading" not in text

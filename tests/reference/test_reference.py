@@ -75,7 +75,7 @@ def test_from_a_checkpoint_photographs_and_prompts_to_a_valid_dry_run_in_two_com
 
 @pytest.mark.parametrize(
     ("family", "gpus", "memory", "side", "ranks"),
-    [("sdxl", 1, 24, None, 1), ("sdxl", 8, 80, None, 8), ("sd3", 1, 80, None, 1), ("sd15", 2, 24, None, 2)],
+    [("sdxl", 1, 24, None, 1), ("sd3", 1, 80, None, 1), ("sd15", 2, 24, None, 2)],
 )
 def test_a_new_configuration_fits_the_gpus_it_is_written_for(family, gpus, memory, side, ranks, tmp_path, monkeypatch):
     monkeypatch.setattr("flashdmd_ray.plan.measure.measure", None)  # its networks are in the table of costs

@@ -74,7 +74,7 @@ def test_two_ranks_that_hold_all_roles_end_with_the_bits_of_separate_processes()
         "engine.zero_stage=2",
     ]
     groups = ("discriminator", "rollout", "reward")
-    here, mine = run("ray", *ranks, "placement.discriminator.workers=2", "placement.rollout.workers=2")
+    here, mine = run("ray", *ranks, "placement.discriminator.workers=2")
     there, theirs = run("ray", *ranks, *(f"placement.{group}.within=learner" for group in groups))
     assert without_pools(here) == there
     assert mine.keys() == theirs.keys()
