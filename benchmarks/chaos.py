@@ -33,11 +33,11 @@ from chaos_strikes import KINDS, Strike, marked_processes  # noqa: E402
 from chaos_watch import Watched  # noqa: E402
 
 DISK_MIB = 1024
-"""Of the run folder. A checkpoint of the demo has 131."""
+"""Size of the disk with the run folder. A checkpoint of the demo has 131 MiB."""
 EVERY = 3
 """Steps between checkpoints."""
 PATIENCE_S = 900.0
-"""For a run to make the next step after a fault."""
+"""Seconds for a run to make the next step after a fault."""
 SETTINGS = [
     *("runtime=ray", "run.name=struck", "batch=2", "checkpoint.keep=2"),
     *("preference.updates=1", "preference.batch=2", "preference.candidates=2", "monitor.enabled=false"),

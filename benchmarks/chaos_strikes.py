@@ -15,7 +15,7 @@ from chaos_watch import Watched
 
 ROLES = ("learner", "discriminator", "rollout", "reward")
 FULL_S = 8.0
-"""How long the disk stays full."""
+"""Seconds that the disk stays full."""
 
 
 class Strike:

@@ -9,13 +9,13 @@ import argparse
 import importlib.util
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 
 from flashdmd_ray.config import Config, load_config
-from flashdmd_ray.plan.hardware import gpus_here
 from flashdmd_ray.run.command_line import run_command
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.run.variables import check_ray_address, ray_address
@@ -84,7 +84,7 @@ def machine(config: Config) -> Iterator[Line]:
 
 
 def _gpus() -> Iterator[Line]:
-    sizes = gpus_here()
+    sizes = driver_gpus()
     yield "GPUs", ", ".join(f"{size:.0f} GiB" for size in sizes) or "none that NVIDIA's driver knows", ""
     if sizes:
         import torch
@@ -94,6 +94,16 @@ def _gpus() -> Iterator[Line]:
         if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
             fault = ""  # a choice
         yield "PyTorch", f"sees {count}, built for CUDA {built}", fault if count < len(sizes) else ""
+
+
+def driver_gpus() -> list[float]:
+    """GiB of memory of each GPU that NVIDIA's driver knows; none where there is no driver."""
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line) / 1024 for line in answer.split() if line.isdecimal()]
 
 
 def _hub_cache() -> Path:
@@ -117,12 +127,12 @@ def accounts() -> Iterator[Line]:
 
 
 def lacking(config: Config) -> list[str]:
-    """What keeps the configuration from being run here, one line each; nothing is loaded or created."""
+    """List what keeps the configuration from being run here, one line each; nothing is loaded or created."""
     from flashdmd_ray.plan import check
     from flashdmd_ray.plan.forecast import gpus_of
 
     faults = []
-    wanted, here = sum(gpus_of(config).values()), len(gpus_here())
+    wanted, here = sum(gpus_of(config).values()), len(driver_gpus())
     if wanted > here and not ray_address(os.environ):
         faults.append(f"placement: wants {wanted:g} GPUs, here are {here}; choose another preset, or join a cluster")
     try:

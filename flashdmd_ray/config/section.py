@@ -62,7 +62,7 @@ PathOrName = Annotated[str, AfterValidator(_expand_home)]
 PublicUrl = Annotated[str, AfterValidator(without_password), AfterValidator(_expand_home)]
 """As `PathOrName`, an address only without a password: it is printed and stored."""
 TrackingUrl = Annotated[PublicUrl, AfterValidator(tracking_address)]
-"""As `PublicUrl`, of an MLflow server or database."""
+"""The address of an MLflow server or database, without a password, like `PublicUrl`."""
 LocalPath = Annotated[
     Path, BeforeValidator(lambda value: local_path(value) if isinstance(value, str | Path) else value)
 ]

@@ -52,7 +52,7 @@ def read_tree(text: bytes | str, annotation: Any) -> tuple[Any, str]:
 
 
 def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node becomes when its aliases are replaced, which can double at every line."""
+    """Count the values that a node becomes when its aliases are replaced, which can double at every line."""
     if id(node) not in known:
         known[id(node)] = 1
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value

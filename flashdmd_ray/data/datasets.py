@@ -40,7 +40,7 @@ def evaluation_prompts(path: str) -> TextFormat:
 
 
 def data_faults(config: Config) -> list[str]:
-    """What is wrong with the data sets of a configuration before they are indexed, one line each: absent, empty, another model's.
+    """List the faults of a configuration's data sets before they are indexed, one line each: absent, empty, another model's.
 
     Prompts of `evaluation.prompts` are all read, since a run would only meet them at its first grid or at its end.
     """

@@ -1,4 +1,4 @@
-"""What the config.json files of a teacher's parts say: do they go together, and is everything of them read? Imports no torch."""
+"""Checks of the config.json files of a teacher's parts: they go together, and everything in them is read. Imports no torch."""
 
 from __future__ import annotations
 

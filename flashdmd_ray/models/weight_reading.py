@@ -1,4 +1,4 @@
-"""Where weights are read to: memory, or nowhere, when only their names, types and shapes are wanted."""
+"""Reading weights into memory, or their names, types and shapes alone."""
 
 from __future__ import annotations
 

@@ -39,13 +39,13 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
 
 
 def preview(config: Config) -> tuple[RunDirectory, list[Part], list[str]]:
-    """As `check` for `--dry-run`, which plans a run whose data or checkpoint of Segment Anything is still to come: those are named last."""
+    """Check a run for `--dry-run`. Data or a checkpoint of Segment Anything may be still to come: the last list names them."""
     run, parts, models = _inspected(config)
     return run, parts, _missing(config, models)
 
 
 def _missing(config: Config, models: Models) -> list[str]:
-    """What must be brought here before a run can start, one line each."""
+    """List what must be brought here before a run can start, one line each."""
     return [*models.absent, *data_faults(config), *missing_packages(config)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 
 
@@ -39,13 +38,3 @@ LAUNCH_S = 8e-6
 NETWORK = 40e9
 """Bytes a second between machines for each GPU: a port of 400 Gb/s of its own. An assumption as well."""
 GPUS_OF_A_MACHINE = 8
-
-
-def gpus_here() -> list[float]:
-    """GiB of memory of each GPU of this machine, as NVIDIA's driver says; none where there is no driver. Imports no torch."""
-    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [int(line) / 1024 for line in answer.split() if line.isdecimal()]

@@ -14,8 +14,7 @@ from pathlib import Path
 import yaml
 
 from flashdmd_ray.config import Config, validated
-from flashdmd_ray.plan.fit import check_fit
-from flashdmd_ray.plan.hardware import gpus_here
+from flashdmd_ray.plan.fit import GIB, check_fit
 from flashdmd_ray.plan.models import models_of
 from flashdmd_ray.plan.parts import parts_of_models
 from flashdmd_ray.reference.pages import SCHEMAS
@@ -25,7 +24,7 @@ from flashdmd_ray.run.files import write_atomically
 
 @dataclass(frozen=True)
 class Usual:
-    """What a family is usually trained with: its published teacher, a VAE of its own or '', the teacher's guidance."""
+    """The usual settings of a family: its published teacher, a VAE of its own or '', the teacher's guidance."""
 
     teacher: str
     vae: str
@@ -70,7 +69,9 @@ def _write(options: argparse.Namespace) -> int:
     for name, path in (("--images", options.images), ("--prompts", options.prompts)):
         if path is not None and not path.startswith("hf:") and not Path(path).exists():
             raise ValueError(f"{name}: {path} does not exist")
-    here = gpus_here()
+    from flashdmd_ray.plan.measure.device import gpu_memories
+
+    here = [size / GIB for size in gpu_memories()]
     gpus = len(here) if options.gpus is None else options.gpus
     if gpus < 0:
         raise ValueError(f"--gpus {gpus}: must not be negative")

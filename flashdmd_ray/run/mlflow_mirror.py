@@ -135,7 +135,7 @@ def reason_of(error: Exception) -> str:
 
 _left_out: list[str] = []
 _channel: list[TextIO] = []
-"""Where the training process reads; standard output until `main` has opened it."""
+"""The stream that the training process reads; standard output until `main` has opened it."""
 
 
 def leave_out(text: str) -> None:

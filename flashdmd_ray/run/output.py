@@ -36,9 +36,8 @@ def outlive_readers() -> None:
     Both then lead nowhere for all that write to the descriptors, C libraries and later child processes too. Streams that were replaced
     before, by a test for example, are left alone.
     """
-    if (
-        sys.stdin is None
-    ):  # started with a closed descriptor, which the next file opened would get, and children would read
+    # A descriptor that was closed at the start would be given to the next file opened.
+    if sys.stdin is None:
         _to_nowhere(0)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream: TextIO | None = getattr(sys, name)

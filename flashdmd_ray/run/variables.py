@@ -27,7 +27,7 @@ PREFIXES = (
 )
 """Of variables that say nothing when they are empty. (CUDA_VISIBLE_DEVICES does: no GPU.)"""
 CONNECT_S = 3.0
-"""For the cluster of RAY_ADDRESS to accept a connection."""
+"""Seconds for the cluster of RAY_ADDRESS to accept a connection."""
 
 
 def prepare_environment(environment: MutableMapping[str, str]) -> None:

@@ -34,10 +34,10 @@ STARTS = 3
 busy machine can miss; the next try finds their files in memory."""
 
 ANSWER_S = 10.0
-"""For the cluster of RAY_ADDRESS to answer on a connection."""
+"""Seconds for the cluster of RAY_ADDRESS to answer on a connection."""
 
 FORGET_S, LOOK_S, ACCEPT_S = 60.0, 0.5, 3.0
-"""For Ray to notice that a machine is gone, which takes it some 15 s; between two looks; for a machine to accept a connection."""
+"""Seconds for Ray to notice that a machine is gone, which takes it some 15; between two looks; for a machine to accept a connection."""
 
 SYSTEM_CONFIG = {
     # Workers with settings of their own are never taken from Ray's stock, which would be 256 idle processes.

@@ -126,7 +126,7 @@ class RayRuntime:
                 group.close()
 
     def _hand_over(self, current_step: Callable[[], int | None]) -> dict[str, StatefulGroup | Pool]:
-        """What is whole of it, which belongs to the caller from now on; the rest is closed."""
+        """Give what is whole of it to the caller, and close the rest."""
         whole: dict[str, StatefulGroup | Pool] = {}
         for name, group in self._groups.items():
             if not group.is_whole:

@@ -146,7 +146,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
             )
         except RuntimeError as error:
             raise ValueError(_reason(str(error) + _messages(serve.status()))) from None
-        stop = _until_stopped()
+        stop = until_stopped()
         bounds = default_bounds(settings.limits.connections, settings.limits.connections_per_address)
         with running_server(api_over(generator, settings), listener, stop, settings.replica.drain_s, bounds):
             print(f"ready: http://{host}:{port}/", flush=True)
@@ -164,7 +164,7 @@ def _withdraw() -> None:
         serve.shutdown()
 
 
-def _until_stopped() -> threading.Event:
+def until_stopped() -> threading.Event:
     """Return an event that the first SIGTERM or Ctrl-C sets from now on; before, they end the command where it is."""
     stop = threading.Event()
     for number in stop_signals():

@@ -30,18 +30,19 @@ from torch import Tensor
 from flashdmd_ray.batch import from_uint8
 from flashdmd_ray.config import RewardConfig, validated
 from flashdmd_ray.models.rewards import PixelReward, reward_model
-from flashdmd_ray.run.command_line import REFUSED, run_command
+from flashdmd_ray.run.command_line import run_command
 from flashdmd_ray.run.http_server import Bounds, listen_on, running_server
-from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.serving.api_keys import is_loopback
+from flashdmd_ray.serving.command import until_stopped
 
-LARGEST_BODY = 512 * 2**20
-CONNECTIONS = 64
-MAX_SIDE = 4096
-"""Pixels of the longer side of an image."""
+LARGEST_BODY = 128 * 2**20
+CONNECTIONS = 16
+"""Open ones: each may hold a body in memory."""
+MOST_PIXELS = 2**27
+"""Pixels of all images of a request: a small PNG file can be a large image."""
 DRAIN_S = 30.0
-PICTURES = "images must be PNG files in base64, all of one size, of at most 4096 pixels a side"
+PICTURES = f"images must be PNG files in base64, all of one size, of at most {MOST_PIXELS} pixels together"
 
 
 def reward_serve_command(arguments: Sequence[str] | None = None) -> int:
@@ -77,13 +78,12 @@ def _serve(options: argparse.Namespace) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = reward_model(settings)
     assert isinstance(model, PixelReward), "it reads images"
-    app, stop = build_app(model.to(device), device, token), threading.Event()
-    with Interruption() as signals, running_server(app, listener, stop, DRAIN_S, Bounds(CONNECTIONS, CONNECTIONS)):
+    app, stop = build_app(model.to(device), device, token), until_stopped()
+    with running_server(app, listener, stop, DRAIN_S, Bounds(CONNECTIONS, CONNECTIONS)):
         host, port = listener.getsockname()[:2]
         print(f"{settings.label} on {device} answers at http://{host}:{port}/score", flush=True)
-        while not signals.requested and not stop.wait(0.2):
-            pass
-    return 0 if signals.requested else REFUSED
+        stop.wait()
+    return 0
 
 
 def build_app(model: PixelReward, device: torch.device, token: str | None = None) -> Starlette:
@@ -128,15 +128,17 @@ def decoded(kind: str, body: bytes) -> tuple[Tensor, list[str]]:
     try:
         if kind == "application/octet-stream":
             texts, pixels = json.loads(_metadata(body)["prompts"]), load(body)["images"]
-        else:
+        elif kind == "application/json":
             tree = json.loads(body)
             texts, images = tree["prompts"], tree["images"]
-            pixels = torch.stack([_pixels(image) for image in images]) if images else torch.empty(0)
+            pixels = torch.stack([_pixels(image, len(images)) for image in images]) if images else torch.empty(0)
+        else:
+            raise ValueError("the content type must be application/json or application/octet-stream")
     except (ValueError, KeyError, TypeError, RecursionError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"not a request of the protocol: {one_line(error)}") from None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("prompts must be a list of texts")
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or max(pixels.shape[2:]) > MAX_SIDE:
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(PICTURES)
     if len(texts) != len(pixels):
         raise ValueError(f"{len(texts)} prompts for {len(pixels)} images")
@@ -152,10 +154,11 @@ def _metadata(body: bytes) -> dict[str, str]:
     return metadata
 
 
-def _pixels(text: str) -> Tensor:
+def _pixels(text: str, count: int) -> Tensor:
+    """Pixels uint8 (3, H, W) of one of `count` images."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
-            if max(image.size) > MAX_SIDE:
+            if count * image.width * image.height > MOST_PIXELS:
                 raise ValueError(PICTURES)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError):

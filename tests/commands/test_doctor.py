@@ -10,7 +10,7 @@ from flashdmd_ray.__main__ import main
 @pytest.fixture
 def doctor(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flashdmd_ray.commands.doctor.gpus_here", list)
+    monkeypatch.setattr("flashdmd_ray.commands.doctor.driver_gpus", list)
 
     def run(*words):
         code = main(["doctor", *words])

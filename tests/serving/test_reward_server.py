@@ -1,5 +1,7 @@
 """`flashdmd reward serve`: the scores of the model in the job, refusals of what is not of the protocol."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ import requests
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from flashdmd_ray.__main__ import main
 from flashdmd_ray.models.rewards import build_reward
@@ -59,6 +62,9 @@ class Odd:
 def test_what_is_not_of_the_protocol_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("TOKEN", "secret")
     settings = {"token_env": "TOKEN", "attempts": 1}
+    file = io.BytesIO()
+    Image.new("1", (16_384, 8_193)).save(file, format="PNG")
+    bomb = base64.b64encode(file.getvalue()).decode()
     with served(Odd(), "secret") as url:
         for text, reason in (("raise", "500"), ("nan", "500")):
             with pytest.raises(RemoteError, match=reason):
@@ -70,9 +76,10 @@ def test_what_is_not_of_the_protocol_is_refused_in_one_line(monkeypatch):
             requests.post(url, data=iter([b"{}"]), headers=owner, timeout=10),
             requests.post(url, json={"prompts": ["a"], "images": ["bm8="]}, headers=owner, timeout=10),
             requests.post(url, json={"prompts": ["a"], "images": []}, headers=owner, timeout=10),
+            requests.post(url, json={"prompts": ["a"], "images": [bomb]}, headers=owner, timeout=10),
             requests.get(url, timeout=10),
         ]
-    assert [answer.status_code for answer in answers] == [401, 400, 411, 400, 400, 405]
+    assert [answer.status_code for answer in answers] == [401, 400, 411, 400, 400, 400, 405]
     assert all("\n" not in answer.json()["error"] for answer in answers[:-1])
 
 
