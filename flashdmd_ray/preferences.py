@@ -92,7 +92,7 @@ class PreferenceSource:
         for high in range(self.config.high_noise_steps):
             for part in range(-(-ranking.GROUPS // preference.batch)):
                 stream = f"ranking/{high}/{part}"
-                candidates = self._draw(self.prompts(rng, stream, preference.batch), high, rng.seed(stream))
+                candidates = self._candidates(self.prompts(rng, stream, preference.batch), high, rng.seed(stream))
                 scores = score(candidates, self.config, self.runtime)
                 found.setdefault(candidates.next_timestep, []).append(scores.rewards)
         return ranking.check(self.config, found)
@@ -103,16 +103,20 @@ class PreferenceSource:
             return []
         updates = range(self.config.preference.updates)
         tasks = [
-            self._start(partial(self._draw_pairs, rng, update), partial(self._rate_pairs, rng)) for update in updates
+            self._start(partial(self._pair_candidates, rng, update), partial(self._rated_pairs, rng))
+            for update in updates
         ]
         if self.probe_due(rng.step):
-            tasks.append(self._start(self._draw_probe, self._rate_probe))
+            tasks.append(self._start(self._probe_candidates, self._rate_probe))
         return tasks
 
-    def _start(self, draw: Callable[[], Candidates], rate_them: Callable[[Candidates], RatedPairs]) -> Task[RatedPairs]:
-        if self.config.placement.home("rollout") == "learner":  # drawn with the very weights that this step changes
-            return self.runtime.background(partial(rate_them, draw()))
-        return self.runtime.background(lambda: rate_them(draw()))
+    def _start(
+        self, generate: Callable[[], Candidates], rate_them: Callable[[Candidates], RatedPairs]
+    ) -> Task[RatedPairs]:
+        """Generate candidates and rate them beside the step. Beside the learner they are generated first: the step changes its weights."""
+        if self.config.beside_learner("rollout"):
+            return self.runtime.background(partial(rate_them, generate()))
+        return self.runtime.background(lambda: rate_them(generate()))
 
     def probe_due(self, step: int) -> bool:
         """Return True if the hack monitor probes this step, which has preference updates."""
@@ -158,36 +162,36 @@ class PreferenceSource:
                 f"{self.runtime.step} ({lost['groups']} groups: {reasons}); see the warnings before this line and the workers' logs"
             )
 
-    def _draw(self, prompts: Prompts, high: int, seed: int, decode: bool = True) -> Candidates:
-        """See `Rollout.candidates`. Cut as the learner's ranks would share it, so that last bits are the same wherever rollouts live."""
+    def _candidates(self, prompts: Prompts, high: int, seed: int, decode: bool = True) -> Candidates:
+        """Candidates as of `Rollout.candidates`, cut as the learner's ranks would share them: the same bits wherever rollouts live."""
         assert self._version >= 0, "candidates before publish()"
         weights, rollouts = self._published.result(), self.runtime.rollouts
         parts = prompts.split(self.config.placement.calls("rollout"))
         calls = [partial(rollouts.candidates, part, high, seed, weights, decode=decode) for part in parts]
         return Candidates.concat(self.runtime.parallel(*calls))
 
-    def _draw_pairs(self, rng: StepRng, update: int) -> Candidates:
+    def _pair_candidates(self, rng: StepRng, update: int) -> Candidates:
         stream = f"preference/{update}"
-        return self._draw(
+        return self._candidates(
             self.prompts(rng, stream, self.config.preference.batch),
             rng.index(f"{stream}/high", self.config.high_noise_steps),
             rng.seed(f"{stream}/noise"),
             decode=any(reward.reads_images for reward in self.config.due_rewards(rng.step)),
         )
 
-    def _rate_pairs(self, rng: StepRng, candidates: Candidates) -> RatedPairs:
+    def _rated_pairs(self, rng: StepRng, candidates: Candidates) -> RatedPairs:
         due = [reward.pool_name for reward in self.config.due_rewards(rng.step)]
         scores = score(candidates, self.config, self.runtime, due)
         return rate(candidates, scores.rewards, self.config, scores.failures)
 
-    def _draw_probe(self) -> Candidates:
+    def _probe_candidates(self) -> Candidates:
         """The same prompts and noise at every step: only the generator changes from one probe to the next.
 
         Starts from pure noise, where an error of the network is multiplied most: trouble shows there first.
         """
         preference = self.config.preference
         rng = StepRng(self.config.seed, preference.start_step)
-        return self._draw(self.prompts(rng, "monitor", preference.batch), 0, rng.seed("monitor/noise"))
+        return self._candidates(self.prompts(rng, "monitor", preference.batch), 0, rng.seed("monitor/noise"))
 
     def _rate_probe(self, candidates: Candidates) -> RatedPairs:
         latent = [reward.label for reward in self.config.rewards if not reward.reads_images]
