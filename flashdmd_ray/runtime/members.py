@@ -159,7 +159,7 @@ class Members:
         try:
             offer = ray.get(member.actor.prepare.remote(), timeout=self._start_s)
             member.log = offer.log
-            ray.get(member.actor.setup.remote(offer), timeout=self._start_s)
+            ray.get([member.actor.join.remote(offer), member.actor.build.remote()], timeout=self._start_s)
         except Exception as error:
             self._failed_to_start(member, error)
             return

@@ -118,12 +118,14 @@ class RayRuntime:
         return {f"pool/{name}/{key}": value for name, pool in pools.items() for key, value in pool.figures().items()}
 
     def end_attempt(self, newest: int) -> None:
-        """End the groups that have lost a rank, or that no checkpoint can be loaded into, and all calls of the attempt."""
+        """End the groups that have lost a rank, and all calls of the attempt; without a checkpoint the others start from nothing too."""
         for lease in self._leases.values():
             lease.end()
         for group in self._groups.values() if self.is_alive else ():
-            if isinstance(group, StatefulGroup) and not (newest and group.is_whole):
+            if isinstance(group, StatefulGroup) and not group.is_whole:
                 group.close()
+            elif isinstance(group, StatefulGroup) and not newest:
+                group.reset()
 
     def _hand_over(self, current_step: Callable[[], int | None]) -> dict[str, StatefulGroup | Pool]:
         """Give what is whole of it to the caller, and close the rest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import socket
@@ -74,8 +75,8 @@ class Worker:
         )  # held, so that nobody takes the port meanwhile
         return Offer(address, self._listener.getsockname()[1], own_log())
 
-    def setup(self, offer: Offer) -> None:
-        """Build the roles. offer: that of rank 0."""
+    def join(self, offer: Offer) -> None:
+        """Meet the other ranks. offer: that of rank 0."""
         limit_threads(self._config.placement.threads)
         if self._group.gpus:
             on_gpu()
@@ -88,7 +89,12 @@ class Worker:
 
                 timeout = self._config.deadlines.call_s
                 init_process_group(self._rank, world_size, offer.address, offer.port, timeout, listener)
-        self._roles = create_roles(self._group, self._rank, world_size)
+
+    def build(self) -> None:
+        """Build the roles. Those that were there before are gone first."""
+        self._roles = {}
+        gc.collect()
+        self._roles = create_roles(self._group, self._rank, self._group.workers if self._group.stateful else 1)
         if self._config.data.decode == "ray":
             from flashdmd_ray.runtime.data_stream import decode_on_ray
 
@@ -151,24 +157,30 @@ class StatefulGroup:
         self._current_step = current_step
         self._order = threading.Lock()
         self._failure: Exception | None = None
-        self._is_up = False
+        self._has_joined = self._is_built = False
         self._offers: list[Offer] = []
         self._actors = [start_worker(group, rank) for rank in range(group.workers)]
 
     def setup(self) -> None:
-        """Bring up all ranks, once; raises what a role raised, or a WorkerError."""
-        if self._is_up:
-            return
+        """Bring up all ranks and their roles where they are not; raises what a role raised, or a WorkerError."""
         timeout = self._deadlines.start_s
         call = Call(self._group.name, "start")
-        self._offers = self._wait([actor.prepare.remote() for actor in self._actors], call, timeout)
-        self._wait([actor.setup.remote(self._offers[0]) for actor in self._actors], call, timeout)
-        self._is_up = True
+        if not self._has_joined:
+            self._offers = self._wait([actor.prepare.remote() for actor in self._actors], call, timeout)
+            self._wait([actor.join.remote(self._offers[0]) for actor in self._actors], call, timeout)
+            self._has_joined = True
+        if not self._is_built:
+            self._wait([actor.build.remote() for actor in self._actors], call, timeout)
+            self._is_built = True
 
     @property
     def is_whole(self) -> bool:
         """True while all ranks are up and none has failed: they can be loaded from a checkpoint where they are."""
-        return self._is_up and self._failure is None
+        return self._has_joined and self._failure is None
+
+    def reset(self) -> None:
+        """Have `setup` build the roles anew in the same processes: without a checkpoint nothing else takes back what was trained."""
+        self._is_built = False
 
     def hand_over(self, current_step: Callable[[], int | None]) -> StatefulGroup:
         """Return a group of the same processes for another attempt.

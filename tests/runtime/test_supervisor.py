@@ -52,7 +52,7 @@ def newest(directory: Path) -> int:
 def test_a_dead_learner_is_rebuilt_and_resumes_exactly(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, die_at: int
 ) -> None:
-    """What is whole lives on, and of groups with trained state only where there is a checkpoint to load into them."""
+    """What is whole lives on; before the first checkpoint its roles are built anew in the same processes."""
     config = toy_config()
     roles = {name: TOYS[name] for name in ("learner", "discriminator", "reward")}
     (tmp_path / "quiet").mkdir()
@@ -76,8 +76,7 @@ def test_a_dead_learner_is_rebuilt_and_resumes_exactly(
         f"attempt 1 of 3 since the last checkpoint failed: generator.dies at step {die_at}: learner-0 is gone"
         in caplog.text
     )
-    lived_on = [before == after for before, after in zip(*workers, strict=True)]
-    assert lived_on == [True, die_at > EVERY]
+    assert workers[0] == workers[1]
     for role in old:
         with pytest.raises(Closed):
             role.pids()
