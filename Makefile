@@ -11,7 +11,7 @@ TEST_PROCESSES ?= 2
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check reference format lock clean
+.PHONY: help install demo serve test check docs reference format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,12 +36,15 @@ serve: install ## what `make demo` made, as an image API with a page at http://1
 test: install ## all tests
 	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
-check: install ## style, types, import rules, declared dependencies
+check: install docs ## style, types, import rules, declared dependencies, links of the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry flashdmd_ray jobs
+
+docs: install ## the documentation as a site in build/site; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 reference: install ## docs/configuration.md and the schemas for editors, from the configuration's types
 	$(BIN)/python -m flashdmd_ray.reference.pages
