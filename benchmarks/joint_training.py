@@ -7,7 +7,7 @@
 |---|---|
 | joint | the preset |
 | pixel | joint training towards the pixel reward alone |
-| latent | joint training towards the latent reward alone; the pixel reward is held out |
+| latent | joint training towards the pixel reward's tower on latents (kind latent_clip) alone; the pixel reward is held out |
 | control | distillation alone, equal steps |
 | rl_only | preference updates alone, which must show reward hacking, or the judge is blind |
 | ratio-1, ratio-10 | as pixel, with 1 or 10 preference updates beside a step |
@@ -37,7 +37,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PIXEL = "rewards=[{kind: pickscore, pool: reward}]"
-LATENT = "rewards=[{kind: latent, pool: reward}, {kind: pickscore, pool: reward, held_out: true}]"
+LATENT = "rewards=[{kind: latent_clip, pool: reward}, {kind: pickscore, pool: reward, held_out: true}]"
 ARMS = {
     "joint": [],
     "pixel": [PIXEL],

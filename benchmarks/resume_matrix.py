@@ -8,7 +8,7 @@ root mean square difference must be at most 1e-5. `moved` is how far the rest of
 a resume that made no step would be that far off.
 
 local: the driver and all roles in each rank's own process, see `in_ranks`. ray: actors, as in a job. --quick: one change of ranks for each
-kind of training and stage, locally. The networks are random and tiny, unless --teacher names others.
+stage of whole networks and for adapters at stage 3, locally. The networks are random and tiny, unless --teacher names others.
 """
 
 from __future__ import annotations
@@ -249,8 +249,8 @@ def chosen_cells(options: argparse.Namespace) -> Cells:
     kinds = [Kind(r, m, s) for r in options.runtimes for m in options.modes for s in options.stages]
     if not options.quick:
         return dict.fromkeys(kinds, CHANGES)
-    kinds = [kind for kind in kinds if kind.runtime == "local"]
-    return {kind: (CHANGES[(index + index // 3) % 3],) for index, kind in enumerate(kinds)}
+    kinds = [kind for kind in kinds if kind.runtime == "local" and (kind.mode == "full" or kind.stage == 3)]
+    return {kind: (CHANGES[index % 3],) for index, kind in enumerate(kinds)}
 
 
 def tiny_teacher(folder: Path) -> Path:

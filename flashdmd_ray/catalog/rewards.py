@@ -33,6 +33,8 @@ class RewardEntry:
     """Part of the demo weights; None when there is none."""
     reads_latents: bool = False
     """Whether it judges noisy latents instead of decoded images."""
+    reads_estimates: bool = False
+    """Whether it judges the teacher's estimates of clean latents, so that its workers hold the teacher."""
 
 
 _CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -91,6 +93,13 @@ REWARDS: Mapping[str, RewardEntry] = {
         demo="latent_reward",
         optional_base=True,
         reads_latents=True,
+    ),
+    "latent_clip": RewardEntry(
+        "flashdmd_ray.models.rewards.latent_clip:LatentClip.from_config",
+        "runs/latent_clip/latent_reward",
+        demo="latent_clip",
+        reads_latents=True,
+        reads_estimates=True,
     ),
     "remote": RewardEntry(
         "flashdmd_ray.models.rewards.remote:Remote.from_config", "http://127.0.0.1:8100/score", path_is="url"

@@ -93,7 +93,7 @@ def check_family(config: Config) -> None:
             f"adversarial.prompt_projection: model.family '{family}' has no pooled prompt embedding; set it to false"
         )
     for index, reward in enumerate(config.rewards if config.preference.updates else ()):
-        if reward.entry.reads_latents and reward.path == "demo" and entry.demo_latent_reward is None:
+        if reward.kind == "latent" and reward.path == "demo" and entry.demo_latent_reward is None:
             packaged = ", ".join(f"'{name}'" for name, other in FAMILIES.items() if other.demo_latent_reward)
             raise ValueError(
                 f"rewards.{index}.path: the packaged latent reward reads latents of the packaged model.family {packaged}, not '{family}'; "

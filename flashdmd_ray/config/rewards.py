@@ -54,11 +54,11 @@ def _metric_name(name: str) -> str:
 class RewardConfig(Section):
     kind: Annotated[str, AfterValidator(_known_kind), Field(json_schema_extra={"enum": list(REWARDS)})]
     """pickscore, hpsv2, hpsv2.1, imagereward, clipscore, aesthetic or mps: published models of images and prompts. latent: a latent reward
-    model. remote: a server's. custom: a class of your own. See docs/rewards.md."""
+    model. latent_clip: a CLIP reward on latents. remote: a server's. custom: a class of your own. See docs/rewards.md."""
     name: Annotated[str, AfterValidator(_metric_name)] = ""
     """Its name in metrics, of letters, digits, spaces, '_', '-' and '.'; the kind when empty."""
     path: PathOrName = "demo"
-    """'demo' (pickscore, latent), a directory, a hub id, a file, or owner/name/file on the hub; the server's URL (remote);
+    """'demo' (pickscore, latent, latent_clip), a directory, a hub id, a file, or owner/name/file on the hub; the server's URL (remote);
     package.module:Class (custom)."""
     base: PathOrName | None = None
     """Directory or hub id of what `path` leaves out: tokenizer and image processor, for aesthetic also CLIP's image tower, for a latent

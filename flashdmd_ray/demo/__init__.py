@@ -21,6 +21,7 @@ _MARKERS = {
     ),
     "reward": ("config.json", "model.safetensors", "processor_config.json"),
     "latent_reward": ("config.json", "model.safetensors"),
+    "latent_clip": ("config.json", "model.safetensors"),
     "sam": ("config.json", "model.safetensors"),
     "checker": ("config.json", "model.safetensors"),
 }
@@ -30,7 +31,7 @@ def weights_path(part: str = "") -> Path:
     """Directory of one part of the shipped weights, or of all of them for the empty name.
 
     `part`: "teacher" (a StableDiffusionXLPipeline directory), "teacher_sd3" (a StableDiffusion3Pipeline directory
-    without a T5), "reward" (a CLIPModel directory), "latent_reward", "sam", "checker" or "". Raises ValueError when the
+    without a T5), "reward" (a CLIPModel directory), "latent_reward", "latent_clip", "sam", "checker" or "". Raises ValueError when the
     part is unknown or when its files are missing.
     """
     if part and part not in _MARKERS:

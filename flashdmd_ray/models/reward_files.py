@@ -22,6 +22,8 @@ from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, weight_fil
 LPO_FILE = "state_dict.pt"
 LPO_UNUSED = ("up_blocks.", "conv_norm_out.", "conv_out.")
 """Weights of the U-Net that LPO's latent rewards do not use."""
+LATENT_CLIP = "latent_clip"
+"""Key of config.json that holds what `read_latent_clip` returns."""
 _SHAPES = (
     "in_channels",
     "cross_attention_dim",
@@ -41,7 +43,9 @@ def reward_files(config: NamesModels) -> dict[str, ModelFiles]:
     for index, reward in enumerate(config.rewards):
         key = f"rewards.{index}.path"
         rewards[reward.label] = _files(key, reward)
-        if reward.entry.reads_latents:
+        if reward.entry.reads_estimates:
+            _check_latents(key, rewards[reward.label], config)
+        elif reward.entry.reads_latents:
             _check_form(key, reward.path, rewards[reward.label], config)
     return rewards
 
@@ -60,6 +64,8 @@ def _files(key: str, reward: RewardConfig) -> ModelFiles:
         return ModelFiles(reward.path)
     if entry.reads_latents and is_lpo(reward.path):
         return _lpo(key, reward.path)
+    if entry.reads_estimates:
+        return inspect(key, reward.path, entry.demo, _saved_latent_clip)
     if entry.reads_latents:
         return inspect(key, reward.path, entry.demo, _saved_latent_reward)
     files = inspect(key, reward.path, entry.demo, lambda place: _weights(place, entry))
@@ -116,6 +122,35 @@ def _saved_latent_reward(place: Path) -> dict[str, int]:
     return {"": sum(weight_files(place, TRANSFORMERS).sizes.values())}
 
 
+def read_latent_clip(place: Path) -> dict[str, Any]:
+    """What a directory of kind latent_clip says: kind and place of its judge, shape of its latents, width of its stem, their VAE.
+
+    Raises ModelFileError for another directory.
+    """
+    saved = check_json(place / "config.json").get(LATENT_CLIP)
+    if not isinstance(saved, dict) or {"kind", "judge", "latent", "width", "vae"} - saved.keys():
+        raise ModelFileError(
+            f"{place} holds no reward of kind latent_clip; make one with flashdmd reward train latent_reward_clip_demo"
+        )
+    if saved["kind"] not in ("pickscore", "clipscore"):
+        raise ModelFileError(
+            f"{place / 'config.json'} names a judge of kind '{saved['kind']}'; it must be pickscore or clipscore"
+        )
+    return saved
+
+
+def judge_files(key: str, place: Path) -> ModelFiles:
+    """The files of the reward whose tower a reward of kind latent_clip has."""
+    saved = read_latent_clip(place)
+    return _files(key, RewardConfig(kind=saved["kind"], path=saved["judge"]))
+
+
+def _saved_latent_clip(place: Path) -> dict[str, int]:
+    """Parameters of the judge and of the stem."""
+    judge = judge_files(f"{place}: judge", place)
+    return {"": (judge.total or 0) + sum(weight_files(place, TRANSFORMERS).sizes.values())}
+
+
 def is_lpo(path: str) -> bool:
     """Return True if a latent reward is in LPO's layout.
 
@@ -147,6 +182,19 @@ def _lpo_size(root: Path) -> dict[str, int]:
     count = sum(sum(weight_files(folder, TRANSFORMERS).sizes.values()) for folder in sorted(root.glob("text_encoder*")))
     sizes = weight_files(root / "unet", DIFFUSERS).sizes
     return {"": count + sum(size for name, size in sizes.items() if not name.startswith(LPO_UNUSED))}
+
+
+def _check_latents(key: str, files: ModelFiles, config: NamesModels) -> None:
+    """Raises ValueError for a reward on latents of another VAE."""
+    if files.root is None:
+        return
+    made_for, vae = read_latent_clip(files.root)["vae"], part_config(config, "vae") or {}
+    for name, value in made_for.items():
+        if vae.get(name) is not None and float(vae[name]) != value:
+            raise ValueError(
+                f"{key}: {files.source} reads latents of another VAE ({name} {value:g}, this teacher's has {vae[name]:g}); choose one that "
+                "flashdmd reward train made for this teacher"
+            )
 
 
 def _check_form(key: str, path: str, files: ModelFiles, config: NamesModels) -> None:

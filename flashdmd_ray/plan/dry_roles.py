@@ -17,7 +17,7 @@ from flashdmd_ray.plan.clip import reward_use, text_flops
 from flashdmd_ray.plan.costs import Cost, Use, cost_of
 from flashdmd_ray.plan.measure.networks import blank_conditioning
 from flashdmd_ray.plan.models import Models
-from flashdmd_ray.plan.parts import brings_text
+from flashdmd_ray.plan.parts import teacher_parts
 from flashdmd_ray.plan.stand_ins import (
     META,
     Priced,
@@ -90,6 +90,8 @@ def _reward_use(config: Config, models: Models, label: str) -> Use | None:
         return None
     if reward.reads_images:
         return reward_use(reward.kind, models.rewards[label], models.image)
+    if reward.entry.reads_estimates:  # the tower; the stem's convolutions are a hundredth of it
+        return reward_use(reward.kind, models.rewards[label], models.latent[1:] if models.latent else None)
     cost = cost_of(specs.latent_reward(config, models, label))
     return None if cost is None else cost.uses["forward"]
 
@@ -203,7 +205,7 @@ def _rewards(config: Config, models: Models, prices: Prices, pool: str, family: 
             found[reward.label] = PricedReward(reward.label, reward.dtype, use, reward.batch, spend)
         else:
             assert use is not None, "a latent reward is priced"
-            itself = brings_text(models.rewards[reward.label])
-            found[reward.label] = PricedLatentReward(reward.label, use, 2 if itself else 1, itself, spend)
+            needed = teacher_parts(reward, models.rewards[reward.label])
+            found[reward.label] = PricedLatentReward(reward.label, use, 1 if needed else 2, needed, spend)
     latent = any(not reward.reads_images for reward in rewards)
     return Reward(config.for_pool(pool), found, torch.device("cpu"), family if latent else None)  # type: ignore[arg-type]

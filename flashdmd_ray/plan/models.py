@@ -13,7 +13,7 @@ from flashdmd_ray.catalog import published
 from flashdmd_ray.catalog.families import FAMILIES, latent_size
 from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.models.demo_parts import refuse_demo_parts
-from flashdmd_ray.models.reward_files import is_lpo, reward_files
+from flashdmd_ray.models.reward_files import is_lpo, judge_files, reward_files
 from flashdmd_ray.models.sam_files import sam_files
 from flashdmd_ray.models.single_file import DENOISER, VAE
 from flashdmd_ray.models.teacher_files import ModelFiles, teacher_files
@@ -123,7 +123,10 @@ def _reward(reward: RewardConfig, files: ModelFiles) -> Model:
         return Model(files.source, as_published.config if of_that_size else None, files.total)
     if reward.entry.reads_latents and is_lpo(reward.path):
         return _lpo(reward.path, files)
-    config = None if files.root is None else _json(files.root / "config.json")
+    root = files.root
+    if root is not None and reward.entry.reads_estimates:
+        root = judge_files(reward.path, root).root
+    config = None if root is None else _json(root / "config.json")
     if known is None:
         return Model(files.source, config, files.total)
     return Model(files.source, config or known.config, files.total or known.parameters)

@@ -83,21 +83,22 @@ def _reward_pool(config: Config, models: Models, pool: str, rewards: Sequence[Re
         model = models.rewards[reward.label]
         # A latent reward may share weights with a U-Net beside it: its own file does not hold them all.
         cost = known_cost(specs.latent_reward(config, models, reward.label))
-        count = cost.parameters if cost and not brings_text(model) else model.parameters
+        count = cost.parameters if cost and teacher_parts(reward, model) else model.parameters
         parts.append(_frozen(f"reward: {reward.label}", pool, count, BYTES[reward.dtype], model.source))
-    if reads_texts(models, rewards):
-        parts.append(_texts(models, pool, BYTES[config.model.dtype]))
+    size = BYTES[config.model.dtype]
+    held = {part for reward in rewards for part in teacher_parts(reward, models.rewards[reward.label])}
+    if "denoiser" in held:
+        parts.append(_frozen("teacher", pool, models.denoiser.parameters, size, models.denoiser.source))
+    if "text" in held:
+        parts.append(_texts(models, pool, size))
     return parts
 
 
-def brings_text(model: Model) -> bool:
-    """Return True if a latent reward has text encoders of its own, as LPO's have."""
-    return bool((model.config or {}).get("lpo"))
-
-
-def reads_texts(models: Models, rewards: Sequence[RewardConfig]) -> bool:
-    """Return True if one of them reads what the teacher's text encoders make."""
-    return any(not reward.reads_images and not brings_text(models.rewards[reward.label]) for reward in rewards)
+def teacher_parts(reward: RewardConfig, model: Model) -> tuple[str, ...]:
+    """Parts of the teacher's family that a reward's workers hold: those of LPO bring text encoders of their own."""
+    if reward.reads_images or (model.config or {}).get("lpo"):
+        return ()
+    return ("denoiser", "text") if reward.entry.reads_estimates else ("text",)
 
 
 def _frozen(name: str, group: str, parameters: int | None, size: float, source: str) -> Part:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -13,7 +13,7 @@ from flashdmd_ray.data.tally import Tally
 from flashdmd_ray.diffusion.schedule import NoiseSchedule, VPSchedule
 from flashdmd_ray.models.denoiser import Conditioning, Denoiser
 from flashdmd_ray.models.family import TextTowers
-from flashdmd_ray.models.latent_reward import LatentRewardModel
+from flashdmd_ray.models.latent_reward import NoisyLatentReward
 from flashdmd_ray.models.rewards.base import BatchedReward
 from flashdmd_ray.plan.costs import Cost, Use
 
@@ -244,35 +244,18 @@ class PricedReward(BatchedReward):
         return torch.empty(len(texts), device=META)
 
 
-class PricedLatentReward(LatentRewardModel):
+class PricedLatentReward(NoisyLatentReward):
     """A reward on noisy latents, in float32. calls: forwards of one score."""
 
-    def __init__(self, label: str, use: Use, calls: int, encodes_itself: bool, spend: Spend) -> None:
-        super().__init__(1, 1, None)
-        self._label, self._use, self._calls, self._spend = label, use, calls, spend
-        self._encodes_itself = encodes_itself
-
-    @property
-    def network(self) -> Any:
-        raise AssertionError("a stand-in has no stock network")
-
-    def features(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        raise AssertionError("a stand-in has no features")
-
-    def description(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def from_denoiser(cls, network: Any, blocks: int | None = None) -> Self:
-        raise AssertionError("a stand-in is made of prices")
-
-    @classmethod
-    def from_description(cls, config: Mapping[str, Any]) -> Self:
-        raise AssertionError("a stand-in is made of prices")
+    def __init__(self, label: str, use: Use, calls: int, parts: Collection[str], spend: Spend) -> None:
+        """parts: what it asks of the teacher's family."""
+        super().__init__()
+        self._label, self._use, self._calls, self._parts, self._spend = label, use, calls, parts, spend
 
     def score(self, noisy: Tensor, timesteps: Tensor, texts: Sequence[str], family: Any) -> Tensor:
-        if not self._encodes_itself:
-            family.encode(texts)
+        conditioning = family.encode(texts) if "text" in self._parts else None
+        if "denoiser" in self._parts:
+            family.teacher(noisy, timesteps, conditioning)
         count, use = len(noisy), self._use
         flops, launches = self._calls * use.flops(count), self._calls * use.launches(count)
         self._spend(f"reward: {self._label}", "float32", flops, launches, use.peak(count))

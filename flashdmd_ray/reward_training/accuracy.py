@@ -14,7 +14,7 @@ from torch import Tensor
 from flashdmd_ray.batch import derive_seed
 from flashdmd_ray.diffusion.sampling import timesteps_like
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.models.latent_reward import LatentRewardModel
+from flashdmd_ray.models.latent_reward import NoisyLatentReward
 from flashdmd_ray.models.rewards import PixelReward
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.pairs import PairFiles, Pairs
@@ -75,7 +75,7 @@ class Counts:
 def count_right(
     config: RewardTrainingConfig,
     family: Family,
-    model: LatentRewardModel,
+    model: NoisyLatentReward,
     judges: Mapping[str, PixelReward],
     pairs: PairFiles,
     rank: int = 0,

@@ -27,6 +27,11 @@ DRAWN = ("teacher", "student")
 
 
 class RewardModelConfig(Section):
+    form: Literal["blocks", "clip"] = "blocks"
+    """blocks: the teacher's own blocks, kind `latent`; they learn the labels of the pairs. clip: the tower of a pixel reward that reads
+    latents, kind `latent_clip`; a stem learns to show it what it would see in the decoded image, so labels are only measured with."""
+    width: Annotated[int, Field(strict=True, gt=0, multiple_of=8)] = 48
+    """form 'clip' only: channels of the stem."""
     blocks: PositiveInt | None = None
     """SD3 only: how many of the transformer's blocks are kept; null is the first half."""
     train: Literal["all", "last"] = "all"
@@ -186,7 +191,20 @@ class RewardTrainingConfig(Section):
                 f"latent_reward.blocks: family '{self.model.family}' has no transformer blocks; set it to null"
             )
         self._check_rewards()
+        if self.latent_reward.form == "clip":
+            self._check_judge()
         return self
+
+    def _check_judge(self) -> None:
+        judging = [reward.kind for reward in self.rewards if not reward.held_out]
+        if len(judging) != 1 or judging[0] not in ("pickscore", "clipscore"):
+            raise ValueError(
+                "rewards: latent_reward.form 'clip' takes the tower of one reward of kind pickscore or clipscore; hold the others out"
+            )
+        if self.latent_reward.train == "last" or self.latent_reward.blocks is not None:
+            raise ValueError(
+                "latent_reward: train and blocks choose among the teacher's blocks; leave them out for form 'clip'"
+            )
 
     def _check_rewards(self) -> None:
         labels = [reward.label for reward in self.rewards]

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flashdmd_ray.models.latent_reward import LatentRewardModel, save_latent_reward
+from flashdmd_ray.models.latent_reward import LatentRewardModel, NoisyLatentReward, save_latent_reward
+from flashdmd_ray.models.rewards.latent_clip import LatentClip
+from flashdmd_ray.models.teacher_files import part_config
 from flashdmd_ray.reward_training.accuracy import table
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.run.files import new_folder
@@ -21,7 +23,7 @@ FOLDER, ACCURACY, CARD = "latent_reward", "accuracy.json", "README.md"
 def save_result(
     folder: Path,
     config: RewardTrainingConfig,
-    model: LatentRewardModel,
+    model: NoisyLatentReward,
     masters: Mapping[str, Tensor],
     report: Mapping[str, Any],
     steps: int,
@@ -31,14 +33,25 @@ def save_result(
     model = model.float()
     model.load_state_dict(dict(masters), strict=False)
     with new_folder(final) as unfinished:
-        save_latent_reward(model, unfinished)
+        _save(model, unfinished, config)
         (unfinished / ACCURACY).write_text(json.dumps({"steps": steps, **report}, indent=1) + "\n")
         (unfinished / CARD).write_text("\n".join(card(config, model, report, steps, final)) + "\n", encoding="utf-8")
     return final
 
 
+def _save(model: NoisyLatentReward, path: Path, config: RewardTrainingConfig) -> None:
+    if isinstance(model, LatentRewardModel):
+        save_latent_reward(model, path)
+        return
+    assert isinstance(model, LatentClip)
+    (judge,) = [reward for reward in config.rewards if not reward.held_out]
+    vae = part_config(config, "vae") or {}
+    kept = {name: float(vae[name]) for name in ("scaling_factor", "shift_factor") if vae.get(name) is not None}
+    model.save(path, judge.kind, judge.path, kept)
+
+
 def card(
-    config: RewardTrainingConfig, model: LatentRewardModel, report: Mapping[str, Any], steps: int, path: Path
+    config: RewardTrainingConfig, model: NoisyLatentReward, report: Mapping[str, Any], steps: int, path: Path
 ) -> Sequence[str]:
     """The model card: what it is, how to use it, what was measured, what it was made with."""
     pairs, optimizer, versions = config.pairs, config.optimizer, software_versions()
@@ -58,7 +71,7 @@ def card(
         "",
         "```yaml",
         "rewards:",
-        f"  - {{kind: latent, path: {path}}}",
+        f"  - {{kind: {'latent' if config.latent_reward.form == 'blocks' else 'latent_clip'}, path: {path}}}",
         "```",
         "",
         "## Measured",

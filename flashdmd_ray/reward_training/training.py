@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from flashdmd_ray.engine.ema import EMA
 from flashdmd_ray.engine.state import under
 from flashdmd_ray.losses.reward_model import pair_loss
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.models.latent_reward import LatentRewardModel, latent_reward_of
+from flashdmd_ray.models.latent_reward import LatentRewardModel, NoisyLatentReward, latent_reward_of
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.pairs import PairFiles, Pairs
 from flashdmd_ray.roles.networks import load_parts
@@ -47,22 +47,23 @@ class TrainContext(Protocol):
 class RewardTrainer:
     """A latent reward under training on one rank."""
 
-    def __init__(self, config: RewardTrainingConfig, family: Family, model: LatentRewardModel) -> None:
-        """family: its VAE and text encoders. model: untrained, float32, on the family's device."""
+    def __init__(self, config: RewardTrainingConfig, family: Family, model: NoisyLatentReward) -> None:
+        """family: its VAE and text encoders. model: untrained, float32, on the family's device; what asks for gradients is trained."""
         self.config, self.family = config, family
-        choose_trained(model, config.latent_reward.train)
-        if config.engine.gradient_checkpointing:
-            model.network.enable_gradient_checkpointing()
         self.engine: Engine = build_engine(config.engine, model.train(), config.optimizer, "latent reward")
         self.average = EMA(self.engine, config.ema) if config.ema else None
 
     @classmethod
-    def from_config(cls, config: RewardTrainingConfig, family: Family) -> RewardTrainer:
+    def from_config(cls, config: RewardTrainingConfig, family: Family) -> Self:
         """The teacher's blocks and random projections, which depend on the seed alone. The teacher itself is not kept."""
         teacher = load_parts(config.model, ("denoiser",)).to(family.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return cls(config, family, latent_reward_of(teacher, config.latent_reward.blocks))
+            model = latent_reward_of(teacher, config.latent_reward.blocks)
+        choose_trained(model, config.latent_reward.train)
+        if config.engine.gradient_checkpointing:
+            model.network.enable_gradient_checkpointing()
+        return cls(config, family, model)
 
     def step(self, step: int, pairs: Pairs, indices: Tensor) -> Metrics:
         """One update from this rank's pairs. indices: their places in the global batch, int64 (B,), which name their noise."""
@@ -73,8 +74,8 @@ class RewardTrainer:
         loss, right, judged = 0.0, 0, 0
         for rows in self.engine.micro_batches(len(indices)):
             noisy = noised(self.family, clean[rows], timesteps[rows], own[rows], draw.seed("noise"), self.config.noise)
-            rewards = pair_rewards(self.family, self.engine, noisy, timesteps[rows], pairs.texts[rows])
-            loss += self.engine.backward(pair_loss(rewards, labels[rows])).item()
+            objective, rewards = self.loss(noisy, timesteps[rows], pairs.texts[rows], labels[rows])
+            loss += self.engine.backward(objective).item()
             decided = labels[rows] != 0.5
             right += int(((rewards[:, 0] > rewards[:, 1]) == (labels[rows] > 0.5))[decided].sum())
             judged += int(decided.sum())
@@ -84,6 +85,13 @@ class RewardTrainer:
             self.average.update()
         return {"loss": loss, "accuracy": right / max(1, judged), "gradient_norm": norm}
 
+    def loss(self, noisy: Tensor, timesteps: Tensor, texts: tuple[str, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimised, a scalar, and rewards float32 (B, 2) of noisy pairs float (B, 2, C, h, w)."""
+        conditioning = self.family.encode(texts).repeat_interleave(2)
+        times = self.family.schedule.network_timestep(timesteps.repeat_interleave(2))
+        rewards = self.engine(noisy.flatten(0, 1), times, conditioning).unflatten(0, (-1, 2))
+        return pair_loss(rewards, labels), rewards
+
     def rate(self, step: int) -> float:
         """The learning rate after the warm-up, which is the engine's."""
         optimizer = self.config.optimizer
@@ -92,15 +100,16 @@ class RewardTrainer:
         done = max(0, step - optimizer.warmup) / max(1, self.config.steps - optimizer.warmup)
         return optimizer.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    def result(self) -> tuple[LatentRewardModel, dict[str, Tensor]]:
+    def result(self) -> tuple[NoisyLatentReward, dict[str, Tensor]]:
         """The model as it is now, averaged where that was asked for. Collective.
 
         Returns it as the engine computes with it, complete and frozen on every rank, and on rank 0 the float32 masters of what was trained.
         """
         with self.average.applied() if self.average is not None else nullcontext():
             model, masters = self.engine.copy(), self.engine.weights()
-        assert isinstance(model, LatentRewardModel)
-        model.network.disable_gradient_checkpointing()
+        assert isinstance(model, NoisyLatentReward)
+        if isinstance(model, LatentRewardModel):
+            model.network.disable_gradient_checkpointing()
         return model, masters
 
     # ---- checkpoints
@@ -161,12 +170,11 @@ def noised(family: Family, clean: Tensor, timesteps: Tensor, indices: Tensor, se
 
 
 def pair_rewards(
-    family: Family, model: Callable[..., Tensor], noisy: Tensor, timesteps: Tensor, texts: Sequence[str]
+    family: Family, model: NoisyLatentReward, noisy: Tensor, timesteps: Tensor, texts: Sequence[str]
 ) -> Tensor:
-    """Rewards float32 (B, 2) of noisy pairs by `model`, a latent reward or the engine that trains it."""
-    conditioning = family.encode(texts).repeat_interleave(2)
-    times = family.schedule.network_timestep(timesteps.repeat_interleave(2))
-    return model(noisy.flatten(0, 1), times, conditioning).unflatten(0, (-1, 2))
+    """Rewards float32 (B, 2) of noisy pairs."""
+    both = [text for text in texts for _ in range(2)]
+    return model.score(noisy.flatten(0, 1), timesteps.repeat_interleave(2), both, family).unflatten(0, (-1, 2))
 
 
 def choose_trained(model: LatentRewardModel, which: str) -> None:

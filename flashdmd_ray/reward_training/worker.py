@@ -15,6 +15,7 @@ from flashdmd_ray.reward_training.accuracy import as_report, count_right
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.pairs import open_pair_data
 from flashdmd_ray.reward_training.result import save_result
+from flashdmd_ray.reward_training.stem import StemTrainer
 from flashdmd_ray.reward_training.training import RewardTrainer, TrainContext, train
 from flashdmd_ray.reward_training.verdicts import load_judges
 from flashdmd_ray.roles.networks import load_parts
@@ -33,7 +34,7 @@ def run_worker(config: RewardTrainingConfig, source: str, folder: Path, context:
     torch.set_num_threads(config.threads)
     family = load_spaces(config)
     data = open_pair_data(config.pairs, source, family.image_size, config.seed)
-    trainer = RewardTrainer.from_config(config, family)
+    trainer = (StemTrainer if config.latent_reward.form == "clip" else RewardTrainer).from_config(config, family)
     with closing(MetricsFile(folder / METRICS)) as metrics:
         done = train(trainer, data.train, context, metrics.write)
     if context.rank == 0:

@@ -9,7 +9,7 @@ from flashdmd_ray.batch import Candidates, from_uint8
 from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.diffusion.sampling import timesteps_like
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.models.latent_reward import LatentRewardModel
+from flashdmd_ray.models.latent_reward import NoisyLatentReward
 from flashdmd_ray.models.rewards import PixelReward, reward_model
 from flashdmd_ray.roles.networks import group_device, group_family
 from flashdmd_ray.roles.reward_check import check_rewards
@@ -24,7 +24,7 @@ class Reward:
     def __init__(
         self,
         config: Config,
-        models: dict[str, PixelReward | LatentRewardModel],
+        models: dict[str, PixelReward | NoisyLatentReward],
         device: torch.device,
         family: Family | None = None,
     ):
@@ -39,8 +39,8 @@ class Reward:
         """Raises ValueError, one line, for models that cannot be loaded, and for a reward that fails `check_rewards`."""
         device = group_device(config, "reward")
         models = {reward.label: load_reward(reward).to(device) for reward in config.rewards}
-        latent = [model for model in models.values() if isinstance(model, LatentRewardModel)]
-        parts = () if all(model.encodes_itself for model in latent) else ("text",)
+        latent = [model for model in models.values() if isinstance(model, NoisyLatentReward)]
+        parts = {part for model in latent for part in model.parts}
         family = group_family(config, "reward", parts) if latent else None
         check_rewards(config, models, device, family)
         return cls(config, models, device, family)
@@ -53,7 +53,7 @@ class Reward:
         images = from_uint8(candidates.images.flatten(0, 1))
         rewards = {}
         for label, model in self.models.items():
-            if isinstance(model, LatentRewardModel):
+            if isinstance(model, NoisyLatentReward):
                 scores = self._score_latents(label, model, candidates, texts)
             else:
                 assert len(images) == len(texts), "a pixel reward needs the candidates' images"
@@ -61,7 +61,7 @@ class Reward:
             rewards[label] = scores.unflatten(0, (groups, count))
         return rewards
 
-    def _score_latents(self, label: str, model: LatentRewardModel, candidates: Candidates, texts: list[str]) -> Tensor:
+    def _score_latents(self, label: str, model: NoisyLatentReward, candidates: Candidates, texts: list[str]) -> Tensor:
         latents = candidates.values.flatten(0, 1)
         timestep = (
             candidates.timestep if self.config.preference.reward_timestep == "current" else candidates.next_timestep
@@ -75,6 +75,6 @@ class Reward:
         return torch.cat(parts)
 
 
-def load_reward(config: RewardConfig) -> PixelReward | LatentRewardModel:
+def load_reward(config: RewardConfig) -> PixelReward | NoisyLatentReward:
     """The reward model of one configuration entry, frozen."""
     return reward_model(config)

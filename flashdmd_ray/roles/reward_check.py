@@ -12,7 +12,7 @@ from flashdmd_ray.batch import from_uint8, noise, to_uint8
 from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.diffusion.sampling import timesteps_like
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.models.latent_reward import LatentRewardModel
+from flashdmd_ray.models.latent_reward import NoisyLatentReward
 from flashdmd_ray.models.rewards import PixelReward
 from flashdmd_ray.roles.networks import load_parts
 from flashdmd_ray.run.messages import typed_line
@@ -46,12 +46,12 @@ def known_image(height: int, width: int) -> Probe:
 
 @torch.no_grad()
 def check_rewards(
-    config: Config, models: dict[str, PixelReward | LatentRewardModel], device: torch.device, family: Family | None
+    config: Config, models: dict[str, PixelReward | NoisyLatentReward], device: torch.device, family: Family | None
 ) -> None:
     """Raises ValueError, one line, for the first reward that cannot score the known image or prefers the destroyed one."""
     for reward in config.rewards:
         model = models[reward.label]
-        if isinstance(model, LatentRewardModel):
+        if isinstance(model, NoisyLatentReward):
             assert family is not None, "latent rewards come with their family"
             latents, texts = _latents(config, family)
             timesteps = timesteps_like(config.sampling.timesteps[-1], latents)
@@ -85,7 +85,7 @@ def _pixel_score(model: PixelReward, images: Tensor, texts: list[str]) -> Callab
 
 
 def _latent_score(
-    model: LatentRewardModel, latents: Tensor, timesteps: Tensor, texts: list[str], family: Family
+    model: NoisyLatentReward, latents: Tensor, timesteps: Tensor, texts: list[str], family: Family
 ) -> Callable[[], Tensor]:
     return lambda: model.score(latents, timesteps, texts, family)
 

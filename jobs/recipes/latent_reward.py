@@ -64,6 +64,7 @@ def train(work: Path, teacher: Path, plan: Plan = PLAN) -> tuple[LatentRewardMod
     trainer = RewardTrainer.from_config(config, family)
     train_pairs(trainer, pairs, LocalContext(home / "checkpoints"), _note)
     model, masters = trainer.result()
+    assert isinstance(model, LatentRewardModel)
     model.load_state_dict(masters, strict=False)
     return model.eval(), {"seconds": time.monotonic() - began, **evaluate(model.eval(), family)}
 

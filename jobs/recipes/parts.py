@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from flashdmd_ray.demo.checker import PromptChecker
-from recipes import checker, latent_reward, reward, sam, teacher, teacher_sd3, text, vae
+from recipes import checker, latent_clip, latent_reward, reward, sam, teacher, teacher_sd3, text, vae
 from recipes.training import Plan
 
 RECORD = "measurements.json"
@@ -81,6 +81,13 @@ def make_latent_reward(out: Path, work: Path, plan: Plan) -> Metrics:
     return metrics
 
 
+def make_latent_clip(out: Path, work: Path, plan: Plan) -> Metrics:
+    teacher, judge = _need(out / "teacher", "model_index.json"), _need(out / "reward")
+    model, metrics = latent_clip.train(work, teacher, judge, plan)
+    latent_clip.save(model, out / "latent_clip")
+    return metrics
+
+
 def make_sam(out: Path, work: Path, plan: Plan) -> Metrics:
     model, metrics = sam.train(work, plan)
     sam.save(model, out / "sam")
@@ -96,6 +103,7 @@ PARTS: dict[str, tuple[Callable[[Path, Path, Plan], Metrics], Plan]] = {
     "teacher_sd3": (make_teacher_sd3, teacher_sd3.PLAN),
     "reward": (make_reward, reward.PLAN),
     "latent_reward": (make_latent_reward, latent_reward.PLAN),
+    "latent_clip": (make_latent_clip, latent_clip.PLAN),
     "sam": (make_sam, sam.PLAN),
 }
 

@@ -17,8 +17,10 @@ from flashdmd_ray.demo import weights_path
 from flashdmd_ray.demo.checker import PromptChecker
 from flashdmd_ray.demo.scenes import make_pool
 from flashdmd_ray.models.latent_reward import load_latent_reward
+from flashdmd_ray.models.rewards import build_reward
+from flashdmd_ray.models.rewards.latent_clip import LatentClip
 from flashdmd_ray.roles.networks import load_parts
-from recipes import latent_reward, reward, sam, teacher
+from recipes import latent_clip, latent_reward, reward, sam, teacher
 from recipes.parts import PARTS, RECORD, card
 
 
@@ -93,6 +95,14 @@ def test_latent_reward_prefers_correct_scenes_at_low_and_middle_noise() -> None:
     assert figures["t249_beats_contradicting"] >= 0.8
     assert figures["t499_beats_contradicting"] >= 0.7
     assert figures["t249_beats_badly_drawn"] >= 0.8
+
+
+def test_the_reward_on_latents_ranks_candidates() -> None:
+    model = build_reward("latent_clip", "demo")
+    assert isinstance(model, LatentClip)
+    family = load_parts(ModelConfig(), ("denoiser", "vae", "text"))
+    figures = latent_clip.evaluate(model, family, model.judge, 16, 0)
+    assert figures["t749_correlation"] + figures["t499_correlation"] >= 0.7
 
 
 def test_tiny_sam_finds_the_digit_under_a_point() -> None:

@@ -214,7 +214,7 @@ CHECKPOINTED_SPEC = {
     "family": "sdxl",
     "network": CHECKPOINTED,
     "dtype": "float32",
-    "latent": [4, 64, 64],
+    "latent": [4, 32, 32],
     "tokens": 77,
     "checkpointing": True,
     "lora": {"config": {"networks": ["generator"], "rank": 16, "targets": None}, "dtype": "float32"},
@@ -229,7 +229,7 @@ def checkpointed_growth() -> float:
     ctypes.CDLL(None).mallopt(mmap_threshold, 2**16)
     base = UNetDenoiser(UNet2DConditionModel.from_config(CHECKPOINTED)).requires_grad_(False).eval()
     network = AdaptedDenoiser(base, LoraConfig(networks=["generator"], rank=16), 0, True)
-    inputs = torch.randn(2, 4, 64, 64), torch.zeros(2, dtype=torch.int64), blank_conditioning(CHECKPOINTED_SPEC, 2)
+    inputs = torch.randn(2, 4, 32, 32), torch.zeros(2, dtype=torch.int64), blank_conditioning(CHECKPOINTED_SPEC, 2)
 
     def train_once() -> None:
         network.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flashdmd_ray.batch import Metrics
 from flashdmd_ray.config import load_config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
+from flashdmd_ray.results.sample_grid import SampleGrid
 from flashdmd_ray.runtime import build_runtime
 
 STEPS = 2
@@ -33,12 +35,15 @@ class Recorded:
         self.metrics.append(metrics)
 
 
-def run(runtime_name: str, *settings: str) -> tuple[list[Metrics], dict[str, Tensor]]:
+def run(runtime_name: str, *settings: str, grid: Path | None = None) -> tuple[list[Metrics], dict[str, Tensor]]:
+    """The metrics of each step and the weights. grid: where to write a sample grid after them."""
     config = load_config(None, [f"runtime={runtime_name}", *SMALL, *settings])
     runtime = build_runtime(config)
     try:
         recorded = Recorded()
         train(config, runtime, build_images(config.data, config.seed), recorded)
+        if grid is not None:
+            SampleGrid(config, runtime).write(grid)
         return recorded.metrics, runtime.generator.weights()
     finally:
         runtime.close()
@@ -49,12 +54,16 @@ def without_pools(steps: list[Metrics]) -> list[Metrics]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_demo_is_bit_identical_on_ray() -> None:
+def test_the_demo_is_bit_identical_on_ray(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red 4\ntwo 7s\n")
+    few = [f"evaluation={{prompts: {tmp_path / 'prompts.txt'}, teacher_steps: 2, ema: 0.5}}", f"data.cache={tmp_path}"]
+    pictures = tmp_path / "here.png", tmp_path / "there.png"
     threads = torch.get_num_threads()
     try:
-        (here, mine), (there, theirs) = run("local"), run("ray")
+        (here, mine), (there, theirs) = run("local", *few, grid=pictures[0]), run("ray", *few, grid=pictures[1])
     finally:
         torch.set_num_threads(threads)
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
     assert len(here) == STEPS
     assert "preference/loss" in here[-1]
     assert here == without_pools(there)

@@ -1,4 +1,4 @@
-"""Sample grids from workers: the pixels of the local runtime, and of one rank when several share a network."""
+"""Sample grids from workers that share a network: the pixels of the local runtime. (One worker: test_demo_on_ray.)"""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def teacher(tmp_path_factory) -> Path:
     return save_sdxl(tmp_path_factory.mktemp("teacher"))
 
 
-def drawn(teacher: Path, folder: Path, runtime: str, workers: int = 1, **engine: object) -> tuple[bytes, Tensor]:
-    """The grid as it is written, and the student's row again, after two updates that the average follows."""
+def drawn(teacher: Path, folder: Path, runtime: str, workers: int = 1, **engine: object) -> Tensor:
+    """The student's row of a grid that is written, after two updates that the average follows."""
     (folder / "prompts.txt").write_text("a red 4\ntwo 7s\na blue 1\n")
     tree = {
         "runtime": runtime,
@@ -47,11 +47,11 @@ def drawn(teacher: Path, folder: Path, runtime: str, workers: int = 1, **engine:
             roles.generator.update_ema()
         grid = SampleGrid(config, roles)
         before = roles.generator.weights()
-        picture = grid.write(folder / "grid.png").read_bytes()
+        grid.write(folder / "grid.png")
         row = roles.generator.generate_images(grid.prompts, config.sampling.timesteps, grid.seed)[: len(grid.texts)]
         after = roles.generator.weights()
         assert all(torch.equal(before[name], after[name]) for name in before)
-        return picture, row
+        return row
     finally:
         roles.close()
 
@@ -61,11 +61,8 @@ def drawn(teacher: Path, folder: Path, runtime: str, workers: int = 1, **engine:
 def test_a_grid_does_not_depend_on_who_generates_it(teacher, tmp_path):
     threads = torch.get_num_threads()
     try:
-        picture, row = drawn(teacher, tmp_path, "local")
-        on_ray, row_on_ray = drawn(teacher, tmp_path, "ray")
-        _, shared = drawn(teacher, tmp_path, "ray", workers=2, kind="deepspeed", zero_stage=3)
+        row = drawn(teacher, tmp_path, "local")
+        shared = drawn(teacher, tmp_path, "ray", workers=2, kind="deepspeed", zero_stage=3)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(row, row_on_ray)
-    assert picture == on_ray
     torch.testing.assert_close(shared, row, rtol=0, atol=0.02)

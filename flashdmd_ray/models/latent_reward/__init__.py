@@ -11,7 +11,7 @@ import torch
 from flashdmd_ray.config import RewardConfig
 from flashdmd_ray.models import latent_reward_class
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.models.latent_reward.base import LatentRewardModel
+from flashdmd_ray.models.latent_reward.base import LatentRewardModel, NoisyLatentReward
 from flashdmd_ray.models.latent_reward.lpo import LPOReward, load_lpo
 from flashdmd_ray.models.latent_reward.mmdit import MMDiTLatentReward
 from flashdmd_ray.models.latent_reward.saved import load_latent_reward, save_latent_reward
@@ -22,6 +22,7 @@ __all__ = [
     "LPOReward",
     "LatentRewardModel",
     "MMDiTLatentReward",
+    "NoisyLatentReward",
     "UNetLatentReward",
     "latent_reward_of",
     "load_latent_reward",

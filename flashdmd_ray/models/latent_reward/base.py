@@ -16,7 +16,22 @@ from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family
 
 
-class LatentRewardModel(nn.Module, ABC):
+class NoisyLatentReward(nn.Module, ABC):
+    """A frozen model that scores noisy latents against their prompts; a higher reward is better."""
+
+    parts: ClassVar[tuple[str, ...]] = ("text",)
+    """Parts of the teacher's family that it computes with."""
+
+    @abstractmethod
+    def score(self, noisy: Tensor, timesteps: Tensor, texts: Sequence[str], family: Family) -> Tensor:
+        """Rewards float32 (B,) of noisy latents float (B, C, h, w) at training timesteps int64 (B,), one text each.
+
+        They are comparable only between latents of one prompt and timestep. family: the model family whose latents these are. Raises
+        ValueError when the reward was made for another.
+        """
+
+
+class LatentRewardModel(NoisyLatentReward):
     """reward = exp(logit_scale) cos(visual_projection(features), text), after LPO (arXiv 2502.01051).
 
     features: averages over the image of what some blocks of the diffusion network itself make of the noisy latent; the blocks read the
@@ -28,8 +43,6 @@ class LatentRewardModel(nn.Module, ABC):
 
     kind: ClassVar[str]
     """Attribute that holds the network's blocks, and the key of their configuration in a saved directory."""
-    encodes_itself: ClassVar[bool] = False
-    """True when the model has text encoders of its own and needs none of the family's."""
 
     def __init__(self, feature_width: int, text_width: int, token_width: int | None) -> None:
         """Make untrained projections.
@@ -88,10 +101,7 @@ class LatentRewardModel(nn.Module, ABC):
         return self.logit_scale.float().exp() * cosine
 
     def score(self, noisy: Tensor, timesteps: Tensor, texts: Sequence[str], family: Family) -> Tensor:
-        """Rewards float32 (B,) of noisy latents float (B, C, h, w) at training timesteps int64 (B,), one text each.
-
-        family: the model family whose latents these are. Raises ValueError when the reward was made for another.
-        """
+        """See `NoisyLatentReward.score`."""
         if noisy.shape[1] != self.network.config.in_channels:
             raise ValueError(
                 f"the latent reward reads latents of {self.network.config.in_channels} channels, these have {noisy.shape[1]}: "

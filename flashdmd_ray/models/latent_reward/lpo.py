@@ -36,7 +36,7 @@ class LPOReward(UNetLatentReward):
     text: for SDXL the pooled embedding of text_encoder_2; for SD1.5 that of the end-of-text token through text_projection.
     """
 
-    encodes_itself = True
+    parts = ()  # it has text encoders of its own
     towers: TextTowers
     family: str
     """Name of the model family whose latents it reads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -69,24 +70,41 @@ class ClipReward(BatchedReward):
         return F.normalize(embeddings.float(), dim=-1)
 
 
-class PickScore(ClipReward):
+class CosineReward(ClipReward):
+    """A reward that is a function of one cosine."""
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """The text embeddings that rewards are computed from, of unit length, float32 (B, F)."""
+        embeddings = self.clip.text_projection(self.clip.text_model(input_ids=self.tokens(texts)).pooler_output)
+        return F.normalize(embeddings.float(), dim=-1)
+
+    @abstractmethod
+    def reward(self, cosine: Tensor) -> Tensor:
+        """Rewards float32 (B,) of cosines float32 (B,) between images and texts."""
+
+    def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Rewards float32 (B,)."""
+        return self.reward(self.cosine(images, texts))
+
+
+class PickScore(CosineReward):
     """reward = exp(logit_scale) cos(text, image), as arXiv 2305.01569; any CLIPModel trained on preferences in its format."""
 
     name = "pickscore"
 
-    def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+    def reward(self, cosine: Tensor) -> Tensor:
         """Rewards float32 (B,), about 15-25 for the published weights."""
-        return self.clip.logit_scale.float().exp() * self.cosine(images, texts)
+        return self.clip.logit_scale.float().exp() * cosine
 
 
-class ClipScore(ClipReward):
+class ClipScore(CosineReward):
     """reward = max(100 cos(text, image), 0), as torchmetrics' CLIPScore; the prompt as it is, without a prefix."""
 
     name = "clipscore"
 
-    def score_batch(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+    def reward(self, cosine: Tensor) -> Tensor:
         """Rewards float32 (B,), about 15-35 for CLIP ViT-L/14."""
-        return (100 * self.cosine(images, texts)).clamp(min=0)
+        return (100 * cosine).clamp(min=0)
 
 
 def clip_of(state: Mapping[str, Tensor], config: CLIPConfig, what: str, dtype: torch.dtype) -> CLIPModel:
