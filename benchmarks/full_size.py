@@ -1,217 +1,147 @@
-"""Cost of a joint training step at full size, by method of each role: seconds, operations, share of the matmul peak, peak memory.
+"""One joint step of SDXL's own architecture on a CPU, through the command that users run: seconds and memory beside what the plan said.
 
-Part of benchmarks/learner_step.py (--preset sdxl, or tiny for the same code on a CPU). Every figure comes from the real driver and roles on
-the local runtime, with the configuration of the preset sdxl_lora_80gb and random weights.
+    python benchmarks/full_size.py [--size sdxl|tiny_sdxl] [--pixels 128] [--models FOLDER] [--training] [--json FILE]
+
+Random weights of 2.57 billion parameters, LoRA on generator and score estimator over one bfloat16 base, the real decoder, Segment
+Anything ViT-B and PickScore. Memory is the sum of proportional set sizes of the command's processes, which counts mapped weights
+files once. It needs 20 GiB and 10 GB of disk; --models keeps the random weights for the next run.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch
 from random_models import write_models
-from torch.utils.flop_counter import FlopCounterMode
 
-from flashdmd_ray import plan
-from flashdmd_ray.batch import Metrics
-from flashdmd_ray.config import Config, load_config
-from flashdmd_ray.data import build_images
-from flashdmd_ray.demo import weights_path
-from flashdmd_ray.driver import train
-from flashdmd_ray.runtime.build import build_runtime
-
-UNET_ROLES = ("generator", "score")
-"""Roles whose methods count as the U-Net's part. Encoding prompts is in it, and little."""
-MATMUL = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
-
-
-@dataclass
-class Verb:
-    """Totals over all calls of one method of a role."""
-
-    calls: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
-    peak_bytes: int = 0
+JOB = Path(__file__).parents[1] / "jobs" / "joint_train.py"
+LOOK_S = 1.5
+"""Between two looks at the memory: each walks through all pages of the process, and stops it meanwhile."""
+GROUPS = ("learner", "discriminator", "rollout", "reward")
+STEP = {
+    "steps": 2,
+    "batch": 1,
+    "engine.accumulation": 1,
+    "preference": {"start_step": 0, "updates": 1, "batch": 1, "candidates": 2, "decode_batch": 2, "threshold": 0.0},
+    "run.name": "full_size",
+    "monitor.enabled": False,  # its pictures are ten more images before the first step
+    "placement.threads": 1,
+    "evaluation": {"samples": 0, "batch": 1, "teacher_steps": 1, "student_steps": [1], "ema": 0.95},
+}
+"""Changes to the preset sdxl_lora_24gb: two steps with a preference update, and the shortest end of a run."""
 
 
-@dataclass
-class Meter:
-    """counting: operations are counted, which takes time, so seconds are not."""
+class Watch:
+    """The most memory of a process and its children, before and after a line of its output."""
 
-    device: torch.device
-    verbs: dict[str, Verb] = field(default_factory=dict)
-    counting: bool = False
+    def __init__(self, process: subprocess.Popen[str], mark: str) -> None:
+        self.peaks = [0.0]
+        self.lines: list[tuple[float, str]] = []
+        self.cpu_s = 0.0
+        self._process, self._mark, self._started = process, mark, time.monotonic()
 
-    def measure(self, name: str, call: Callable[[], Any]) -> Any:
-        verb = self.verbs.setdefault(name, Verb())
-        if self.counting:
-            with FlopCounterMode(display=False) as counter:
-                result = call()
-            verb.flops += counter.get_total_flops()
-            return result
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self.wait()
-        started = time.perf_counter()
-        result = call()
-        self.wait()
-        verb.seconds += time.perf_counter() - started
-        verb.calls += 1
-        if self.device.type == "cuda":
-            verb.peak_bytes = max(verb.peak_bytes, torch.cuda.max_memory_allocated())
-        return result
+    def run(self, to_the_end: bool) -> int:
+        """Until the process has ended; returns its exit code, or 0 when it was ended at the mark."""
+        done = threading.Event()
+        thread = threading.Thread(target=self._look, args=(done,))
+        thread.start()
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append((time.monotonic() - self._started, line.rstrip()))
+            print(f"{self.lines[-1][0]:7.1f} s {self.peaks[-1] / 2**30:6.2f} GiB  {line}", end="", flush=True)
+            if self._mark in line:
+                self.peaks.append(0.0)
+                self.cpu_s = sum(psutil.Process(self._process.pid).cpu_times()[:2])
+                if not to_the_end:
+                    self._process.kill()
+        done.set()
+        thread.join()
+        code = self._process.wait()
+        return code if to_the_end or len(self.peaks) == 1 else 0
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-class Metered:
-    """A role whose every call is measured."""
-
-    def __init__(self, name: str, role: Any, meter: Meter) -> None:
-        self._name, self.role, self._meter = name, role, meter
-
-    def __getattr__(self, method: str) -> Any:
-        return partial(self._call, method)
-
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        here = tuple(value.role if isinstance(value, Metered) else value for value in args)
-        return self._meter.measure(f"{self._name}.{method}", partial(getattr(self.role, method), *here, **kwargs))
+    def _look(self, done: threading.Event) -> None:
+        while not done.wait(LOOK_S):
+            self.peaks[-1] = max(self.peaks[-1], memory_of(self._process.pid))
 
 
-class Steps:
-    """Tells the driver which steps to make."""
-
-    preference_rate = 1.0
-
-    def __init__(self, numbers: Iterable[int]) -> None:
-        self._numbers = numbers
-
-    def steps(self) -> Iterable[int]:
-        return self._numbers
-
-    def finish(self, step: int, metrics: Metrics) -> None:
-        """Nothing is kept."""
+def memory_of(pid: int) -> float:
+    """Bytes of a process and its children: their proportional set sizes."""
+    total = 0.0
+    try:
+        process = psutil.Process(pid)
+        for each in [process, *process.children(recursive=True)]:
+            text = Path(f"/proc/{each.pid}/smaps_rollup").read_text()
+            total += 1024 * int(re.findall(r"^Pss:\s+(\d+)", text, re.M)[0])
+    except (psutil.NoSuchProcess, OSError, IndexError):
+        pass  # it ended just now
+    return total
 
 
-def measure_full_size(preset: str, random: bool, steps: int, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """random: with random weights. Raises ValueError for a preset that needs a GPU where torch sees none."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if preset == "sdxl" and device.type == "cpu":
-        raise ValueError("--preset sdxl needs a GPU and torch sees none; --preset tiny runs the same code on a CPU")
-    if preset == "tiny" and not random:
-        raise ValueError("--preset tiny has no models but random ones: add --random-weights")
-    with TemporaryDirectory() as name:
-        changes = settings(preset, device)
-        if random:
-            changes |= write_models(preset, Path(name), device) | {"data.source": "demo"}
-        config = load_config("sdxl_lora_80gb", [*map(override, changes.items()), *overrides])
-        meter = Meter(device)
-        seconds = run(config, meter, steps)
-        planned = plan.parts_of(config) if device.type == "cuda" else []
-    return report(preset, config, meter, seconds, planned)
+def settings(models: dict[str, Any], pixels: int, folder: Path) -> dict[str, Any]:
+    changes = STEP | models | {"model.resolution": [pixels, pixels], "run.dir": str(folder)}
+    changes["rewards"] = [{**reward, "dtype": "bfloat16", "batch": 2} for reward in models["rewards"]]
+    return changes | {f"placement.{group}": {"gpus": 0, "gpu_memory_gib": None} for group in GROUPS}
 
 
-def settings(preset: str, device: torch.device) -> dict[str, Any]:
-    """Changes to the recipe: every step has all its preference updates; what the tiny preset and a CPU need."""
-    changes: dict[str, Any] = {"preference.threshold": 0.0, "preference.start_step": 0}
-    if preset == "tiny":
-        rewards = [{"kind": "pickscore", "path": str(weights_path("reward"))}]
-        changes |= {"model.sam": str(weights_path("sam")), "rewards": rewards, "lora.rank": 4, "placement.threads": 1}
-    if device.type == "cpu":
-        groups = ("learner", "discriminator", "rollout", "reward")
-        changes |= {f"placement.{group}.gpus": 0 for group in groups}
-        changes |= {"model.dtype": "float32", "engine.precision": "float32"}
-    return changes
-
-
-def override(change: tuple[str, Any]) -> str:
-    return f"{change[0]}={json.dumps(change[1])}"
-
-
-def run(config: Config, meter: Meter, steps: int) -> float:
-    """Seconds of a step: one step to warm up, `steps` that are timed, and the same again to count their operations."""
-    runtime, data = build_runtime(config), build_images(config.data, config.seed)
-    for name in ("generator", "score", "discriminator", "rollouts"):
-        setattr(runtime, name, Metered(name, getattr(runtime, name), meter))
-    runtime.rewards = {pool: Metered(pool, role, meter) for pool, role in runtime.rewards.items()}
-    train(config, runtime, data, Steps([0]))
-    meter.verbs.clear()
-    meter.wait()
-    started = time.perf_counter()
-    train(config, runtime, data, Steps(range(1, 1 + steps)))
-    meter.wait()
-    seconds = (time.perf_counter() - started) / steps
-    meter.counting = True
-    train(config, runtime, data, Steps(range(1, 1 + steps)))
-    return seconds
-
-
-def matmul_peak(device: torch.device) -> float:
-    """Operations per second of large matrix products, the best of five."""
-    size, dtype = MATMUL[device.type]
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    meter, best = Meter(device), float("inf")
-    for _ in range(5):
-        verb = meter.verbs["matmul"] = Verb()
-        meter.measure("matmul", lambda: [a @ b for _ in range(10)])
-        best = min(best, verb.seconds)
-    return 10 * 2 * size**3 / best
-
-
-def report(preset: str, config: Config, meter: Meter, seconds: float, planned: Iterable[plan.Part]) -> dict[str, Any]:
-    peak = matmul_peak(meter.device)
-
-    def figures(verbs: Iterable[Verb]) -> dict[str, float]:
-        chosen = list(verbs)
-        spent, flops = sum(verb.seconds for verb in chosen), sum(verb.flops for verb in chosen)
-        memory = max((verb.peak_bytes for verb in chosen), default=0)
-        return {
-            "calls": sum(verb.calls for verb in chosen),
-            "seconds": spent,
-            "tflop": flops / 1e12,
-            "tflop_per_s": flops / spent / 1e12,
-            "share_of_peak": flops / spent / peak,
-            "peak_gib": memory / 2**30,
-        }
-
-    roles = {name.split(".")[0] for name in meter.verbs}
+def measure(size: str, pixels: int, folder: Path, overrides: list[str], to_the_end: bool) -> dict[str, Any]:
+    """Figures of one step. Raises SystemExit when the command fails."""
+    models = write_models(size, folder, torch.bfloat16, torch.device("cpu"))
+    with TemporaryDirectory(dir=folder) as runs:
+        named = [f"{key}={json.dumps(value)}" for key, value in settings(models, pixels, Path(runs)).items()]
+        command = [sys.executable, str(JOB), "sdxl_lora_24gb", "--set", *named, *overrides]
+        plan = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False)
+        found = re.search(r"memory ([\d.]+) GiB", plan.stdout)
+        if found is None:
+            sys.exit(f"full_size.py: no plan: {plan.stderr}{plan.stdout}")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        watch = Watch(process, f"step {2 if to_the_end else 1}/2")
+        code = watch.run(to_the_end)
+        if code:
+            sys.exit(f"full_size.py: the job ended with {code}")
+    planned, (training, after) = float(found[1]), [peak / 2**30 for peak in watch.peaks]
     return {
-        "preset": preset,
-        "device": torch.cuda.get_device_name() if meter.device.type == "cuda" else "cpu",
-        "batch": config.batch,
-        "seconds_per_step": seconds,
-        "matmul_peak_tflop_per_s": peak / 1e12,
-        "unet_part": figures(v for name, v in meter.verbs.items() if name.split(".")[0] in UNET_ROLES),
-        "all": figures(meter.verbs.values()),
-        "roles": {
-            role: figures(v for n, v in meter.verbs.items() if n.split(".")[0] == role) for role in sorted(roles)
-        },
-        "verbs": {name: figures([verb]) for name, verb in meter.verbs.items()},
-        "planned_gib_held": {part.name: part.held.device / 2**30 for part in planned if part.held is not None},
+        "size": size,
+        "pixels": pixels,
+        "planned_gib": planned,
+        "peak_gib": training,
+        "ratio": training / planned,
+        "peak_after_training_gib": after,
+        "step_done_after_s": next(seconds for seconds, line in watch.lines if "step 1/2" in line),
+        "cpu_s": watch.cpu_s,
     }
 
 
-def show(found: Mapping[str, Any]) -> None:
-    """Print a report as a table."""
-    print(
-        f"{found['preset']} on {found['device']}, batch {found['batch']}: {found['seconds_per_step']:.3f} s per step; "
-        f"matmul peak {found['matmul_peak_tflop_per_s']:.2f} TFLOP/s"
-    )
-    rows = {"U-Net part": found["unet_part"], **found["roles"], **found["verbs"], "all": found["all"]}
-    print(f"{'':28s} {'calls':>6s} {'s':>9s} {'TFLOP':>10s} {'TFLOP/s':>9s} {'of peak':>8s} {'peak GiB':>9s}")
-    for name, row in rows.items():
-        memory = f"{row['peak_gib']:9.2f}" if row["peak_gib"] else f"{'-':>9s}"
-        print(
-            f"{name:28s} {row['calls']:6d} {row['seconds']:9.3f} {row['tflop']:10.3f} {row['tflop_per_s']:9.3f} "
-            f"{row['share_of_peak']:8.1%} {memory}"
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["sdxl", "tiny_sdxl"], default="sdxl")
+    parser.add_argument("--pixels", type=int, default=128)
+    parser.add_argument("--models", type=Path, help="folder of the random weights; they stay there")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="more changes to the preset")
+    parser.add_argument("--training", action="store_true", help="end the job after its first step")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with TemporaryDirectory() as temporary:
+        found = measure(
+            options.size, options.pixels, options.models or Path(temporary), options.set, not options.training
         )
+    print(
+        f"{found['size']} at {found['pixels']} pixels: training {found['peak_gib']:.2f} GiB, planned {found['planned_gib']:.2f}, "
+        f"ratio {found['ratio']:.3f}; afterwards {found['peak_after_training_gib']:.2f} GiB; "
+        f"the step was done after {found['step_done_after_s']:.0f} s, {found['cpu_s']:.0f} of CPU time, with start and loading"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

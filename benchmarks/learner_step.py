@@ -1,15 +1,11 @@
 """Cost of a training step, and the share that roles, engine and driver add to it.
 
     python benchmarks/learner_step.py [--seconds 150] [--batch 8] [--threads 1] [--json FILE]
-    python benchmarks/learner_step.py --preset sdxl --random-weights [--steps 3] [--set key=value ...] [--json FILE]
 
-Without a preset: our distillation step against a straight-line torch script of the same work, in one process, on the demo's networks. A
+Our distillation step against a straight-line torch script of the same work, in one process, on the demo's networks. A
 round makes the same step four times: Flash-DMD (TTUR 1) and the DMD2 preset (TTUR 5), each with our roles and as a script; the next round
 makes them in the opposite order. Ratios are taken within a round, the median over the rounds is printed with its quartiles: of seconds,
 and of CPU seconds, which say more on a busy machine.
-
-With a preset: a joint training step of the preset sdxl_lora_80gb on one GPU, by verb of each role, see full_size.py. The models are
-the recipe's, or with --random-weights random ones of their size. tiny: small random ones, on a CPU too.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-from full_size import measure_full_size, show
 from rounds import Way, compare, describe, measure_rounds
 from straight_line import DMD2, TIMESTEPS, FlashDMD
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,29 +42,17 @@ COMPARED = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["sdxl", "tiny"])
-    parser.add_argument("--random-weights", action="store_true")
-    parser.add_argument("--steps", type=int, default=3, help="with a preset: steps that are timed")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="key=value", help="with a preset: changes to the recipe"
-    )
     parser.add_argument("--seconds", type=float, default=150.0, help="as many rounds as fit, three at least")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     try:
-        found = compare_with_script(options) if options.preset is None else full_size(options)
+        found = compare_with_script(options)
     except ValueError as error:
         sys.exit(f"learner_step.py: {error}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def full_size(options: argparse.Namespace) -> dict[str, object]:
-    found = measure_full_size(options.preset, options.random_weights, options.steps, options.set)
-    show(found)
-    return found
 
 
 def compare_with_script(options: argparse.Namespace) -> dict[str, object]:

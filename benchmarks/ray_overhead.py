@@ -1,11 +1,14 @@
 """Measure Ray's overhead: the same calls and the same distillation step in worker processes and in this process, one rank each.
 
-    python benchmarks/ray_overhead.py [--calls 200] [--seconds 150] [--batch 32] [--json FILE]
+    python benchmarks/ray_overhead.py [--parts calls step publish] [--calls 200] [--seconds 150] [--batch 32] [--json FILE]
 
 Calls go to a role that gives back what it gets, with what a call carries in the demo and at SDXL's size. The step is the demo's
 distillation. "in turn" makes the calls of a step one after the other, as the local runtime does: the difference is what the way there and
 back costs. "as it runs" lets independent calls overlap. A round makes the step in each way, the next round in the opposite order; ratios
 are taken within a round, of seconds and of the CPU seconds of all processes together.
+
+publish: a sixteenth of SDXL's weights (642 MB in float32) from a learner in bfloat16 to a rollout's network. As it is: the learner puts
+them into the object store, the driver holds a reference. As it was: the driver fetches float32 from the learner and stores it again.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +26,14 @@ import psutil
 import torch
 from rounds import Way, compare, describe, measure_rounds
 
-from flashdmd_ray.batch import Latents, Prompts, StepRng
+from flashdmd_ray.batch import Latents, Prompts, PublishedWeights, StepRng
 from flashdmd_ray.config import load_config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import distil
 from flashdmd_ray.runtime import Runtime, build_runtime
 
+WEIGHTS, LAYER = 160_466_480, 1_604_664
+"""Parameters that are published, a sixteenth of SDXL's, and of one layer."""
 PAYLOADS = {"nothing": None, "demo, 32 x (4, 8, 8)": (32, 4, 8, 8), "SDXL, 8 x (4, 128, 128)": (8, 4, 128, 128)}
 
 
@@ -40,6 +46,30 @@ class Echo:
 
     def echo(self, value: Any) -> Any:
         return value
+
+
+class Weights:
+    """The generator of a learner, or the network of a rollout, with WEIGHTS bfloat16 parameters in layers of SDXL's size."""
+
+    def __init__(self) -> None:
+        self.tensors = {f"layer {i}": torch.randn(LAYER).bfloat16() for i in range(WEIGHTS // LAYER)}
+
+    @classmethod
+    def from_config(cls, config: Any, rank: int = 0, world_size: int = 1) -> Weights:
+        return cls()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What the learner publishes: copies, as an engine makes them."""
+        return {name: tensor.clone() for name, tensor in self.tensors.items()}
+
+    def float_weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.float() for name, tensor in self.tensors.items()}
+
+    def load(self, weights: PublishedWeights) -> float:
+        """Take over the weights; returns one of them."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(weights.tensors[name])
+        return float(self.tensors["layer 0"][0])
 
 
 class InTurn:
@@ -60,14 +90,73 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--parts", nargs="+", choices=["calls", "step", "publish"], default=["calls", "step", "publish"]
+    )
     options = parser.parse_args()
-    found = {"calls": measure_calls(options.calls), "step": measure_step(options.seconds, options.batch)}
-    for name, taken in found["calls"].items():
-        print(f"a call with {name:26s} {taken} ms (median, 90th percentile)")
-    for name, figures in found["step"].items():
-        print(f"step, {name:16s} {describe(figures)}")
+    found: dict[str, Any] = {}
+    if "calls" in options.parts:
+        found["calls"] = measure_calls(options.calls)
+        for name, taken in found["calls"].items():
+            print(f"a call with {name:26s} {taken} ms (median, 90th percentile)")
+    if "step" in options.parts:
+        found["step"] = measure_step(options.seconds, options.batch)
+        for name, figures in found["step"].items():
+            print(f"step, {name:16s} {describe(figures)}")
+    if "publish" in options.parts:
+        found["publish"] = measure_publishing(options.seconds)
+        print(f"publishing, as it is against as it was: {describe(found['publish'])}")
+        for name, peak in found["publish"]["driver_mib"].items():
+            print(f"publishing, {name}: the driver's own memory grows by {peak:.0f} MiB")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure_publishing(seconds: float) -> dict[str, Any]:
+    """Seconds of a publication, from the learner's weights to the rollout's network, and how far each way makes the driver grow."""
+    roles = {"learner": {"generator": "ray_overhead:Weights"}, "rollout": {"rollouts": "ray_overhead:Weights"}}
+    # Nothing overlaps in a round: the store must hold one version in float32, and one on its way.
+    runtime = build_runtime(load_config(None, ["runtime=ray"]), roles)
+    from flashdmd_ray.runtime.wire import published  # imports ray, which reads its settings then
+
+    def as_it_is(number: int) -> object:
+        return runtime.rollouts.load(runtime.publish(number).result())
+
+    def as_it_was(number: int) -> object:
+        return runtime.rollouts.load(published(runtime.generator.float_weights(), number))
+
+    ways: dict[str, Way] = {"as it is": as_it_is, "as it was": as_it_was}
+    try:
+        if as_it_is(0) != as_it_was(0):
+            raise RuntimeError("the two ways bring other weights")
+        grown = {name: growth_mib(way) for name, way in ways.items()}
+        rounds = measure_rounds(ways, seconds, cpu_seconds)
+    finally:
+        runtime.close()
+    return compare(rounds, *ways) | {"rounds": len(rounds), "driver_mib": grown}
+
+
+def growth_mib(way: Way) -> float:
+    """MiB by which this process's anonymous memory grows at most during a call."""
+    before, most, done = anonymous_mib(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.005):
+            most = max(most, anonymous_mib() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    way(0)
+    done.set()
+    watcher.join()
+    return most
+
+
+def anonymous_mib() -> float:
+    """Memory of this process that no file and no shared object backs."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) / 2**10
 
 
 def measure_calls(calls: int) -> dict[str, str]:

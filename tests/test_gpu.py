@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -92,56 +90,30 @@ def test_offloaded_masters_leave_the_gpu() -> None:
     assert held[1] < 0.8 * held[0]
 
 
-@pytest.fixture
-def full_size(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """The benchmark of a whole training step, which reads networks of any size."""
+def test_the_gpu_hour_measures_beside_the_plan_on_whatever_device_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its joint step, on networks of the demo's size: every call of a role with its seconds and the plan's."""
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "benchmarks"), *sys.path])
-    import full_size
+    import gpu_hour
 
-    return full_size.measure_full_size
-
-
-SMALL_STEP = [
-    "batch=2",
-    "engine.accumulation=1",
-    "preference.updates=1",
-    "preference.batch=2",
-    "preference.candidates=2",
-]
-
-
-def assert_complete(found: dict[str, Any]) -> None:
-    assert set(found["roles"]) == {"generator", "score", "discriminator", "rollouts", "pickscore"}
-    for name in (
+    place = gpu_hour.Place(torch.device("cpu"), True, tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        (row,) = gpu_hour.sdxl(place)
+    finally:
+        torch.set_num_threads(threads)
+    assert set(row["calls"]) >= {
         "generator.generate",
         "generator.distillation_step",
         "generator.preference_step",
         "score.dm_gradient",
         "discriminator.step",
-    ):
-        verb = found["verbs"][name]
-        assert verb["calls"] > 0, name
-        assert verb["seconds"] > 0, name
-    assert found["verbs"]["score.ema_update_from"]["tflop"] == 0
-    assert found["verbs"]["generator.generate"]["tflop"] > found["verbs"]["score.dm_gradient"]["tflop"] > 0
-    assert found["all"]["tflop"] == pytest.approx(sum(role["tflop"] for role in found["roles"].values()))
-    assert found["all"]["seconds"] <= found["seconds_per_step"]
-    assert 0 < found["unet_part"]["share_of_peak"] < 1
-
-
-def test_the_cost_of_a_step_is_measured_by_role(full_size: Callable[..., dict[str, Any]]) -> None:
-    """On whatever device there is; the sizes of published models are for a GPU."""
-    threads = torch.get_num_threads()
-    try:
-        found = full_size("tiny", random=True, steps=1, overrides=SMALL_STEP)
-    finally:
-        torch.set_num_threads(threads)
-    assert_complete(found)
-    on_gpu = torch.cuda.is_available()
-    assert all((role["peak_gib"] > 0) == on_gpu for role in found["roles"].values())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_full_size_without_a_gpu_is_refused(full_size: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match="--preset sdxl needs a GPU and torch sees none; --preset tiny"):
-        full_size("sdxl", random=True, steps=1)
+        "rollouts.candidates",
+    }
+    assert all(call["seconds"] > 0 for call in row["calls"].values())
+    assert row["calls"]["generator.generate"]["planned_seconds"] > 0
+    assert 0 < sum(call["seconds"] for call in row["calls"].values()) <= row["seconds"]
+    assert 0 < row["share_of_peak"] < 1
+    (line,) = gpu_hour.table([row]).splitlines()[2:]
+    assert line.count("|") == len(gpu_hour.COLUMNS) + 1

@@ -18,13 +18,13 @@ import psutil
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.run.command_line import run_command
 from flashdmd_ray.run.messages import one_line
+from flashdmd_ray.run.shared_memory import FOLDER as SHARED_MEMORY
 from flashdmd_ray.run.variables import check_ray_address, ray_address
 from flashdmd_ray.run.versions import software_versions
 
 GIB = 2**30
 EXTRAS = {"open_clip": "HPSv2 rewards", "bitsandbytes": "adamw_8bit", "datasets": "data of the hub"}
 """Optional package -> what it is for."""
-SHARED = Path("/dev/shm")
 LEAST_SHARED = 0.5
 """GiB of shared memory below which a private Ray keeps its objects on the disk."""
 
@@ -73,9 +73,11 @@ def machine(config: Config) -> Iterator[Line]:
     memory = psutil.virtual_memory()
     yield "CPU cores", str(psutil.cpu_count()), ""
     yield "memory", f"{memory.total / GIB:.0f} GiB, {memory.available / GIB:.0f} free", ""
-    if SHARED.is_dir():
-        free = shutil.disk_usage(SHARED).free / GIB
-        small = f"{SHARED}: {free:.2g} GiB free, Ray is slow below {LEAST_SHARED}; in a container set --shm-size=8g"
+    if SHARED_MEMORY.is_dir():
+        free = shutil.disk_usage(SHARED_MEMORY).free / GIB
+        small = (
+            f"{SHARED_MEMORY}: {free:.2g} GiB free, Ray is slow below {LEAST_SHARED}; in a container set --shm-size=8g"
+        )
         yield "shared memory", f"{free:.2g} GiB free", small if free < LEAST_SHARED else ""
     yield from _gpus()
     for label, folder in (("disk of runs", config.run.dir), ("disk of the hub", _hub_cache())):

@@ -11,16 +11,21 @@ from flashdmd_ray.data.datasets import data_faults
 from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.plan.fit import check_fit
 from flashdmd_ray.plan.models import Models, models_of
-from flashdmd_ray.plan.parts import Part, parts_of_models
+from flashdmd_ray.plan.parts import Part, parts_of_models, published_bytes
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.lock import check_free
+from flashdmd_ray.run.shared_memory import FOLDER, store_bytes
 from flashdmd_ray.run.sockets import listen
 from flashdmd_ray.run.storage import check_checkpoint_root
 from flashdmd_ray.run.tracking import tracking_uri
-from flashdmd_ray.run.variables import check_ray_address
+from flashdmd_ray.run.variables import check_ray_address, ray_address
 
 SAM_SIZE = (1024, 1024)
 """Images that Segment Anything was made for."""
+STORED_VERSIONS = 2
+"""Published versions that can be in the object store at once: the newest, and the one that rollouts still read."""
+STORE_FILLED = 0.8
+"""Part of the object store from which on Ray moves objects to a disk."""
 
 
 def check(config: Config) -> tuple[RunDirectory, list[Part]]:
@@ -35,7 +40,22 @@ def check(config: Config) -> tuple[RunDirectory, list[Part]]:
     if missing := _missing(config, models):
         raise ValueError("\n".join(missing))
     check_fit(config, models, parts)
+    check_store(config, models)
     return run, parts
+
+
+def check_store(config: Config, models: Models) -> None:
+    """Raises ValueError when published weights do not fit the object store of a private Ray, which would put them on a disk."""
+    if config.runtime != "ray" or ray_address(os.environ) is not None:
+        return
+    published, room = published_bytes(config, models), store_bytes()
+    if STORED_VERSIONS * published > STORE_FILLED * room:
+        needs = STORED_VERSIONS * published / STORE_FILLED / 2**30
+        raise ValueError(
+            f"{FOLDER}: publishing weights to the rollouts needs an object store of {needs:.1f} GiB, and this machine has room for "
+            f"{room / 2**30:.1f} (half of what is free in {FOLDER}, 30 % of memory at most); make it larger (in a container --shm-size), "
+            "or set placement.rollout.within to learner, which publishes nothing"
+        )
 
 
 def preview(config: Config) -> tuple[RunDirectory, list[Part], list[str]]:

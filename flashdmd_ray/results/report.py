@@ -20,9 +20,9 @@ from flashdmd_ray.results.export import export_pipeline
 from flashdmd_ray.results.grid import write_grid
 from flashdmd_ray.results.model_card import CardFacts
 from flashdmd_ray.results.sample_grid import COLUMNS
-from flashdmd_ray.results.student import student_weights
+from flashdmd_ray.results.student import saved_weights, student_as_trained
 from flashdmd_ray.roles.image_sampling import sample_all_images, seed_of
-from flashdmd_ray.roles.networks import load_student
+from flashdmd_ray.roles.networks import load_family, whole_weights
 from flashdmd_ray.run.files import write_atomically
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.storage import checkpoint_root
@@ -36,14 +36,14 @@ def report(config: Config, directory: RunDirectory, tracker: Tracker, say: Say) 
     checkpoint = latest_checkpoint(checkpoint_root(config, directory.path))
     assert checkpoint is not None, "a finished run has a checkpoint"
     family = judging_family(config)
-    weights = student_weights(config, family, checkpoint)
-    network = load_student(family, weights)
+    saved = saved_weights(checkpoint)
+    network = student_as_trained(config, family, saved)
     texts = choose_prompts(config, COLUMNS, grid_seed(config))
 
     table = compare(config, family, network, say)
     if table is not None:
         print_table(table)
-    say(f"generating the grid and exporting on {family.device}")
+    say(f"generating the grid on {family.device}, then exporting")
     grid = write_comparison(config, family, network, texts, directory.path / "grid.png")
     training = read_state(checkpoint)
     verdict = hack_monitor(config, training)
@@ -54,7 +54,10 @@ def report(config: Config, directory: RunDirectory, tracker: Tracker, say: Say) 
     trained = {name: value for name, value in training.items() if name != "monitor"}
     facts = measured | {"seed": config.seed, "training": trained, "hack_monitor": verdict, "grid": texts}
     card = card_facts(config, training, measured, texts)
-    export_pipeline(family, weights, config.sampling.timesteps, directory.export, card)
+    whole = load_family(
+        config.model
+    )  # on the CPU: a GPU may have no room for a whole float32 network beside the teacher
+    export_pipeline(whole, whole_weights(config, whole, saved), config.sampling.timesteps, directory.export, card)
     tracker.image("grid", grid, config.steps)
     tracker.model(directory.export)
     write_atomically(directory.path / "report.json", json.dumps(facts, indent=1) + "\n")

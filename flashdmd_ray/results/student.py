@@ -10,10 +10,11 @@ from torch import Tensor
 from flashdmd_ray.checkpoint import latest_checkpoint, load_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.models import family_class
+from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.results.export_facts import FACTS
 from flashdmd_ray.roles.generator import AVERAGE
-from flashdmd_ray.roles.networks import whole_weights
+from flashdmd_ray.roles.networks import load_student, student_network, whole_weights
 from flashdmd_ray.run.storage import Location, checkpoint_root
 
 
@@ -30,6 +31,13 @@ def saved_weights(checkpoint: Location) -> dict[str, Tensor]:
 def student_weights(config: Config, family: Family, checkpoint: Location) -> Mapping[str, Tensor]:
     """Weights of the whole student at a checkpoint: those of a LoRA generator are merged into the teacher's."""
     return whole_weights(config, family, saved_weights(checkpoint))
+
+
+def student_as_trained(config: Config, family: Family, saved: Mapping[str, Tensor]) -> Denoiser:
+    """The network of `saved_weights`, frozen: whole, or with LoRA an adapter on the teacher's weights, which are not copied."""
+    if "generator" in config.lora.networks:
+        return student_network(config, family, saved)
+    return load_student(family, saved)
 
 
 def find_student(run: Path, config: Config) -> Location:

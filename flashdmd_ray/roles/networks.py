@@ -97,8 +97,14 @@ def trained_engine(config: Config, family: Family, role: NetworkName, settings: 
 
 
 def load_student(family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
-    """A whole network with `weights`, those of `whole_weights`, frozen, on the family's device. Raises ValueError when they do not fit."""
-    return _frozen(family.denoiser(), weights, f"the denoiser of {family.path}").to(family.device)
+    """A whole network around `weights`, those of `whole_weights`, which are not copied where they are float32 and on the family's device.
+
+    Frozen, on that device. Raises ValueError when they do not fit.
+    """
+    network = skeleton(family.teacher)
+    assert isinstance(network, Denoiser)
+    values = {name: tensor.to(family.device, torch.float32) for name, tensor in weights.items()}
+    return _frozen(network, values, f"the denoiser of {family.path}", assign=True)
 
 
 def student_network(config: Config, family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
@@ -107,9 +113,9 @@ def student_network(config: Config, family: Family, weights: Mapping[str, Tensor
     return _frozen(network, weights, f"the generator of this configuration on {family.path}")
 
 
-def _frozen(network: Denoiser, weights: Mapping[str, Tensor], name: str) -> Denoiser:
+def _frozen(network: Denoiser, weights: Mapping[str, Tensor], name: str, assign: bool = False) -> Denoiser:
     try:
-        network.load_state_dict(dict(weights))
+        network.load_state_dict(dict(weights), assign=assign)
     except RuntimeError as error:
         raise ValueError(f"the weights do not fit {name}: {one_line(error)}") from None
     return network.requires_grad_(False).eval()

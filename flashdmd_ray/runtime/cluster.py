@@ -18,12 +18,10 @@ import ray
 
 from flashdmd_ray.run.interruption import kept_from_children
 from flashdmd_ray.run.messages import one_line
+from flashdmd_ray.run.shared_memory import store_bytes
 from flashdmd_ray.run.variables import check_ray_address, ray_address
 from flashdmd_ray.runtime.errors import NoRoom, WorkerLost
 from flashdmd_ray.runtime.placement import Node
-
-OBJECT_STORE_BYTES = 512 * 2**20
-"""Of a private cluster. Latents and the weights of a laptop-size generator are all it holds."""
 
 PRIVATE_CPUS = 256
 """CPUs a private cluster claims to have. Ray's CPUs only count reservations; on one machine the operating system
@@ -159,7 +157,7 @@ def _start_private() -> None:
             ray.init(
                 address="local",
                 num_cpus=PRIVATE_CPUS,
-                object_store_memory=OBJECT_STORE_BYTES,
+                object_store_memory=store_bytes(),
                 include_dashboard=False,
                 logging_level=logging.CRITICAL,
                 _system_config=SYSTEM_CONFIG,

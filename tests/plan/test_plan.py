@@ -1,5 +1,6 @@
 """The plan: parameters from file headers, memory and schedule as arithmetic, damaged files refused before anything is loaded."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -54,6 +55,19 @@ def test_schedule_says_which_rates_fall(settings):
     assert "score-estimator rate: from 0.0006 down to 0 at update 1,500 of 2,000" in text
     assert "discriminator rate" not in text
     assert "score-estimator rate" not in plan_text(settings, score={"decay": 50}, preference={"distill": False})
+
+
+def test_an_object_store_must_hold_two_published_versions(settings, monkeypatch):
+    two_float32 = 2 * 4 * PARTS["unet"] / 0.8  # Ray moves objects to a disk above .8
+    module = importlib.import_module("flashdmd_ray.plan.check")
+    monkeypatch.setattr(module, "store_bytes", lambda: two_float32)
+    plan_text(settings)
+    monkeypatch.setattr(module, "store_bytes", lambda: two_float32 - 1)
+    with pytest.raises(
+        ValueError, match=r"/dev/shm: publishing weights .* or set placement\.rollout\.within to learner"
+    ):
+        plan_text(settings)
+    plan_text(settings, placement={"rollout": {"within": "learner"}, "learner": {"workers": 1}})
 
 
 def test_without_preference_updates_there_are_no_pools(settings):
