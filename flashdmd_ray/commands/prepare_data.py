@@ -1,4 +1,4 @@
-"""The command that judges a data set before a run, and computes text embeddings and latents of it.
+"""The command that judges a data set before a run, computes text embeddings and latents of it, and draws images of prompts.
 
 Exit codes: 0 usable (or precomputed), 1 refused or failed, 2 there is no such data set or an option is wrong.
 """
@@ -19,7 +19,7 @@ from flashdmd_ray.run.variables import check_ray_address
 
 
 def prepare_data_command(arguments: Sequence[str] | None = None) -> int:
-    """`flashdmd data SOURCE [--check] [--embeddings] [--latents] [--out DIR] ...`; returns the exit code."""
+    """`flashdmd data SOURCE [--check] [--embeddings] [--latents] [--teacher-images N] [--out DIR] ...`; returns the exit code."""
     options = _parse(arguments)
     return run_command(lambda: _prepare(options))
 
@@ -27,9 +27,12 @@ def prepare_data_command(arguments: Sequence[str] | None = None) -> int:
 def _prepare(options: argparse.Namespace) -> int:
     config = _config(options)
     steps = [step for step in ("embeddings", "latents") if getattr(options, step)]
-    if steps and options.out is None:
+    images = options.teacher_images
+    if images is not None and images < 2:
+        raise ValueError(f"--teacher-images {images}: at least 2")
+    if (steps or images) and options.out is None:
         raise ValueError("--out: name the folder that the computed files go to")
-    if steps:
+    if steps or images:
         teacher_files(config)
         try_loading(config)
     return _on(options.runtime, lambda executor: _run(config, options, steps, executor))
@@ -49,6 +52,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--embeddings", action="store_true", help="encode every distinct prompt and caption to OUT/embeddings"
     )
     parser.add_argument("--latents", action="store_true", help="encode every image with the VAE to OUT/latents")
+    parser.add_argument(
+        "--teacher-images",
+        type=int,
+        metavar="N",
+        help="let the teacher draw N images of the prompts to OUT/images: real images where there are prompts alone",
+    )
     parser.add_argument(
         "--out", type=path_argument, metavar="DIR", help="where computed files go; started again, it goes on"
     )
@@ -108,12 +117,19 @@ def _on(runtime: str, work: Callable[[Executor], int]) -> int:
 
 
 def _run(config: Config, options: argparse.Namespace, steps: Sequence[str], executor: Executor) -> int:
-    if options.check or not steps:
+    if options.check or not (steps or options.teacher_images):
         code = _check(config, executor)
         if code:
             return code
     if steps:
         _precompute(config, options.out, steps, executor)
+    if options.teacher_images:
+        from flashdmd_ray.commands.teacher_images import write_teacher_images
+
+        folder = write_teacher_images(config, options.teacher_images, options.out, lambda line: print(line, flush=True))
+        print(
+            f"written; the discriminator learns from them with data.source={folder}: what the teacher draws is its measure then"
+        )
     return 0
 
 

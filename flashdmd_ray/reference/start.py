@@ -37,6 +37,8 @@ USUAL = {
     "sd15": Usual("stable-diffusion-v1-5/stable-diffusion-v1-5", "", 7.5),
 }
 SAM = "models/sam_vit_b_01ec64.pth"
+DRAWN = "teacher_images"
+"""Folder of images that the teacher draws where there are none."""
 LADDER = ((None, 8, 4), (None, 4, 1), (768, 4, 1), (512, 4, 1))
 """(pixels of a side, or None for the teacher's own; batch of a GPU; samples at a time): the first that fits is written."""
 
@@ -49,7 +51,10 @@ def new_command(arguments: Sequence[str]) -> int:
         epilog="Then: flashdmd train FILE --dry-run",
     )
     parser.add_argument("family", choices=USUAL, help="the teacher's family; sd15: also 2.1, sd3: also 3.5")
-    parser.add_argument("--images", required=True, help="real images: a folder with text files beside them, .tar, ...")
+    parser.add_argument(
+        "--images",
+        help="real images: a folder with text files beside them, .tar, ... (default: the teacher draws them)",
+    )
     parser.add_argument("--prompts", help="prompts, one per line (default: the images' captions)")
     parser.add_argument(
         "--teacher", help="a diffusers folder, a .safetensors file or a hub id (default: the published)"
@@ -66,6 +71,8 @@ def _write(options: argparse.Namespace) -> int:
     out: Path = options.out or Path(f"my_{options.family}.yaml")
     if out.exists():
         raise ValueError(f"--out: {out} is there already; name another file, or remove it")
+    if options.images is None and options.prompts is None:
+        raise ValueError("--images or --prompts: name one of them, or both")
     for name, path in (("--images", options.images), ("--prompts", options.prompts)):
         if path is not None and not path.startswith("hf:") and not Path(path).exists():
             raise ValueError(f"{name}: {path} does not exist")
@@ -78,7 +85,12 @@ def _write(options: argparse.Namespace) -> int:
     memory = options.gpu_memory or (min(here) if here else 24.0)
     write_atomically(out, first_that_fits(options, out.stem, gpus, round(memory - 0.5, 1)))
     where = f"{gpus} GPU{'s' if gpus > 1 else ''} of {memory:g} GiB" if gpus else "no GPU: on the CPU, for small models"
-    print(f"{out} is written for {where}; next: flashdmd train {out} --dry-run")
+    following = f"flashdmd train {out} --dry-run"
+    if options.images is None:
+        following = (
+            f"flashdmd data {options.prompts} --teacher-images 2000 --config {out} --out {DRAWN}, then {following}"
+        )
+    print(f"{out} is written for {where}; next: {following}")
     return 0
 
 
@@ -121,7 +133,7 @@ def _lines(
         yield f"  resolution: [{side}, {side}]   # null is the teacher's own size, which would not fit"
     yield f"  sam: {_text(options.sam)}   # from https://github.com/facebookresearch/segment-anything"
     yield "data:"
-    yield f"  source: {_text(options.images)}"
+    yield f"  source: {_text(options.images or DRAWN + '/images')}"
     if options.prompts:
         yield f"  prompts: {_text(options.prompts)}"
     yield "generator: {lr: 1.0e-5, warmup: 100}   # adapters take 10 to 20 times the rates of whole networks"

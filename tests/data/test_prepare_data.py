@@ -3,9 +3,12 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from scenes_on_disk import samples, tar_members, write_folder, write_tar
 
 from flashdmd_ray.commands.prepare_data import prepare_data_command
+from flashdmd_ray.config import DataConfig
+from flashdmd_ray.data import build_images
 
 
 @pytest.fixture
@@ -78,6 +81,7 @@ def test_a_table_without_images_is_prompts(command, tmp_path, as_folder):
         (("nowhere", "--latents"), "--out: name the folder"),
         (("nowhere", "--latents", "--out", "x", "--model", "/no/where"), "model.teacher: no such directory"),
         (("nowhere", "--workers", "0"), "data.workers"),
+        (("p.txt", "--teacher-images", "5"), "--out: name the folder"),
         (("nowhere", "--set", "data.colour=red"), "data.colour"),
     ],
 )
@@ -94,6 +98,26 @@ def test_precomputing_without_usable_data_is_refused(command, tmp_path):
     assert code == 2
     assert "in a row cannot be decoded" in err
     assert not (tmp_path / "out" / "latents" / "manifest.json").exists()
+
+
+def test_prompts_alone_become_images_that_a_run_reads(command, tmp_path):
+    prompts, out = tmp_path / "p.txt", tmp_path / "out"
+    prompts.write_text("a red 4 on a gray background\na blue 7 on a white background\n")
+    draw = (prompts, "--teacher-images", 5, "--out", out, "--set", "evaluation={teacher_steps: 2, batch: 2}")
+    code, said, _ = command(*draw)
+    assert code == 0
+    assert f"data.source={out / 'images'}" in said
+    pictures = {path: path.read_bytes() for path in out.rglob("*.png")}
+    assert len(set(pictures.values())) == 5, "a prompt that comes again has other noise"
+    (out / "images" / "000003.txt").unlink()  # as an interrupted call leaves it
+    assert command(*draw)[0] == 0
+    assert {path: path.read_bytes() for path in out.rglob("*.png")} == pictures
+    source = build_images(DataConfig(source=str(out / "images"), cache=tmp_path / "cache"), seed=0)
+    reals = source.reals(torch.arange(5), (24, 24))
+    assert sorted(reals.captions) == sorted((prompts.read_text().splitlines() * 3)[:5])
+    code, _, err = command(*draw, "evaluation.guidance_scale=3")
+    assert code == 2
+    assert "drawn from other prompts or with another teacher" in err
 
 
 @pytest.mark.usefixtures("ray_cluster")
