@@ -109,6 +109,8 @@ class _Evaluation:
         self.say = say
         features = [] if eval_metrics.features is None else [eval_metrics.features(i).cpu() for i in reference.reals]
         self.reals = torch.cat(features) if features else None
+        if self.reals is not None and len(self.texts) < 2 * self.reals.shape[1]:
+            say(f"Frechet distances of {len(self.texts)} samples in {self.reals.shape[1]} dimensions are mostly noise")
 
     @torch.no_grad()
     def row(self, sampler: Sampler) -> Row:

@@ -132,7 +132,8 @@ def _results(row: Mapping[str, Any], prompts: str) -> list[EvalResult]:
         EvalResult(
             task_type="text-to-image",
             dataset_type="prompts",
-            dataset_name=f"{row['samples']} {prompts}, {row['nfe']} forwards each",
+            dataset_name=f"{row['samples']} {prompts}",
+            dataset_config=row["name"],  # by which the hub tells results of one data set apart
             metric_type=metric,
             metric_value=value,
             metric_name=metric,

@@ -110,8 +110,9 @@ def _is_open(path: str) -> bool:
 
 
 def _log(scope: Scope, state: RequestState, response: _Response) -> None:
-    """Log path, status and time of a request: no prompt, no key, no body."""
-    log.info(
+    """Log path, status and time of a request: no prompt, no key, no body. A page's files are no news."""
+    log.log(
+        logging.DEBUG if scope["path"].startswith(OPEN_PREFIX) else logging.INFO,
         "request %s: %s %s -> %s in %d ms (client %s)",
         state.request_id,
         scope["method"],

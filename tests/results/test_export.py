@@ -30,7 +30,11 @@ FACTS = CardFacts(
     measured={
         "prompts": "held-out prompts",
         "space": "features of a judge",
-        "rows": [{"name": "teacher, 25 steps", **ROW}, {"name": "student, 4 steps", **ROW, "accuracy": 0.875}],
+        "rows": [
+            {"name": "teacher, 25 steps", **ROW},
+            {"name": "student, 4 steps", **ROW, "accuracy": 0.875},
+            {"name": "student, 1 step", **ROW, "nfe": 1, "accuracy": 0.5},
+        ],
     },
     examples=[("a red 4", 17)],
 )
@@ -174,10 +178,12 @@ def test_card_and_files(family, tmp_path):
     card = ModelCard.load(out / "README.md")
     assert card.data.license == "openrail++"
     assert card.data.base_model == "someone/sdxl"
-    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert measured == {"accuracy": 0.875, "frechet": 41.25, "reward pickscore": 6.5, "diversity": 13.0}, (
-        "of the student"
-    )
+    measured = {(result.dataset_config, result.metric_type): result.metric_value for result in card.data.eval_results}
+    others = {"frechet": 41.25, "reward pickscore": 6.5, "diversity": 13.0}
+    expected = {"student, 4 steps": {"accuracy": 0.875} | others, "student, 1 step": {"accuracy": 0.5} | others}
+    assert measured == {(name, metric): value for name, row in expected.items() for metric, value in row.items()}
+    indexed = [result["dataset"]["config"] for result in card.data.to_dict()["model-index"][0]["results"]]
+    assert sorted(indexed) == sorted(expected), "results of several rows stay apart"
     for needed in (
         "num_inference_steps=4",
         "999, 749, 499, 249",
