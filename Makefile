@@ -44,7 +44,7 @@ check: install docs ## style, types, import rules, declared dependencies, links 
 	$(BIN)/deptry flashdmd_ray jobs
 
 docs: install ## the documentation as a site in build/site; a dead link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 reference: install ## docs/configuration.md and the schemas for editors, from the configuration's types
 	$(BIN)/python -m flashdmd_ray.reference.pages

@@ -1,0 +1,124 @@
+"""The tutorial docs/own_model.md: its commands, as the page has them, from a checkpoint and photographs to a served student."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+import requests
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from tiny import save_sam, save_sdxl
+
+from flashdmd_ray.__main__ import main
+from flashdmd_ray.config import load_config
+from tests.models.rewards.small_rewards import write_clip
+from tests.pages import ROOT, blocks, flashdmd
+from tests.serving.exports import export_demo
+from tests.serving.test_command import outside_ray, wait_until_ready
+from tests.serving.test_service import free_port
+
+PAGE = ROOT / "docs" / "own_model.md"
+COMMANDS = [command for block in blocks(PAGE) for command in block.commands]
+SMALL = [
+    "steps=2",
+    "preference={start_step: 0, updates: 1, threshold: 0.0}",
+    "rewards=[{kind: pickscore, path: models/pickscore, skip_noise_check: random weights}]",  # in place of the hub's
+    "placement.threads=1",
+    "evaluation.samples=4",
+    "evaluation.teacher_steps=2",
+    "tracking.enabled=false",
+]
+
+
+def page_commands(name):
+    """Arguments of the page's calls of one command."""
+    return [words for command in COMMANDS if (words := flashdmd(command)) and words[0] == name]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A user's folder: a small random teacher, SAM and reward, photographs with captions, and prompts."""
+    home = tmp_path_factory.mktemp("home")
+    save_sdxl(home / "models" / "my_sdxl")
+    save_sam(home / "models" / "sam_vit_b_01ec64.pth")
+    write_clip(home / "models" / "pickscore")
+    (home / "photos").mkdir()
+    for number in range(4):
+        Image.effect_noise((64, 64), 50).convert("RGB").save(home / "photos" / f"{number}.jpg")
+        (home / "photos" / f"{number}.txt").write_text(f"photograph {number}")
+    (home / "prompts.txt").write_text("a cat\na dog\na lighthouse at dusk\n")
+    return home
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    """The page's steps 1 to 4; returns the folder of the finished run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        (new,) = page_commands("config")
+        assert main([*new, "--gpus", "0"]) == 0
+        checks = page_commands("data")
+        assert [main(check) for check in checks] == [0, 0]
+        dry, *trainings = page_commands("train")
+        assert "--dry-run" in dry
+        assert main(dry) == 0
+        assert len(trainings) == 2
+        for training in trainings:
+            settings = [] if "--set" in training else ["--set"]
+            given = [word for word in training if word.startswith(("steps=", "evaluation."))]
+            assert main([*training, *settings, *SMALL, *given]) == 0
+    assert load_config(home / "my_sdxl.yaml").model.teacher == "models/my_sdxl"
+    return home / "runs" / "my_sdxl"
+
+
+def test_the_pages_exports_are_written(run, monkeypatch):
+    monkeypatch.chdir(run.parents[1])
+    assert (run.parent / "trial" / "export").is_dir()
+    exports = page_commands("export")
+    assert [main(export) for export in exports] == [0, 0]
+    assert (run / "kohya" / "flashdmd_lora.safetensors").is_file()
+    pipeline = StableDiffusionXLPipeline.from_pretrained("models/my_sdxl", use_safetensors=True)
+    pipeline.load_lora_weights("runs/my_sdxl/lora")
+
+
+def test_the_page_serves_the_student_and_a_terminated_service_finishes_what_it_has(run, tmp_path):
+    """A model beside it that takes long is being drawn when the service is told to end."""
+    (serve,) = page_commands("serve")
+    port, slow = free_port(), export_demo(tmp_path / "demo" / "export")
+    options = ["--port", str(port), "--set", "teacher_steps=100", f"cache={tmp_path / 'cache'}", "watch_s=null"]
+    command = [sys.executable, "-m", "flashdmd_ray", *serve, f"demo={slow}", *options]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(
+        command, cwd=run.parents[1], env=outside_ray(), stdout=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        try:
+            wait_until_ready(process, url)
+            tree = psutil.Process(process.pid).children(recursive=True)
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            (curl,) = [words for words in COMMANDS if words[0] == "curl"]
+            address = curl[1].replace("http://127.0.0.1:8000", url)
+            header, _, value = curl[curl.index("-H") + 1].partition(": ")
+            drawn = requests.post(address, data=curl[curl.index("-d") + 1], headers={header: value}, timeout=120)
+            assert drawn.status_code == 200, drawn.text
+            assert len(drawn.json()["data"]) == 1
+
+            answers = []
+            body = {"prompt": "a red 4", "model": "demo:teacher"}
+            asking = threading.Thread(
+                target=lambda: answers.append(requests.post(f"{url}/v1/images/generations", json=body, timeout=120))
+            )
+            asking.start()
+            while "flashdmd_requests_inside 1.0" not in requests.get(f"{url}/metrics", timeout=30).text:
+                assert asking.is_alive(), "the request was over before the signal"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=120) == 0
+            asking.join(timeout=10)
+            assert [answer.status_code for answer in answers] == [200]
+            assert psutil.wait_procs(tree, timeout=30)[1] == []
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
