@@ -78,7 +78,7 @@ def test_a_table_without_images_is_prompts(command, tmp_path, as_folder):
     ("arguments", "message"),
     [
         (("nowhere",), "does not exist"),
-        (("nowhere", "--latents"), "--out: name the folder"),
+        (("nowhere", "--embeddings"), "--out: name the folder"),
         (("nowhere", "--latents", "--out", "x", "--model", "/no/where"), "model.teacher: no such directory"),
         (("nowhere", "--workers", "0"), "data.workers"),
         (("p.txt", "--teacher-images", "5"), "--out: name the folder"),
@@ -103,7 +103,17 @@ def test_precomputing_without_usable_data_is_refused(command, tmp_path):
 def test_prompts_alone_become_images_that_a_run_reads(command, tmp_path):
     prompts, out = tmp_path / "p.txt", tmp_path / "out"
     prompts.write_text("a red 4 on a gray background\na blue 7 on a white background\n")
-    draw = (prompts, "--teacher-images", 5, "--out", out, "--set", "evaluation={teacher_steps: 2, batch: 2}")
+    draw = (
+        prompts,
+        "--teacher-images",
+        5,
+        "--config",
+        "demo",
+        "--out",
+        out,
+        "--set",
+        "evaluation={teacher_steps: 2, batch: 2}",
+    )
     code, said, _ = command(*draw)
     assert code == 0
     assert f"data.source={out / 'images'}" in said
