@@ -46,7 +46,7 @@ def test_a_block_is_run_dry(block, capsys):
             code = main([*(word for word in arguments if word != "--dry-run"), "--dry-run"])
             printed = capsys.readouterr()
             assert code in (0, 2), printed.err  # 2: teacher, rewards or data are not here
-            assert "memory in all" in printed.out
+            assert "settings that differ from the defaults" in printed.out  # behind the plan
 
 
 def test_messages_that_the_troubleshooting_page_quotes_are_in_the_code():
