@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import requests
@@ -51,6 +52,28 @@ def outside_ray():
 def wait_until_ready(process, url):
     said = next(line for line in process.stdout if line.startswith(("ready", "error")))
     assert said == f"ready: {url}/\n"
+
+
+def test_a_terminated_service_finishes_what_it_has(tmp_path):
+    with serving(tmp_path) as (process, url):
+        wait_until_ready(process, url)
+        tree = psutil.Process(process.pid).children(recursive=True)
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        assert next(model["id"] for model in requests.get(f"{url}/v1/models", timeout=30).json()["data"]) == "demo"
+
+        answers = []
+        body = {"prompt": "a red 4", "model": "demo:teacher"}
+        asking = threading.Thread(
+            target=lambda: answers.append(requests.post(f"{url}/v1/images/generations", json=body, timeout=120))
+        )
+        asking.start()
+        while "flashdmd_requests_inside 1.0" not in requests.get(f"{url}/metrics", timeout=30).text:
+            assert asking.is_alive(), "the request was over before the signal"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+        asking.join(timeout=10)
+        assert [answer.status_code for answer in answers] == [200]
+        assert psutil.wait_procs(tree, timeout=30)[1] == []
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_command_with_one_line(tmp_path):
