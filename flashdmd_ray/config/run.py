@@ -57,6 +57,12 @@ class CheckpointConfig(Section):
     """Whether small or large values of `best_metric` are good."""
 
 
+class ProfileConfig(Section):
+    steps: tuple[PositiveInt, ...] = ()
+    """Steps, counted from 1, whose calls of rank 0 are traced by torch's profiler, each into a file of the folder `profile` of the run
+    that https://ui.perfetto.dev opens (docs/metrics.md). Such steps are slower."""
+
+
 class TrackingConfig(Section):
     uri: TrackingUrl | None = None
     """MLflow tracking server; null uses a sqlite file beside the runs."""
