@@ -25,11 +25,11 @@ def check_agreement(config: Config) -> None:
 
 def check_ranks(config: Config) -> None:
     """Batches that the ranks of a group can share and cut into micro-batches; one worker of each kind without Ray."""
-    engine = "engine.accumulation", config.engine.micro_batches
+    engine = "engine.accumulation", config.engine.accumulation
     critic = (
         engine
-        if config.adversarial.accumulation == "auto"
-        else ("adversarial.accumulation", config.critic_micro_batches)
+        if config.adversarial.accumulation is None
+        else ("adversarial.accumulation", config.adversarial.accumulation)
     )
     for group, key, batch, (setting, accumulation) in (
         ("learner", "batch", config.batch, engine),

@@ -1,12 +1,14 @@
-"""Names shared with MLflow. Imports nothing heavy."""
+"""Names shared with MLflow, and with the process that talks to it. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 
-REGISTERED_MODEL = "flashdmd_ray"
-"""Name that every exported model is a version of."""
+URI_VARIABLE = "FLASHDMD_TRACKING_URI"
+"""Environment variable in which the mirror process gets the tracking URI."""
+LEFT_OUT = "MLflow does not take"
+"""Beginning of the mirror's lines about one thing that MLflow refuses for good."""
 LONGEST_KEY = 250
 
 

@@ -1,13 +1,10 @@
 """Settings in sight: the page, the schemas and `flashdmd config` say what the configuration's types say."""
 
 import re
-from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
-from PIL import Image
-from tiny import save_sam, sdxl_pipeline
 
 from flashdmd_ray.__main__ import main
 from flashdmd_ray.config import PRESETS, Config, load_config
@@ -55,23 +52,6 @@ def test_a_key_is_explained(key, said, capsys):
 def test_an_unknown_key_is_refused_with_the_nearest(capsys):
     assert main(["config", "beta"]) == 2
     assert capsys.readouterr().err == "error: beta: unknown key, did you mean preference.beta?\n"
-
-
-def test_from_a_checkpoint_photographs_and_prompts_to_a_valid_dry_run_in_two_commands(tmp_path, monkeypatch, capsys):
-    sdxl_pipeline().save_pretrained(tmp_path / "teacher")
-    (tmp_path / "photos").mkdir()
-    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "1.jpg")
-    (tmp_path / "photos" / "1.txt").write_text("a photograph")
-    (tmp_path / "prompts #1.txt").write_text("a cat\n")
-    save_sam(tmp_path / "sam_vit_x.pth")
-    monkeypatch.chdir(tmp_path)
-    command = ["config", "new", "sdxl", "--images", "photos", "--prompts", "prompts #1.txt", "--teacher", "teacher"]
-    assert main([*command, "--sam", "sam_vit_x.pth", "--gpus", "0"]) == 0
-    written = Path("my_sdxl.yaml").read_text()
-    assert main(["train", "my_sdxl.yaml", "--dry-run"]) == 0
-    assert "prompts: prompts #1.txt" in capsys.readouterr().out
-    assert main([*command, "--out", "my_sdxl.yaml"]) == 2, "a file that is there is never written over"
-    assert Path("my_sdxl.yaml").read_text() == written
 
 
 def test_a_new_configuration_without_images_reads_those_that_the_teacher_draws(tmp_path, capsys):
