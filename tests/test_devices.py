@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from flashdmd_ray.batch import Prompts
+from flashdmd_ray.batch import Prompts, PublishedWeights
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
 from flashdmd_ray.roles import networks, reward
-from flashdmd_ray.runtime.border import RoleOnDevice
+from flashdmd_ray.roles.rollout import Rollout
+from flashdmd_ray.runtime.border import RoleHere
 from flashdmd_ray.runtime.build import build_runtime
+from flashdmd_ray.runtime.call_times import CallTimes
 from tests import tiny
 from tests.simulated_gpu import CPU, GPU, SimulatedGpu, device_of
 
@@ -83,8 +85,12 @@ def test_no_role_mixes_devices(case: str, gpus: None, tmp_path: Path) -> None:
         pictures = runtime.generator.generate_images(prompts, config.sampling.timesteps, 0)
         teachers = runtime.score.generate_teacher_images(prompts, 2, 3.0, 0)
         assert device_of(pictures) == device_of(teachers) == CPU
+        published = PublishedWeights(1, runtime.generator.weights(), "published")
+        elsewhere = RoleHere("rollout", "rollouts", Rollout.from_config(config), CallTimes())
+        candidates = elsewhere.candidates(prompts, 0, 0, published)
+        assert {device_of(tensor) for tensor in (*published.tensors.values(), candidates.images)} == {CPU}
         roles = (runtime.generator, runtime.score, runtime.discriminator)
-        assert all(isinstance(role, RoleOnDevice) for role in (*roles, runtime.rollouts, *runtime.rewards.values()))
+        assert all(isinstance(role, RoleHere) for role in (*roles, runtime.rollouts, *runtime.rewards.values()))
         for role in roles:
             role.save(tmp_path)
         for role in roles:

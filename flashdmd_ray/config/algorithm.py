@@ -82,9 +82,9 @@ class AdversarialConfig(Section):
     """latent space only: weight of the GAN loss beside the denoising loss in the score estimator's update (DMD2)."""
     hidden: PositiveInt = 32
     """Channels of a discriminator head."""
-    accumulation: MayChange[PositiveInt | None] = None
-    """Micro-batches of the pixel discriminator's updates; null: as `engine.accumulation`. Decoder and SAM need more memory for a sample
-    than a denoiser, which runs faster on all of its batch at once."""
+    accumulation: MayChange[Literal["auto"] | PositiveInt] = "auto"
+    """Micro-batches of the pixel discriminator's updates. Decoder and SAM need more memory for a sample than a denoiser, which runs faster
+    on all of its batch at once. auto: the fewest whose planned memory fits the GPU; on CPUs as many as `engine.accumulation`."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, betas=(0.0, 0.99))
     """The heads' optimizer."""
 

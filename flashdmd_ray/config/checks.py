@@ -25,11 +25,11 @@ def check_agreement(config: Config) -> None:
 
 def check_ranks(config: Config) -> None:
     """Batches that the ranks of a group can share and cut into micro-batches; one worker of each kind without Ray."""
-    engine = "engine.accumulation", config.engine.accumulation
+    engine = "engine.accumulation", config.engine.micro_batches
     critic = (
         engine
-        if config.adversarial.accumulation is None
-        else ("adversarial.accumulation", config.adversarial.accumulation)
+        if config.adversarial.accumulation == "auto"
+        else ("adversarial.accumulation", config.critic_micro_batches)
     )
     for group, key, batch, (setting, accumulation) in (
         ("learner", "batch", config.batch, engine),

@@ -21,7 +21,7 @@ from flashdmd_ray.config.monitor import MonitorConfig
 from flashdmd_ray.config.networks import LoraConfig, ModelConfig
 from flashdmd_ray.config.optimizers import EngineConfig
 from flashdmd_ray.config.rewards import RewardConfig
-from flashdmd_ray.config.run import CheckpointConfig, RunConfig, TrackingConfig
+from flashdmd_ray.config.run import CheckpointConfig, ProfileConfig, RunConfig, TrackingConfig
 from flashdmd_ray.config.runtime import ControlConfig, DeadlineConfig, PlacementConfig
 from flashdmd_ray.config.section import Count, MayChange, PositiveInt, Section
 
@@ -78,6 +78,8 @@ class Config(Section):
     """When checkpoints are written, where to, and which stay."""
     tracking: MayChange[TrackingConfig] = TrackingConfig()
     """Metrics, sample grids and MLflow."""
+    profile: MayChange[ProfileConfig] = ProfileConfig()
+    """Traces of chosen steps."""
     evaluation: MayChange[EvaluationConfig] = EvaluationConfig()
     """The table and the grid at the end."""
 
@@ -104,6 +106,12 @@ class Config(Section):
     def beside_learner(self, group: str) -> bool:
         """Return True if the roles of `group` live in the learner's processes."""
         return self.process(group) == self.process("learner")
+
+    @property
+    def critic_micro_batches(self) -> int:
+        """Micro-batches per update of the pixel discriminator; as many as the engine's where the plan has not chosen."""
+        own = self.adversarial.accumulation
+        return self.engine.micro_batches if own == "auto" else own
 
     def due_rewards(self, step: int) -> tuple[RewardConfig, ...]:
         """The rewards that score the candidates of `step`, a step with preference updates."""

@@ -51,8 +51,9 @@ class EngineConfig(Section):
     """deepspeed only. What ranks share out: 1 masters and moments, 2 gradients too, 3 weights too."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations of the trained networks. Masters and moments are float32 in either. (float16 would need loss scaling.)"""
-    accumulation: MayChange[PositiveInt] = 1
-    """Micro-batches per update, one after the other: less memory for activations, the same update."""
+    accumulation: MayChange[Literal["auto"] | PositiveInt] = "auto"
+    """Micro-batches per update, one after the other: less memory for activations, the same update. auto: the fewest whose planned memory
+    fits the GPU of a joint training; 1 elsewhere."""
     gradient_checkpointing: MayChange[bool] = False
     """Compute activations of the denoisers, SAM and the VAE decoder again in the backward pass instead of keeping them."""
     offload_optimizer: MayChange[bool] = False
@@ -61,6 +62,11 @@ class EngineConfig(Section):
     """adamw_8bit: moments of 8 bits in blocks of 256 with one scale each; kind 'torch' only, needs the extra 'low-memory'."""
     compile: MayChange[bool] = False
     """torch.compile of the trained networks; not with ZeRO stage 3, whose gathering it cannot follow."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per update; 1 where the plan has not chosen."""
+        return 1 if self.accumulation == "auto" else self.accumulation
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -57,6 +57,12 @@ class CheckpointConfig(Section):
     """Whether small or large values of `best_metric` are good."""
 
 
+class ProfileConfig(Section):
+    steps: tuple[PositiveInt, ...] = ()
+    """Steps, counted from 1, whose calls of rank 0 are traced by torch's profiler, each into a file of the folder `profile` of the run
+    that https://ui.perfetto.dev opens (docs/metrics.md). Such steps are slower."""
+
+
 class TrackingConfig(Section):
     uri: TrackingUrl | None = None
     """MLflow tracking server; null uses a sqlite file beside the runs."""
@@ -65,7 +71,12 @@ class TrackingConfig(Section):
     experiment: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(without_variables)] = "flashdmd_ray"
     """Experiment in MLflow. Exports are versions of the registered model flashdmd_ray, whatever the experiment."""
     enabled: bool = True
-    """false writes only the run folder."""
+    """Whether MLflow is used."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the folder tensorboard of the run: metrics, grids and texts. Needs the extra 'tensorboard'."""
+    wandb: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(without_variables)] | None = None
+    """Project of Weights & Biases, or 'team/project'; null: not used. Its own variables (WANDB_API_KEY, WANDB_MODE=offline) say the rest.
+    Needs the extra 'wandb'."""
     samples_every: PositiveInt = 50
     """Steps between sample grids."""
     log_every: PositiveInt = 1

@@ -54,6 +54,9 @@ class RewardPoolConfig(PoolConfig):
 
 
 class PlacementConfig(Section):
+    gpus: Literal["auto"] | Count = "auto"
+    """GPUs to use where the sections below say nothing of workers and GPUs: a learner on each of so many, with all other roles within it.
+    auto: all that this machine has, or the cluster that the job joins; where there is none, everything is on the CPU, as with 0."""
     learner: GroupConfig = GroupConfig()
     """Teacher, generator and score estimator; ZeRO shards over its ranks."""
     discriminator: RoleGroupConfig = RoleGroupConfig()
@@ -84,6 +87,17 @@ class PlacementConfig(Section):
 
     WORKER_GROUPS: ClassVar = ("learner", "discriminator", "rollout")
     """Groups that are not pools of rewards."""
+
+    @property
+    def is_laid_out(self) -> bool:
+        """True when a section says how many workers or GPUs there are, or where roles live."""
+        plain = GroupConfig()
+        return bool(self.pools) or any(
+            (placed.workers, placed.gpus) != (plain.workers, plain.gpus)
+            or getattr(placed, "within", None) is not None
+            or getattr(placed, "max_workers", None) is not None
+            for placed in self.groups()
+        )
 
     def groups(self) -> list[GroupConfig]:
         """Every section that places workers."""

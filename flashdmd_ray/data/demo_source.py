@@ -11,6 +11,7 @@ from flashdmd_ray.data.image_source import RealLatents, Reals
 from flashdmd_ray.data.index import Index
 from flashdmd_ray.data.order import Order
 from flashdmd_ray.data.tally import Tally
+from flashdmd_ray.data.waiting import waiting_for_data
 
 REALS = "reals"
 
@@ -39,7 +40,8 @@ class DemoScenes:
         from flashdmd_ray.demo.scenes import CANVAS, render
 
         scenes = [self._scenes[i] for i in self._order.samples(REALS, positions.cpu().numpy()).tolist()]
-        images = render(scenes)[0]
+        with waiting_for_data():
+            images = render(scenes)[0]
         if size != (CANVAS, CANVAS):
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         return Reals(images, tuple(scene.caption for scene in scenes))

@@ -18,6 +18,7 @@ from flashdmd_ray.data.precomputed import StoredLatents
 from flashdmd_ray.data.prefetch import Decoded, Decoder, Size
 from flashdmd_ray.data.sample import Bad
 from flashdmd_ray.data.tally import Tally
+from flashdmd_ray.data.waiting import waiting_for_data
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class FileSource:
 
     def reals(self, positions: Tensor, size: Size) -> Reals:
         """Raises ValueError, with the report, when more than data.max_bad_fraction of the images decoded so far were bad."""
-        decoded = self.decoder.take(positions.tolist(), size)
+        with waiting_for_data():
+            decoded = self.decoder.take(positions.tolist(), size)
         self._count(decoded)
         pixels = torch.from_numpy(np.stack([d.pixels for d in decoded])).permute(0, 3, 1, 2)
         captions = self.images.index.captions([d.sample for d in decoded])
@@ -66,7 +68,8 @@ class FileSource:
             reals = self.reals(positions, size)
             return RealLatents(encode(reals.images), reals.captions, reals.replaced)
         wanted = self.images.numbers(positions.tolist())
-        values, samples = self.stored.rows(wanted)
+        with waiting_for_data():
+            values, samples = self.stored.rows(wanted)
         replaced = sum(a != b for a, b in zip(samples, wanted, strict=True))
         return RealLatents(values, self.images.index.captions(samples), replaced)
 

@@ -87,7 +87,7 @@ class Engine(ABC):
 
     def cut(self, count: int) -> list[slice]:
         """Rows of each of `engine.accumulation` micro-batches of `count` samples. Sizes differ by at most one."""
-        number = self.config.accumulation
+        number = self.config.micro_batches
         assert count >= number, f"{self.role}: {count} samples cannot be cut into {number} micro-batches"
         return [slice(count * k // number, count * (k + 1) // number) for k in range(number)]
 
@@ -157,6 +157,11 @@ class Engine(ABC):
             f"{self.role}: the {what} of {update} is not finite; weights and moments are unchanged. "
             "Lower the learning rate, lengthen the warm-up or inspect this step's inputs"
         )
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the last update."""
+        return float(self.optimizer_state.optimizer.param_groups[0]["lr"])
 
     def updates(self, objective: str = "distillation") -> int:
         """Return the number of updates made for an objective."""

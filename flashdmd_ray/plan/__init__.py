@@ -9,8 +9,22 @@ from __future__ import annotations
 
 from flashdmd_ray.plan.check import check, preview
 from flashdmd_ray.plan.forecast import gpu_of
+from flashdmd_ray.plan.gpus import use_gpus
 from flashdmd_ray.plan.hardware import GPUS
+from flashdmd_ray.plan.micro_batches import fit_micro_batches
 from flashdmd_ray.plan.parts import Part, parts_of
 from flashdmd_ray.plan.text import describe, sections, table
 
-__all__ = ["GPUS", "Part", "check", "describe", "gpu_of", "parts_of", "preview", "sections", "table"]
+__all__ = [
+    "GPUS",
+    "Part",
+    "check",
+    "describe",
+    "fit_micro_batches",
+    "gpu_of",
+    "parts_of",
+    "preview",
+    "sections",
+    "table",
+    "use_gpus",
+]

@@ -78,6 +78,8 @@ def missing_packages(config: Config) -> list[str]:
         (f"rewards.{n}.kind", "open_clip", "rewards") for n, r in enumerate(rewards) if r.kind.startswith("hpsv2")
     ]
     needs += [("data.source", "datasets", "hub")] if hub else []
+    needs += [("tracking.tensorboard", "tensorboard", "tensorboard")] if config.tracking.tensorboard else []
+    needs += [("tracking.wandb", "wandb", "wandb")] if config.tracking.wandb else []
     return [
         f"{key}: needs the package {package}, which is not installed; pip install 'flashdmd-ray[{extra}]'"
         for key, package, extra in needs

@@ -127,10 +127,10 @@ def build_roles(
         denoiser = PricedDenoiser(role, precision, cost, spend, True, _mid(prices))
         told = partial(updated, float(cost.trained))
         if not head:
-            return DryEngine(denoiser, settings, config.engine.accumulation, role, told)
+            return DryEngine(denoiser, settings, config.engine.micro_batches, role, told)
         network = DenoiserWithHead(denoiser, denoiser.mid_width, config.adversarial.hidden)
         network.head.requires_grad_(False)
-        made = DryEngine(network, settings, config.engine.accumulation, role, told)
+        made = DryEngine(network, settings, config.engine.micro_batches, role, told)
         network.head.to(META)  # after the engine, which would fill what it finds there
         return made
 
@@ -145,7 +145,7 @@ def build_roles(
     else:
         roles["learner"]["score"] = ScoreEstimator(config, learner, score)  # type: ignore[arg-type]
         judge = PricedJudge(config.model.dtype, prices.judge, spend, _logits(models, prices))
-        parts = config.adversarial.accumulation or config.engine.accumulation
+        parts = config.critic_micro_batches
         plain = DryEngine(judge, config.adversarial.optimizer, parts, "discriminator", partial(updated, 0.0))
         home = learner if config.beside_learner("discriminator") else family(config.adversarial.prompt_projection)
         roles["discriminator"] = {"discriminator": Discriminator(config, home, plain, images)}  # type: ignore[arg-type]

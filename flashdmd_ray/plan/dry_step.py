@@ -93,6 +93,7 @@ class DryRun:
         self._start = config.preference.start_step if config.preference.updates else 0
         self._before: list[float] = []
         self._flops: dict[tuple[str, str], float] = defaultdict(float)
+        self._early: dict[tuple[str, str], float] = defaultdict(float)
         self._seconds = 0.0
         self._busy: dict[str, float] = defaultdict(float)
         self._times: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -110,6 +111,8 @@ class DryRun:
         clock, weight = self._ledger.clock, self._weight
         if step < self._start:
             self._before.append(clock.now.time)
+            for key, flops in self._ledger.flops.items():
+                self._early[key] += flops
         for key, flops in self._ledger.flops.items():
             self._flops[key] += weight * flops
         self._seconds += weight * clock.now.time
@@ -123,8 +126,11 @@ class DryRun:
 
     def mean(self, peaks: Mapping[str, float], published: float) -> Step:
         keys = dict.fromkeys([*self._flops, *self._ledger.peaks])
+        early = max(1, len(self._before))
         works = [
-            Work(part, group, self._flops.get((group, part), 0.0), self._ledger.peaks[group, part])
+            Work(
+                part, group, self._flops[group, part], self._ledger.peaks[group, part], self._early[group, part] / early
+            )
             for group, part in keys
         ]
         times = [RoleTime(group, call, calls, seconds) for (group, call), (calls, seconds) in self._times.items()]

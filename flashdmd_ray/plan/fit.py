@@ -70,6 +70,15 @@ def check_fit(config: Config, models: Models, parts: Sequence[Part], step: Step 
             raise ValueError(_too_large(config, models, group, process, room))
 
 
+def fits(config: Config, models: Models, step: Step) -> bool:
+    """Return True if every process fits its GPU; False too where that cannot be known."""
+    for group, process in processes(config, parts_of_models(config, models), step).items():
+        room = room_of(config, "learner" if group == "local" else group)
+        if process is None or (room is not None and process.gpu_gib > room):
+            return False
+    return True
+
+
 def _placed(config: Config) -> list[str]:
     pools = ("rollout", *config.reward_pools) if config.preference.updates else ()
     homes = dict.fromkeys(config.placement.home(name) for name in ("learner", "discriminator", *pools))
@@ -176,7 +185,7 @@ def _next_stage(config: Config, stage: int) -> int | None:
 
 def _fewest_prompts(config: Config) -> int:
     """Fewest prompts with which each rank of the learner still fills its micro-batches."""
-    return config.placement.learner.workers * config.engine.accumulation
+    return config.placement.learner.workers * config.engine.micro_batches
 
 
 def _value(config: Config, key: str) -> Any:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashdmd_ray.config import Config, parse_config
-from flashdmd_ray.plan.fit import processes, room_of
+from flashdmd_ray.plan.fit import fits
 from flashdmd_ray.plan.hardware import GPUS, UTILISATION, Gpu
 from flashdmd_ray.plan.mean_step import step_of
 from flashdmd_ray.plan.models import Models
-from flashdmd_ray.plan.parts import parts_of_models
 from flashdmd_ray.plan.works import Step
 
 IDLE = 0.3
@@ -67,10 +66,7 @@ def forecast_of(config: Config, step: Step, gpu: Gpu) -> Forecast | None:
         return None
     seconds = step.timing.seconds
     busy = sum(counts.get(group, 0.0) * share for group, share in step.timing.busy.items())
-    flops = sum(
-        work.flops * (1 if config.runtime == "local" else config.placement.of(work.group).workers)
-        for work in step.works
-    )
+    flops, _ = operations_of(config, step)
     start = min(config.preference.start_step, config.steps) if config.preference.updates else 0
     hours = (step.timing.before * start + seconds * (config.steps - start)) * gpus / 3600
     return Forecast(
@@ -84,6 +80,17 @@ def forecast_of(config: Config, step: Step, gpu: Gpu) -> Forecast | None:
         utilisation=flops / (seconds * gpus * gpu.matmul),
         hours=hours,
         cost=hours * gpu.price,
+    )
+
+
+def operations_of(config: Config, step: Step) -> tuple[float, float]:
+    """Operations of a mean step on all ranks together, and of one before preference updates begin."""
+    ranks = {
+        work.group: 1 if config.runtime == "local" else config.placement.of(work.group).workers for work in step.works
+    }
+    return (
+        sum(work.flops * ranks[work.group] for work in step.works),
+        sum(work.before * ranks[work.group] for work in step.works),
     )
 
 
@@ -113,7 +120,7 @@ def better_placement(config: Config, models: Models, step: Step, found: Forecast
     best, chosen = found, None
     for changed in _divisions(config, step)[:TRIED]:
         changed_step = step_of(changed, models, found.gpu)
-        if changed_step is None or not _fits(changed, models, changed_step):
+        if changed_step is None or not fits(changed, models, changed_step):
             continue
         tried = forecast_of(changed, changed_step, found.gpu)
         if tried is not None and tried.seconds < 0.95 * best.seconds:
@@ -167,11 +174,3 @@ def _with_placement(config: Config, changes: dict[str, dict[str, Any]]) -> Confi
         return parse_config(config.model_dump(mode="json") | {"placement": placement})
     except ValueError:  # ranks that cannot share the batch
         return None
-
-
-def _fits(config: Config, models: Models, step: Step) -> bool:
-    for group, process in processes(config, parts_of_models(config, models), step).items():
-        room = room_of(config, group)
-        if process is None or (room is not None and process.gpu_gib > room):
-            return False
-    return True

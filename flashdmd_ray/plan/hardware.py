@@ -31,6 +31,13 @@ GPUS = {
 }
 """Data sheets of NVIDIA; prices are rough ones of rented machines in 2026, to be replaced by one's own."""
 
+
+def gpu_named(name: str) -> Gpu | None:
+    """The GPU that torch calls `name`, such as "NVIDIA GeForce RTX 4090"; None for one that is not in the table."""
+    plain = name.lower().replace(" ", "")
+    return next((gpu for gpu in GPUS.values() if gpu.name in plain), None)
+
+
 UTILISATION = 0.4
 """Share of `matmul` that diffusion networks reach, an assumption: nothing here was measured on such a GPU."""
 LAUNCH_S = 8e-6

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """A part's share of a mean step on one rank. flops: operations. peak: bytes of activations at most in one of its calls."""
+    """A part's share of a mean step on one rank. flops: operations. peak: bytes of activations at most in one of its calls.
+    before: operations of a mean step before `preference.start_step`."""
 
     part: str
     group: str
     flops: float
     peak: float
+    before: float = 0.0
 
 
 @dataclass(frozen=True)

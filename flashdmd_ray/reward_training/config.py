@@ -177,10 +177,10 @@ class RewardTrainingConfig(Section):
             raise ValueError(
                 f"workers.workers: {self.workers.workers} ranks cannot share batch {self.batch} equally; choose a multiple of the ranks"
             )
-        if self.batch // self.workers.workers < self.engine.accumulation:
+        if self.batch // self.workers.workers < self.engine.micro_batches:
             raise ValueError(
                 f"engine.accumulation: {self.batch // self.workers.workers} pairs on each rank cannot be cut into "
-                f"{self.engine.accumulation} micro-batches; set it to at most {self.batch // self.workers.workers}"
+                f"{self.engine.micro_batches} micro-batches; set it to at most {self.batch // self.workers.workers}"
             )
         if self.runtime == "local" and self.workers.workers > 1:
             raise ValueError("workers.workers: more than one needs runtime 'ray'")

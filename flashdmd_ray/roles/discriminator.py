@@ -44,7 +44,7 @@ class Discriminator(TrainedRole):
         if config.engine.gradient_checkpointing:
             family.checkpoint_decoder()
         # The heads are small: nothing to shard, to round or to send away.
-        plain = EngineConfig(accumulation=config.adversarial.accumulation or config.engine.accumulation)
+        plain = EngineConfig(accumulation=config.critic_micro_batches)
         engine = build_engine(plain, network.to(family.device), config.adversarial.optimizer, role="discriminator")
         return cls(config, family, engine, open_reals(config, family))
 
@@ -82,6 +82,7 @@ class Discriminator(TrainedRole):
         return {
             "discriminator/loss": loss.item(),
             "discriminator/grad_norm": norm,
+            "discriminator/lr": self.engine.rate,
             "discriminator/accuracy_real": (real_logits > 0).float().mean().item(),
             "discriminator/accuracy_fake": (fake_logits < 0).float().mean().item(),
             "data/replaced": replaced / len(real_images),

@@ -71,7 +71,7 @@ class Generator(TrainedRole):
         No gradient of one reaches the other's forward. Without a low-noise level both losses act on x (DMD2). Values are returned
         detached. With micro-batches no graph is kept: `distillation_step` makes the two forwards again, one micro-batch at a time.
         """
-        whole = self.config.engine.accumulation == 1
+        whole = self.config.engine.micro_batches == 1
         self._conditioning = self.family.encode(prompts.texts)
         predict_x0 = x0_predictor(self.engine if whole else self.engine.module, self.schedule, self._conditioning)
         with torch.set_grad_enabled(whole):
@@ -127,6 +127,7 @@ class Generator(TrainedRole):
         with torch.no_grad():
             return {
                 "generator/grad_norm": norm,
+                "generator/lr": self.engine.rate,
                 "generator/latent_mean": x.mean().item(),
                 "generator/latent_std": x.std().item(),
                 "generator/saturation": (x.abs() > 3).float().mean().item(),
@@ -159,6 +160,7 @@ class Generator(TrainedRole):
             return {
                 "preference/loss": loss.item(),
                 "preference/grad_norm": norm,
+                "preference/lr": self.engine.rate,
                 "preference/beta_h": preference.beta * (pairs.weights * ratio.abs().nan_to_num()).mean().item(),
                 "preference/implicit_accuracy": (pairs.weights * (ratio > 0)).mean().item(),
                 "preference/drift": torch.cat(drifts).square().mean().sqrt().item(),

@@ -100,6 +100,7 @@ class AdversarialScoreEstimator(ScoreEstimator):
         return {
             "score/loss": losses[0].item(),
             "score/grad_norm": norm,
+            "score/lr": self.engine.rate,
             "discriminator/loss": losses[1].item(),
             "discriminator/accuracy_real": (real_logits > 0).float().mean().item(),
             "discriminator/accuracy_fake": (fake_logits < 0).float().mean().item(),

@@ -63,7 +63,7 @@ class ScoreEstimator(TrainedRole):
             part = self._denoising_loss(prediction, fakes.values[rows], noisy[rows], eps[rows], timesteps[rows])
             loss += self.engine.backward(part)
         norm = self.engine.update("distillation")
-        return {"score/loss": loss.item(), "score/grad_norm": norm}
+        return {"score/loss": loss.item(), "score/grad_norm": norm, "score/lr": self.engine.rate}
 
     def _denoising_loss(self, prediction: Tensor, x0: Tensor, noisy: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         if self.config.score.target == "x0":

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -62,19 +63,42 @@ class MetricsLog:
             self._waiting.pop(0)
 
 
+class MetricsTail:
+    """Complete lines that were appended to a file since the last look; all of them again when the file was replaced (on a resume)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._file_id = 0
+
+    def new_records(self) -> list[tuple[int, dict[str, Any]]]:
+        """(time of reading in ms, record) of each new line; a line that is no record is left out."""
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            file_id = os.fstat(file.fileno()).st_ino
+            if file_id != self._file_id:
+                self._file_id, self._offset = file_id, 0
+            file.seek(self._offset)
+            lines = file.read().split(b"\n")[:-1]
+        self._offset += sum(len(line) + 1 for line in lines)
+        return [(int(time.time() * 1000), record) for line in lines if (record := _record(line)) is not None]
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete records of a metrics file; a torn last line is left out."""
     if not path.is_file():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: str | bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _drop_later_steps(path: Path, after_step: int) -> None:

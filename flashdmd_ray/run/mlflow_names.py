@@ -1,14 +1,12 @@
-"""Names shared with MLflow, and with the process that talks to it. Imports nothing heavy."""
+"""Names shared with MLflow. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 
-URI_VARIABLE = "FLASHDMD_TRACKING_URI"
-"""Environment variable in which the mirror process gets the tracking URI."""
-LEFT_OUT = "MLflow does not take"
-"""Beginning of the mirror's lines about one thing that MLflow refuses for good."""
+REGISTERED_MODEL = "flashdmd_ray"
+"""Name that every exported model is a version of."""
 LONGEST_KEY = 250
 
 

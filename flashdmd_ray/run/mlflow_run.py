@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashdmd_ray.run.destinations import LeftOut, Unusable
 from flashdmd_ray.run.messages import typed_line
-from flashdmd_ray.run.mlflow_names import mlflow_key, mlflow_model_name
+from flashdmd_ray.run.mlflow_names import REGISTERED_MODEL, mlflow_key, mlflow_model_name
 from flashdmd_ray.run.settings import flatten
 
 BATCH = {"metrics": 1000, "params": 100, "tags": 100}
@@ -29,14 +28,6 @@ REFUSALS = (
     "RESOURCE_DOES_NOT_EXIST",
 )
 """Error codes of an order that will never be obeyed: the server is too old, say, or does not let this user register models."""
-
-
-class Unusable(Exception):
-    """MLflow answers, but not for this run until somebody does what the text says."""
-
-
-class LeftOut(Exception):
-    """One thing that cannot be sent, now or later: its file is not there, say."""
 
 
 class MlflowRun:
@@ -107,6 +98,12 @@ class MlflowRun:
         run_id = str(self.client.create_run(self.experiment_id, run_name=self.folder.name).info.run_id)
         (self.folder / "mlflow.json").write_text(json.dumps({"uri": shown_uri, "run_id": run_id}) + "\n")
         return run_id
+
+    def refuses(self, error: Exception) -> bool:
+        if getattr(error, "error_code", None) not in REFUSALS:
+            return False
+        self.check_usable()
+        return True
 
     def check_usable(self) -> None:
         """Raise Unusable when the run, or its experiment, was deleted meanwhile."""
@@ -194,7 +191,7 @@ class MlflowRun:
         self.client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True)
         self._images.add(label)
 
-    def log_model(self, export: str, registered_name: str) -> None:
+    def log_model(self, export: str) -> None:
         """Log the exported pipeline as a model of this run, and register it as the newest version of a registered model."""
         from mlflow.exceptions import MlflowException
 
@@ -211,14 +208,14 @@ class MlflowRun:
         card = folder / "README.md"
         description = card.read_text(encoding="utf-8")[:5000] if card.is_file() else None
         try:
-            self.client.create_registered_model(registered_name)
+            self.client.create_registered_model(REGISTERED_MODEL)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         version = self.client.create_model_version(
-            registered_name, model.model_uri, self.run_id, description=description, model_id=model.model_id
+            REGISTERED_MODEL, model.model_uri, self.run_id, description=description, model_id=model.model_id
         )
-        self.client.set_registered_model_alias(registered_name, "newest", version.version)
+        self.client.set_registered_model_alias(REGISTERED_MODEL, "newest", version.version)
         del self._models[export]
 
     def tag(self, key: str, text: str) -> None:
@@ -226,36 +223,6 @@ class MlflowRun:
 
     def finish(self, status: str) -> None:
         self.client.set_terminated(self.run_id, status)
-
-
-class MetricsTail:
-    """Complete lines that were appended to a file since the last look; all of them again when the file was replaced (on a resume)."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._file_id = 0
-
-    def new_records(self) -> list[tuple[int, dict[str, Any]]]:
-        """(time of reading in ms, record) of each new line; a line that is no record is left out."""
-        if not self._path.is_file():
-            return []
-        with self._path.open("rb") as file:
-            file_id = os.fstat(file.fileno()).st_ino
-            if file_id != self._file_id:
-                self._file_id, self._offset = file_id, 0
-            file.seek(self._offset)
-            lines = file.read().split(b"\n")[:-1]
-        self._offset += sum(len(line) + 1 for line in lines)
-        return [(int(time.time() * 1000), record) for line in lines if (record := _record(line)) is not None]
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _cut(text: str) -> str:

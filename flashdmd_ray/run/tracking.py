@@ -1,4 +1,4 @@
-"""Tracking of a run: `metrics.jsonl` at once, MLflow in the background. Imports neither torch nor mlflow."""
+"""Tracking of a run: `metrics.jsonl` at once, MLflow, TensorBoard and W&B in the background. Imports neither torch nor any of them."""
 
 from __future__ import annotations
 
@@ -15,34 +15,40 @@ from pathlib import Path
 from typing import IO, Any, Literal, Self
 
 from flashdmd_ray.config import TrackingConfig, tracking_address
+from flashdmd_ray.run.destinations import LEFT_OUT, TITLES, URI_VARIABLE
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.metrics_log import MetricsLog
-from flashdmd_ray.run.mlflow_names import LEFT_OUT, URI_VARIABLE
 
 log = logging.getLogger(__name__)
 
-REGISTERED_MODEL = "flashdmd_ray"
 SILENCE_S = 120.0
-"""At the end, how long to wait for the next sign of life of the MLflow process before it is left behind."""
+"""At the end, how long to wait for the next sign of life of a mirror process before it is left behind."""
 HURRY_S = 5.0
 """The same for someone who pressed Ctrl-C twice."""
 
 Status = Literal["finished", "interrupted", "failed"]
-MLFLOW_STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+END = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
 class Tracker:
     """Metrics, grids and the exported model of one run.
 
-    Metrics are on disk when `metrics` returns. MLflow is fed by a process of its own (flashdmd_ray/run/mlflow_mirror.py) that reads the run
-    folder; if it or its server fails, one warning is logged and the run goes on. Records of steps after `after_step` are dropped first:
-    a resumed run computes them again.
+    Metrics are on disk when `metrics` returns. MLflow, TensorBoard and W&B are fed by processes of their own (flashdmd_ray/run/mirror.py)
+    that read the run folder; if one or its server fails, one warning is logged and the run goes on. Records of steps after `after_step` are
+    dropped first: a resumed run computes them again.
     """
 
     def __init__(self, run: RunDirectory, config: TrackingConfig, after_step: int) -> None:
         self._run = run
         self._metrics = MetricsLog(run.metrics, after_step)
-        self._mirror = MlflowProcess(run.path, tracking_uri(config, run), config.experiment) if config.enabled else None
+        self._mirrors = []
+        if config.enabled:
+            address = {URI_VARIABLE: tracking_uri(config, run)}
+            self._mirrors.append(MirrorProcess(run.path, "mlflow", config.experiment, address))
+        if config.tensorboard:
+            self._mirrors.append(MirrorProcess(run.path, "tensorboard"))
+        if config.wandb is not None:
+            self._mirrors.append(MirrorProcess(run.path, "wandb", config.wandb))
 
     def metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record numbers (Python, numpy or torch scalars) of one step."""
@@ -65,11 +71,13 @@ class Tracker:
         self._order({"model": self._relative(folder)})
 
     def finish(self, status: Status, timeout_s: float | None = None) -> None:
-        """Close the metrics and give MLflow the rest; waits as long as MLflow makes progress. Further calls do nothing."""
+        """Close the metrics and give the mirrors the rest; waits as long as they make progress. Further calls do nothing."""
         self._metrics.close()
-        if self._mirror is not None:
-            self._mirror.finish(MLFLOW_STATUS[status], SILENCE_S if timeout_s is None else timeout_s)
-            self._mirror = None
+        mirrors, self._mirrors = self._mirrors, []
+        for mirror in mirrors:
+            mirror.order({"finish": END[status]})
+        for mirror in mirrors:
+            mirror.wait(SILENCE_S if timeout_s is None else timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -83,8 +91,8 @@ class Tracker:
             self.finish("interrupted", HURRY_S)
 
     def _order(self, order: dict[str, Any]) -> None:
-        if self._mirror is not None:
-            self._mirror.order(order)
+        for mirror in self._mirrors:
+            mirror.order(order)
 
     def _relative(self, path: Path) -> str:
         return path.resolve().relative_to(self._run.path.resolve()).as_posix()
@@ -110,16 +118,18 @@ def default_uri(run: RunDirectory) -> str:
     return f"sqlite:///{(run.path.parent / 'mlflow.db').resolve()}"
 
 
-class MlflowProcess:
-    """The other end of `python -m flashdmd_ray.run.mlflow_mirror`. No method raises, and only `finish` waits."""
+class MirrorProcess:
+    """The other end of `python -m flashdmd_ray.run.mirror`. No method raises, and only `wait` waits."""
 
-    def __init__(self, folder: Path, uri: str, experiment: str) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, destination: str, group: str = "", environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._title = TITLES[destination]
+        self._log = folder / f"{destination}.log"
         self._last_sign = time.monotonic()
         self._warned = False
-        command = [sys.executable, "-m", "flashdmd_ray.run.mlflow_mirror", str(folder)]
-        command += ["--experiment", experiment, "--registered-model", REGISTERED_MODEL]
-        self._errors: IO[bytes] = (folder / "mlflow.log").open("ab")
+        command = [sys.executable, "-m", "flashdmd_ray.run.mirror", str(folder), destination, *filter(None, [group])]
+        self._errors: IO[bytes] = self._log.open("ab")
         package_root = str(Path(__file__).resolve().parents[2])
         paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
@@ -129,10 +139,10 @@ class MlflowProcess:
             stderr=self._errors,
             encoding="utf-8",
             errors="replace",
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", URI_VARIABLE: uri},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **(environment or {})},
             start_new_session=True,  # a closed terminal, Ctrl-C and batch systems signal the group of the training
         )
-        self._listener = threading.Thread(target=self._listen, name="mlflow-listener", daemon=True)
+        self._listener = threading.Thread(target=self._listen, name=f"{destination}-listener", daemon=True)
         self._listener.start()
 
     def order(self, order: dict[str, Any]) -> None:
@@ -142,23 +152,25 @@ class MlflowProcess:
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
         except (OSError, ValueError):
-            self._warn("the MLflow process ended early; the run folder has everything")
+            self._warn(f"the process for {self._title} ended early; the run folder has everything")
 
-    def finish(self, status: str, timeout_s: float) -> None:
+    def wait(self, timeout_s: float) -> None:
+        """Wait for the end of the process, which was ordered to finish; it is killed after so long without a sign of life."""
         self._last_sign = time.monotonic()
-        self.order({"finish": status})
         while self._process.poll() is None and time.monotonic() - self._last_sign < timeout_s:
             time.sleep(0.05)
         if self._process.poll() is None:
             self._process.kill()
-            self._warn(f"MLflow was silent for {timeout_s:g} s and is left behind; the run folder has everything")
+            self._warn(
+                f"{self._title} was silent for {timeout_s:g} s and is left behind; the run folder has everything"
+            )
         self._process.wait()
         self._listener.join(timeout=5)
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):  # what the other side did not read any more
                 pipe.close()  # type: ignore[union-attr]
         if self._process.returncode != 0:
-            self._warn(f"the MLflow process failed; see {self._folder / 'mlflow.log'}")
+            self._warn(f"the process for {self._title} failed; see {self._log}")
         self._errors.close()
 
     def _listen(self) -> None:
@@ -167,7 +179,7 @@ class MlflowProcess:
             self._last_sign = time.monotonic()
             text = line.strip()
             if text.startswith(LEFT_OUT):
-                log.warning("tracking: %s", text)
+                log.warning("tracking: %s does not take %s", self._title, text.removeprefix(LEFT_OUT))
             elif text != "ok":
                 self._warn(text)
 

@@ -36,6 +36,7 @@ def prepare_environment(environment: MutableMapping[str, str]) -> None:
     Compose files and shells leave variables set and empty (`RAY_ADDRESS=${RAY_ADDRESS:-}`), which some libraries take for a value: these
     are removed. The addresses in `LOCAL` are added to no_proxy, so that no library sends the traffic of one machine to a proxy.
     """
+    environment.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of itself at each start and stop
     for name in [name for name, value in environment.items() if not value.strip() and name.startswith(PREFIXES)]:
         del environment[name]
     given = [environment.get(name, "") for name in ("no_proxy", "NO_PROXY")]

@@ -113,6 +113,21 @@ class Cluster:
             _end(tree)
 
 
+def gpus_of_cluster(address: str) -> list[str]:
+    """The type of each GPU of a running cluster, such as "H100", or "" where Ray does not know it. Raises NoRoom like `join_running`."""
+    join_running(address)
+    try:
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    finally:
+        ray.shutdown()
+    return [_gpu_type(node) for node in resources for _ in range(int(node.get("GPU", 0)))]
+
+
+def _gpu_type(resources: dict[str, float]) -> str:
+    prefix = "accelerator_type:"
+    return next((name.removeprefix(prefix) for name in resources if name.startswith(prefix)), "")
+
+
 def _accepts(host: str, port: int) -> bool:
     try:
         socket.create_connection((host, port), ACCEPT_S).close()

@@ -7,9 +7,15 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.runtime.border import RoleHere
+from flashdmd_ray.runtime.call_times import CallTimes
+from flashdmd_ray.runtime.placement import REWARDS
 from flashdmd_ray.runtime.protocol import ScalablePool, Task
 
 T = TypeVar("T")
+
+GROUP = "learner"
+"""Name of the one process in measurements: the group that all roles join."""
 
 
 class LocalRuntime:
@@ -21,13 +27,19 @@ class LocalRuntime:
     def __init__(self, roles: Mapping[str, Any], rewards: Mapping[str, Any] | None = None) -> None:
         """roles: by the attribute names of `Runtime`; rewards: by pool. A job without preference updates has no rollouts
         and no rewards."""
-        self.generator: Any = roles.get("generator")
-        self.score: Any = roles.get("score")
-        self.discriminator: Any = roles.get("discriminator")
-        self.rollouts: Any = roles.get("rollouts")
-        self.rewards: Mapping[str, Any] = rewards or {}
+        self.times = CallTimes()
+        self.generator: Any = self._handle(roles, "generator")
+        self.score: Any = self._handle(roles, "score")
+        self.discriminator: Any = self._handle(roles, "discriminator")
+        self.rollouts: Any = self._handle(roles, "rollouts")
+        self.rewards: Mapping[str, Any] = {
+            pool: RoleHere(GROUP, f"{REWARDS}{pool}", role, self.times) for pool, role in (rewards or {}).items()
+        }
         self.pools: Mapping[str, ScalablePool] = {}
         self.step: int | None = None
+
+    def _handle(self, roles: Mapping[str, Any], name: str) -> RoleHere | None:
+        return RoleHere(GROUP, name, roles[name], self.times) if name in roles else None
 
     def publish(self, version: int) -> Task[PublishedWeights]:
         return self.background(lambda: PublishedWeights(version, {}, ""))

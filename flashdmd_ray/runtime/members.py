@@ -15,6 +15,7 @@ import ray
 from flashdmd_ray.runtime.concurrency import in_thread
 from flashdmd_ray.runtime.errors import Call, Closed, DeadlineExceeded, WorkerLost
 from flashdmd_ray.runtime.failures import translate
+from flashdmd_ray.runtime.gang import Places
 from flashdmd_ray.runtime.placement import WorkerGroup
 from flashdmd_ray.runtime.usage import Usage
 from flashdmd_ray.runtime.worker_logs import last_lines
@@ -37,6 +38,8 @@ class Member:
 
     actor: Any
     number: int
+    place: int | None
+    """Reserved for it; None for a worker that has asked Ray for room of its own."""
     ready: bool = False
     log: tuple[str, str] = ("", "")
     """Node and file of its standard error."""
@@ -52,7 +55,7 @@ class Members:
     `changed` guards everything here, `usage` too: hold it to read several of its figures at once.
     """
 
-    def __init__(self, group: WorkerGroup) -> None:
+    def __init__(self, group: WorkerGroup, places: Places) -> None:
         """Start bringing up as many workers as the group has, and return at once."""
         self.changed = threading.Condition()
         self.usage = Usage()
@@ -61,6 +64,7 @@ class Members:
         self.failure: Exception | None = None
         """Why no call can be made any more."""
         self._group = group
+        self._places = places
         self._start_s = group.config.deadlines.start_s
         self._numbers = itertools.count()
         self._members: set[Member] = set()
@@ -146,7 +150,8 @@ class Members:
         with self.changed:
             while self.failure is None and len(self._members) < self.size:
                 number = next(self._numbers)
-                member = Member(start_worker(self._group, number), number)
+                place = self._places.take()
+                member = Member(start_worker(self._group, number, self._places.options(place)), number, place)
                 self._members.add(member)
                 in_thread(functools.partial(self._bring_up, member))
 
@@ -198,3 +203,4 @@ class Members:
         if member.ready:
             self.usage.adjust(ready=-1)
         ray.kill(member.actor)
+        self._places.give_back(member.place)

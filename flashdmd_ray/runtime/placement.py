@@ -81,10 +81,10 @@ def check_devices(group: WorkerGroup, assigned: int, visible: int) -> None:
     """
     expected = math.ceil(group.gpus)
     if assigned != expected:
-        raise ValueError(f"{group.key}.gpus: {group.gpus:g} asked for, but Ray assigned {_amount(assigned, 'GPU')}")
+        raise ValueError(f"{group.key}.gpus: {group.gpus:g} asked for, but Ray assigned {amount(assigned, 'GPU')}")
     if visible != expected:
         raise ValueError(
-            f"{group.key}.gpus: this worker was given {_amount(expected, 'GPU')}, but torch sees {visible}; "
+            f"{group.key}.gpus: this worker was given {amount(expected, 'GPU')}, but torch sees {visible}; "
             "check the driver and CUDA_VISIBLE_DEVICES on that machine"
         )
 
@@ -94,14 +94,19 @@ def role_class(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def check_shares(groups: Sequence[WorkerGroup]) -> None:
+    """Raise ValueError, naming the setting, for groups that no cluster can place."""
+    for group in groups:
+        _check_gpu_share(group)
+
+
 def check_placement(groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> None:
-    """Raise ValueError, naming the setting, for groups that no cluster can place; NoRoom when these nodes, empty, cannot hold them.
+    """Raise ValueError like `check_shares`; NoRoom when these nodes, empty, cannot hold the groups.
 
     First fit, largest first: it may refuse a packing that a cleverer search would find, only where the cluster is full
     to the last share.
     """
-    for group in groups:
-        _check_gpu_share(group)
+    check_shares(groups)
     free = [(node.cpus, [1.0] * node.gpus) for node in nodes]
     for group in sorted(groups, key=lambda g: (g.gpus, g.cpus), reverse=True):
         for _ in range(group.workers):
@@ -109,12 +114,16 @@ def check_placement(groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> Non
                 raise NoRoom(_no_room(group, groups, nodes))
 
 
+def needs_of(groups: Sequence[WorkerGroup]) -> str:
+    """Workers of a job and what each reserves, in words."""
+    return ", ".join(f"{g.name} {g.workers} x ({amount(g.gpus, 'GPU')}, {amount(g.cpus, 'CPU')})" for g in groups)
+
+
 def _no_room(group: WorkerGroup, groups: Sequence[WorkerGroup], nodes: Sequence[Node]) -> str:
-    needs = ", ".join(f"{g.name} {g.workers} x ({_amount(g.gpus, 'GPU')}, {_amount(g.cpus, 'CPU')})" for g in groups)
-    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    gpus, cpus = amount(sum(node.gpus for node in nodes), "GPU"), amount(sum(node.cpus for node in nodes), "CPU")
     return (
-        f"{group.key}: a worker with {_amount(group.gpus, 'GPU')} and {_amount(group.cpus, 'CPU')} finds no room; "
-        f"the job needs {needs}, the cluster has {_amount(gpus, 'GPU')} and {_amount(cpus, 'CPU')} on {_amount(len(nodes), 'node')}; "
+        f"{group.key}: a worker with {amount(group.gpus, 'GPU')} and {amount(group.cpus, 'CPU')} finds no room; "
+        f"the job needs {needs_of(groups)}, the cluster has {gpus} and {cpus} on {amount(len(nodes), 'node')}; "
         "lower the workers, gpus or cpus of placement, or add machines"
     )
 
@@ -138,5 +147,6 @@ def _take(free: list[tuple[float, list[float]]], group: WorkerGroup) -> bool:
     return False
 
 
-def _amount(number: float, unit: str) -> str:
+def amount(number: float, unit: str) -> str:
+    """Number and unit, in the plural where it is not one."""
     return f"{number:g} {unit}" + ("" if number == 1 else "s")

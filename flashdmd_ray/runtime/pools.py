@@ -16,9 +16,11 @@ from flashdmd_ray.batch import Batch
 from flashdmd_ray.config import PoolConfig
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.autoscale import Demand
+from flashdmd_ray.runtime.call_times import Reply
 from flashdmd_ray.runtime.concurrency import in_thread
 from flashdmd_ray.runtime.errors import Call, Closed, RoleFailed, WorkerError
 from flashdmd_ray.runtime.failures import reraise, translate
+from flashdmd_ray.runtime.gang import Places
 from flashdmd_ray.runtime.members import Member, Members
 from flashdmd_ray.runtime.placement import WorkerGroup, is_reward
 from flashdmd_ray.runtime.usage import PoolState
@@ -36,11 +38,13 @@ class PoolLease:
         self._pool = pool
         self._is_over = False
 
-    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def call(
+        self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], traced: bool = False
+    ) -> Reply:
         """See `Pool.call`. Raises Closed after `end`."""
         if self._is_over:
             raise Closed
-        return self._pool.call(role, method, args, kwargs)
+        return self._pool.call(role, method, args, kwargs, traced)
 
     def end(self) -> None:
         """Refuse all further calls."""
@@ -50,8 +54,8 @@ class PoolLease:
 class Pool:
     """Calls to interchangeable workers, each to one that is idle. Callers on several threads share them; a caller that finds none waits."""
 
-    def __init__(self, group: WorkerGroup) -> None:
-        """Start its workers; returns at once. `attach` it to a runtime before its first call."""
+    def __init__(self, group: WorkerGroup, places: Places) -> None:
+        """Start its workers in `places`; returns at once. `attach` it to a runtime before its first call."""
         placed = group.config.placement.of(group.name)
         assert isinstance(placed, PoolConfig)
         self._group = group
@@ -61,7 +65,7 @@ class Pool:
         self._ray_is_alive: Callable[[], bool]
         self._low = placed.workers
         self._high = placed.max_workers or placed.workers
-        self._members = Members(group)
+        self._members = Members(group, places)
         if self._high > self._low:
             in_thread(functools.partial(self._follow, Demand(placed.shrink_after_s)))
 
@@ -117,7 +121,9 @@ class Pool:
             self._low = workers
         self._members.set_size(workers)
 
-    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def call(
+        self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], traced: bool = False
+    ) -> Reply:
         """Run a method on any worker; replay it on another one, `deadlines.retries` times, when its worker is lost,
         hangs or fails.
 
@@ -129,7 +135,7 @@ class Pool:
             member = self._members.take(call, self._deadlines.start_s + timeout)
             name = self._members.name(member)
             try:
-                result = ray.get(member.actor.call.remote(role, method, args, kwargs), timeout=timeout)
+                reply: Reply = ray.get(member.actor.call.remote(role, method, args, kwargs, traced), timeout=timeout)
             except RayError as error:
                 failure = translate(error, call, name, timeout, member.last_lines)
             except BaseException:
@@ -137,7 +143,7 @@ class Pool:
                 raise
             else:
                 self._members.give_back(member)
-                return result
+                return reply
             self._after_failure(member, failure)
             passing = isinstance(failure, WorkerError) or is_reward(role)
             if not passing or replays_left == 0 or not self.is_whole:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.runtime.call_times import CallTimes
 from flashdmd_ray.runtime.usage import PoolState
 
 if TYPE_CHECKING:  # the types of the handles: an editor jumps from the loop to the role
@@ -54,6 +55,8 @@ class Runtime(Protocol):
     pools: Mapping[str, ScalablePool]
     """The pools that can be looked at and resized while the job runs, by name: "rollout" and those of rewards. Empty in
     one process."""
+    times: CallTimes
+    """What the calls of this attempt take."""
     step: int | None
     """Set by the driver at the start of each step, so that errors can name it."""
 

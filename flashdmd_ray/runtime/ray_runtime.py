@@ -9,14 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.runtime.call_times import CallTimes
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
 from flashdmd_ray.runtime.errors import WorkerLost
-from flashdmd_ray.runtime.placement import WorkerGroup, check_placement, rewards_of
+from flashdmd_ray.runtime.gang import Gang
+from flashdmd_ray.runtime.handles import RoleHandle
+from flashdmd_ray.runtime.placement import WorkerGroup, check_placement, check_shares, rewards_of
 from flashdmd_ray.runtime.pools import Pool, PoolLease
 from flashdmd_ray.runtime.protocol import ScalablePool, Task
 from flashdmd_ray.runtime.wire import register_tensors
-from flashdmd_ray.runtime.workers import RoleHandle, StatefulGroup
+from flashdmd_ray.runtime.workers import StatefulGroup
 
 T = TypeVar("T")
 
@@ -31,28 +34,35 @@ class RayRuntime:
 
         previous: the runtime of an attempt that failed, after `end_attempt`: its cluster and what is whole of its workers live on here.
 
-        Raises NoRoom for a job that the cluster cannot hold, and leaves `previous` as it was; ValueError for an impossible placement or
-        what a role's constructor raises, WorkerError when workers do not come up. Nothing is left running then. Call from the main
-        thread: a private cluster ends with the thread that started it.
+        Raises NoRoom for a job that the cluster has no room for within `deadlines.start_s` (a private Ray says so at once), and leaves
+        `previous` as it was; ValueError for an impossible placement or what a role's constructor raises, WorkerError when workers do not
+        come up. Nothing is left running then. Call from the main thread: a private cluster ends with the thread that started it.
         """
         self._step: int | None = None
+        self.times = CallTimes()
         self._groups: dict[str, StatefulGroup | Pool] = {}
+        self._gang: Gang | None = None
         started = time.monotonic()
         workers = ", ".join(f"{group.workers} {group.name}" for group in groups)
         say("starting Ray" if previous is None else "starting anew what was lost")
+        lives_on = previous if previous is not None and previous.is_alive else None
         self._cluster = _cluster_after(previous)
         try:
-            check_placement(groups, self._cluster.nodes())
+            owner = lives_on or self
+            owner._gang = owner._gang or _reserve(groups, self._cluster)
+            owner._gang.wait(groups[0].config.deadlines.start_s, say)
         except BaseException:
-            if previous is None:
-                self._cluster.leave()
+            if lives_on is None:
+                self.close()
             raise
+        if lives_on is not None:
+            self._gang, lives_on._gang = lives_on._gang, None
         try:
             say(f"starting workers: {workers} ({time.monotonic() - started:.0f} s)")
             register_tensors()
             whole = {} if previous is None else previous._hand_over(lambda: self.step)
             for group in groups:
-                self._groups[group.name] = whole.get(group.name) or _start(group, lambda: self.step)
+                self._groups[group.name] = whole.get(group.name) or self._start(group)
             self.pools: Mapping[str, ScalablePool] = self._attach_pools(groups)
             run_parallel([functools.partial(self._setup, name, say, started) for name in self._groups])
         except BaseException:
@@ -93,7 +103,8 @@ class RayRuntime:
 
     def _handle(self, name: str, role: str) -> RoleHandle:
         group = self._groups[name]
-        return RoleHandle(group if isinstance(group, StatefulGroup) else self._leases[name], role)
+        owner = group if isinstance(group, StatefulGroup) else self._leases[name]
+        return RoleHandle(owner, name, role, self.times)
 
     def _setup(self, name: str, say: Callable[[str], None], started: float) -> None:
         self._groups[name].setup()
@@ -105,7 +116,7 @@ class RayRuntime:
         assert isinstance(learner, StatefulGroup)
         if learner.has("rollouts"):
             return in_thread(lambda: PublishedWeights(version, {}, ""))
-        return learner.publish(version)
+        return learner.publish(version, self.times)
 
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
         return run_parallel(calls)
@@ -147,11 +158,24 @@ class RayRuntime:
         for group in self._groups.values() if self.is_alive else ():
             group.close()
         self._groups = {}
+        if self._gang is not None and self.is_alive:
+            self._gang.release()
+        self._gang = None
         self._cluster.leave()
 
+    def _start(self, group: WorkerGroup) -> StatefulGroup | Pool:
+        assert self._gang is not None
+        places = self._gang.places[group.name]
+        return StatefulGroup(group, places, lambda: self.step) if group.stateful else Pool(group, places)
 
-def _start(group: WorkerGroup, current_step: Callable[[], int | None]) -> StatefulGroup | Pool:
-    return StatefulGroup(group, current_step) if group.stateful else Pool(group)
+
+def _reserve(groups: Sequence[WorkerGroup], cluster: Cluster) -> Gang:
+    """Ask for room for all workers. A private Ray has one machine, so a job that it cannot hold is refused at once."""
+    if cluster.private:
+        check_placement(groups, cluster.nodes())
+    else:
+        check_shares(groups)
+    return Gang(groups)
 
 
 def _cluster_after(previous: RayRuntime | None) -> Cluster:

@@ -9,21 +9,24 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from flashdmd_ray.batch import PublishedWeights
 from flashdmd_ray.run.variables import prepare_environment
-from flashdmd_ray.runtime.border import call_role
+from flashdmd_ray.runtime.border import CPU, call_role
+from flashdmd_ray.runtime.call_times import CallTimes, Reply, Spent, metered
 from flashdmd_ray.runtime.concurrency import in_thread
 from flashdmd_ray.runtime.environment import limit_threads, on_gpu, worker_environment
 from flashdmd_ray.runtime.errors import Call, Closed, WorkerError
 from flashdmd_ray.runtime.failures import most_telling, reraise, translate
+from flashdmd_ray.runtime.gang import Places
+from flashdmd_ray.runtime.handles import RoleHandle
 from flashdmd_ray.runtime.placement import WorkerGroup, check_devices, create_roles, role_class
 from flashdmd_ray.runtime.protocol import Task
 from flashdmd_ray.runtime.shards import join_results, split_arguments
@@ -100,17 +103,23 @@ class Worker:
 
             decode_on_ray(list(self._roles.values()), self._config.data)
 
-    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run one method of one role."""
+    def call(
+        self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], traced: bool = False
+    ) -> Reply:
+        """Run one method of one role; see `call_role`."""
         args, kwargs = with_fetched_weights(args, kwargs, self._config.deadlines.call_s)
         args = tuple(self._resolve(value) for value in args)
         kwargs = {name: self._resolve(value) for name, value in kwargs.items()}
-        return call_role(self._roles[role], method, args, kwargs)
+        return call_role(self._roles[role], method, args, kwargs, traced)
 
-    def publish(self, version: int) -> PublishedWeights | None:
+    def publish(self, version: int) -> Reply:
         """Put the generator's weights into the object store; rank 0 of the learner does, the others help to gather them."""
-        weights = self._roles["generator"].weights()
-        return None if self._rank else published(weights, version)
+
+        def publish() -> PublishedWeights | None:
+            weights = self._roles["generator"].weights()
+            return None if self._rank else published(weights, version)
+
+        return metered(publish, getattr(self._roles["generator"], "device", CPU), traced=False)
 
     def _resolve(self, value: Any) -> Any:
         return self._roles[value.role] if isinstance(value, RoleReference) else value
@@ -125,22 +134,23 @@ def worker_name(group: WorkerGroup, rank: int) -> str:
     return f"{group.name}-{rank}"
 
 
-def start_worker(group: WorkerGroup, rank: int) -> Any:
-    """Ask Ray for one worker process; returns its actor handle at once.
+def start_worker(group: WorkerGroup, rank: int, options: Mapping[str, Any]) -> Any:
+    """Ask Ray for one worker process; returns its actor handle at once. options: of its place, see `Places.options`.
 
     Never restarted by Ray: that would run the constructor again and silently go on with initial weights. Groups are
     rebuilt by the supervisor from a checkpoint; pools put a new worker in the place of a lost one.
     """
     environment = worker_environment(group.config.placement.threads, group.gpus)
     environment["FLASHDMD_WORKER"] = worker_name(group, rank)  # tells the processes of a machine apart
-    options = {
+    settings = {
         "num_cpus": group.cpus,
         "num_gpus": group.gpus,
         "max_restarts": 0,
         "max_task_retries": 0,
         "runtime_env": {"env_vars": environment},
+        **options,
     }
-    return ray.remote(Worker).options(**options).remote(group, rank)
+    return ray.remote(Worker).options(**settings).remote(group, rank)
 
 
 class StatefulGroup:
@@ -150,8 +160,8 @@ class StatefulGroup:
     raise about their input or their numbers does not.
     """
 
-    def __init__(self, group: WorkerGroup, current_step: Callable[[], int | None]) -> None:
-        """Start all ranks; returns at once."""
+    def __init__(self, group: WorkerGroup, places: Places, current_step: Callable[[], int | None]) -> None:
+        """Start all ranks in `places`; returns at once."""
         self._group = group
         self._deadlines = group.config.deadlines
         self._current_step = current_step
@@ -159,7 +169,10 @@ class StatefulGroup:
         self._failure: Exception | None = None
         self._has_joined = self._is_built = False
         self._offers: list[Offer] = []
-        self._actors = [start_worker(group, rank) for rank in range(group.workers)]
+        self._places = [(places, places.take()) for _ in range(group.workers)]
+        self._actors = [
+            start_worker(group, rank, places.options(place)) for rank, (_, place) in enumerate(self._places)
+        ]
 
     def setup(self) -> None:
         """Bring up all ranks and their roles where they are not; raises what a role raised, or a WorkerError."""
@@ -193,25 +206,38 @@ class StatefulGroup:
             self._failure = Closed()
         return other
 
-    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Split the arguments, call all ranks, join the results."""
+    def call(
+        self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], traced: bool = False
+    ) -> Reply:
+        """Split the arguments, call all ranks, join the results. traced: rank 0 is."""
         args = tuple(self._reference(value) for value in args)
         kwargs = {name: self._reference(value) for name, value in kwargs.items()}
         shards, sizes = split_arguments(args, kwargs, len(self._actors))
         with self._order:  # calls from several threads must reach all ranks in one order, or their collectives would wait for each other
             if self._failure is not None:
                 raise self._failure
-            refs = [actor.call.remote(role, method, *shard) for actor, shard in zip(self._actors, shards, strict=True)]
-        return join_results(self._wait(refs, Call(role, method, self._current_step()), self._deadlines.call_s), sizes)
+            refs = [
+                actor.call.remote(role, method, *shard, traced and rank == 0)
+                for rank, (actor, shard) in enumerate(zip(self._actors, shards, strict=True))
+            ]
+        replies = self._wait(refs, Call(role, method, self._current_step()), self._deadlines.call_s)
+        return Reply(join_results([reply.result for reply in replies], sizes), _all_spent(replies))
 
-    def publish(self, version: int) -> Task[PublishedWeights]:
+    def publish(self, version: int, times: CallTimes) -> Task[PublishedWeights]:
         """Publish the weights as they are after the calls made so far. The driver gets a reference alone."""
         if self._failure is not None:
             raise self._failure
         with self._order:
             refs = [actor.publish.remote(version) for actor in self._actors]
         call = Call("generator", "publish", self._current_step())
-        return in_thread(lambda: self._wait(refs, call, self._deadlines.call_s)[0])
+
+        def wait() -> PublishedWeights:
+            replies = self._wait(refs, call, self._deadlines.call_s)
+            times.add(self._group.name, "generator", "publish", _all_spent(replies), None)
+            weights: PublishedWeights = replies[0].result
+            return weights
+
+        return in_thread(wait)
 
     def has(self, role: str) -> bool:
         """Return True if the role lives in these processes."""
@@ -253,25 +279,10 @@ class StatefulGroup:
         self._failure = self._failure or Closed(f"the {self._group.name} group was closed")
         for actor in self._actors:
             ray.kill(actor)
+        for places, place in self._places:
+            places.give_back(place)
+        self._places = []
 
 
-class Owner(Protocol):
-    """Stateful group or pool."""
-
-    def call(self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any: ...
-
-
-class RoleHandle:
-    """Handle of a role that runs in other processes, with the methods of its class."""
-
-    def __init__(self, owner: Owner, role: str) -> None:
-        self.owner = owner
-        self.role = role
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        if method.startswith("_"):
-            raise AttributeError(method)
-        return partial(self._call, method)
-
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self.owner.call(self.role, method, args, kwargs)
+def _all_spent(replies: Sequence[Reply]) -> tuple[Spent, ...]:
+    return tuple(spent for reply in replies for spent in reply.spent)

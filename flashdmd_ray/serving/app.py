@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -30,11 +31,18 @@ def build_app(args: Mapping[str, Any]) -> Application:
     return _ingress(settings).bind(build_replicas(settings))
 
 
+def on_gpus(settings: ServeSettings) -> ServeSettings:
+    """Put the replicas on the GPUs of the Ray that this process is connected to, where the settings leave it open."""
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
+    return settings.model_copy(update={"replica": settings.replica.on(gpus)})
+
+
 def build_replicas(settings: ServeSettings) -> Application:
     """Build the replicas alone, for a process that answers HTTP itself, as flashdmd serve does.
 
     A model that cannot be loaded ends the start at once, without further attempts.
     """
+    settings = on_gpus(settings)
     return _replicas(settings).options(max_constructor_retry_count=1).bind(settings)
 
 
@@ -69,8 +77,8 @@ def _replicas(settings: ServeSettings) -> serve.Deployment:
         health_check_period_s=5.0,
         ray_actor_options={
             "num_cpus": replica.cpus,
-            "num_gpus": replica.gpus,
-            "runtime_env": {"env_vars": worker_environment(replica.threads, replica.gpus)},
+            "num_gpus": float(replica.gpus),
+            "runtime_env": {"env_vars": worker_environment(replica.threads, float(replica.gpus))},
         },
         **scaling,
     )

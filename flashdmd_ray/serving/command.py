@@ -129,12 +129,18 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     from ray import serve
 
     from flashdmd_ray.runtime.cluster import Cluster
-    from flashdmd_ray.serving.app import api_over, build_replicas
+    from flashdmd_ray.serving.app import api_over, build_replicas, on_gpus
 
     print(f"starting Ray and loading {', '.join(settings.models)}", flush=True)
     with contextlib.ExitStack() as ends:
         cluster = Cluster.join()
         ends.callback(cluster.leave)
+        settings = on_gpus(settings)
+        if settings.replica.has_gpu:
+            print(
+                f"GPUs found, used so: {settings.replica.gpus:.3g} by each of {settings.replica.count} replicas",
+                flush=True,
+            )
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve's own lines; ours, of its child, are all shown
         logging.getLogger(LOGGER).setLevel(logging.INFO)
         serve.start(proxy_location="Disabled", logging_config=SERVE_LOGS | CONTROLLER_LOGS)

@@ -50,7 +50,7 @@ class ModelLoader:
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
-        self._device = torch.device("cuda" if settings.replica.gpus else "cpu")
+        self._device = torch.device("cuda" if settings.replica.has_gpu else "cpu")
         self._bases: dict[tuple[str, str], Family] = {}
         self._lock = threading.Lock()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -65,14 +66,27 @@ class ReplicaSettings(Section):
     """Unanswered requests per replica that autoscaling aims at."""
     cpus: Annotated[float, Field(ge=0)] = 1.0
     """CPUs that Ray reserves for each."""
-    gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of each: 1, or a fraction to share one. With 0 it computes on the CPU."""
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """GPUs of each: 1, or a fraction to share one. With 0 it computes on the CPU. auto: one of those that Ray knows, or a share where
+    they are fewer than replicas; on the CPU where there is none."""
     threads: PositiveInt = 1
     """Threads of torch in each. Small models are faster with two replicas of one thread than with one of two."""
     batch: Annotated[int, Field(strict=True, ge=1, le=256)] = 16
     """Largest number of images in one forward."""
     drain_s: PositiveFloat = 30.0
     """Seconds at most for a replica that is to go to finish what it has."""
+
+    def on(self, gpus: int) -> ReplicaSettings:
+        """These settings where Ray knows so many GPUs."""
+        if self.gpus != "auto":
+            return self
+        replicas = max(self.count, self.most or 0)
+        return self.model_copy(update={"gpus": 1 / math.ceil(replicas / gpus) if gpus else 0.0})
+
+    @property
+    def has_gpu(self) -> bool:
+        """True when a replica computes on a GPU."""
+        return self.gpus != "auto" and self.gpus > 0
 
 
 class ServeSettings(Section):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from textwrap import indent
 
 from flashdmd_ray.config import Config, dump_changes, load_config
-from flashdmd_ray.plan import GPUS, check, gpu_of, preview, sections
+from flashdmd_ray.plan import GPUS, check, fit_micro_batches, gpu_of, preview, sections, use_gpus
 from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.storage import checkpoint_root
@@ -31,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        config = load_config(options.config, options.set)
+        config, gpus = use_gpus(load_config(options.config, options.set))
+        config = fit_micro_batches(config)
+        if gpus:
+            print(gpus, flush=True)
         if options.dry_run:
             return _plan(config, options.gpu)
         run, _ = check(config)

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class Observer:
-    """Sees every step of the loop, in the order of `TrainingRun.observers`. Does nothing by itself."""
+    """Sees the end of every step in the order of `TrainingRun.observers`, its beginning in the reverse. Does nothing by itself."""
 
     def load(self, done: int, state: Mapping[str, Any]) -> None:
         """Continue after `done` steps. state: what every observer's `state` returned then, together; empty when nothing was done yet."""

@@ -14,6 +14,10 @@ SHOWN = {
     "discriminator/accuracy_fake": "D fake",
     "preference/kept": "kept",
     "preference/beta_h": "|beta H|",
+    "generator/lr": "lr",
+    "speed/images": "img/s",
+    "speed/mfu": "MFU",
+    "memory/learner": "GiB",
 }
 """Metric -> its name in a progress line; `shown_figures` adds the rewards."""
 MEANINGS = {
@@ -22,6 +26,10 @@ MEANINGS = {
     "D fake": "the same for generated ones",
     "kept": "share of prompt groups that are learnt from",
     "|beta H|": "strength of a preference, below .05 it does nothing",
+    "lr": "the generator's learning rate",
+    "img/s": "images distilled a second",
+    "MFU": "share of the GPUs' peak, by planned operations",
+    "GiB": "memory of a learner",
 }
 """Name in a progress line -> its meaning. A reward's name stands for its mean."""
 
@@ -47,9 +55,13 @@ def legend(config: Config) -> str:
 
 def shown_figures(config: Config) -> dict[str, str]:
     """Names of the metrics of a progress line, with their labels: the first optimised reward and the first held-out one before the rest."""
+    on_gpus = any(placed.gpus for placed in config.placement.groups())
+    left_out = {"preference/": not config.preference.updates, "speed/mfu": not on_gpus}
+    prefixes = tuple(prefix for prefix, is_left_out in left_out.items() if is_left_out)
+    shown = {name: label for name, label in SHOWN.items() if not name.startswith(prefixes)}
     if not config.preference.updates:
-        return {name: label for name, label in SHOWN.items() if not name.startswith("preference/")}
+        return shown
     first = {reward.held_out: reward.label for reward in reversed(config.rewards)}
     return {
         f"reward/{label}": f"{label} (held out)" if held_out else label for held_out, label in sorted(first.items())
-    } | SHOWN
+    } | shown

@@ -21,6 +21,7 @@ from flashdmd_ray.training.monitor_pictures import FOLDER, MonitorPictures
 from flashdmd_ray.training.observer import Observer
 from flashdmd_ray.training.progress_line import ProgressLine
 from flashdmd_ray.training.sample_grids import SampleGrids
+from flashdmd_ray.training.step_times import StepTimes
 
 
 class TrainingRun:
@@ -45,6 +46,7 @@ class TrainingRun:
         pictures = MonitorPictures(directory.path / FOLDER, grid, config.sampling.timesteps)
         self.watch = HackWatch(config, pictures, tracker, progress)
         followers: list[Observer] = [
+            StepTimes(config, runtime.times, directory.path),
             ProgressLine(config, progress),  # before others say something, which restarts its clock
             self.watch,
             Counters(config),
@@ -71,7 +73,7 @@ class TrainingRun:
     def steps(self) -> Iterator[int]:
         """Yield the steps not yet done, until the last one or a stop."""
         while self.done < self.config.steps and not self.is_stopping:
-            for observer in self.observers:
+            for observer in reversed(self.observers):
                 observer.before_step(self.done)
             yield self.done
 

@@ -20,18 +20,20 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
-from compose_file import ROOT, ComposeFile, Service, read
-from dockerfile import parse
+from compose_file import ROOT, read
 
 from flashdmd_ray.runtime.cluster import SYSTEM_CONFIG
 
 BIN = Path(sys.executable).parent
 CONTAINER = "FLASHDMD_TEST_CONTAINER"
 RESTARTS = 3
-START_S = 400.0
-"""Limit for a service to become healthy on a busy machine; the file's own limits are for machines of one's own."""
+START_S, CHECK_S = 400.0, 10.0
+"""Limits for a service to become healthy, and for one look, on a busy machine; the file's own are for machines of one's own."""
+STOP_S = 60.0
+"""`stop_grace_period` of the services."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -45,7 +47,6 @@ class Running:
     """One container of a service, as a process."""
 
     name: str
-    service: Service
     command: list[str]
     process: subprocess.Popen[bytes]
     environment: dict[str, str]
@@ -57,10 +58,9 @@ class Running:
         """Whether it runs and the health check of the compose file says so, now."""
         if self.process.poll() is not None:
             return False
-        limit = 2 * self.service.healthcheck.timeout  # cores are shared here
         try:
             check = subprocess.run(
-                self.health_command, env=self.environment, capture_output=True, timeout=limit, check=False
+                self.health_command, env=self.environment, capture_output=True, timeout=CHECK_S, check=False
             )
         except subprocess.TimeoutExpired:
             return False
@@ -72,7 +72,7 @@ class Stack:
     """What `docker compose up` starts."""
 
     directory: Path
-    file: ComposeFile
+    file: dict[str, Any]
     running: dict[str, Running] = field(default_factory=dict)
     ports: dict[tuple[str, int], int] = field(default_factory=dict)
     """(container, port in the container) -> port of the loopback address."""
@@ -86,9 +86,9 @@ class Stack:
         install(directory)
         (directory / "app").mkdir()
         (directory / "secrets").mkdir(mode=0o700)
-        for name in file.secrets:
+        for name in file["secrets"]:
             (directory / "secrets" / name).write_text(secrets.token_hex(32))
-        for name in file.volumes:
+        for name in file["volumes"]:
             (directory / name).mkdir()
         return cls(directory, file)
 
@@ -101,9 +101,9 @@ class Stack:
     def here(self, text: str, container: str) -> str:
         """A word of a command or variable with what the container would give it replaced."""
         text = text.replace("/run/secrets/", f"{self.directory}/secrets/")
-        for volume in self.file.volumes:
+        for volume in self.file["volumes"]:
             text = re.sub(rf"(?<![\w.-])/{volume}(?=[/\s]|$)", f"{self.directory}/{volume}", text)
-        for host in self.file.services:
+        for host in self.file["services"]:
             text = re.sub(
                 rf"\b{host}:(\d+)", lambda match, host=host: f"127.0.0.1:{self.port(host, int(match[1]))}", text
             )
@@ -117,9 +117,7 @@ class Stack:
         """The port that stands for `port` of this container; what already is one of ours stays."""
         return port if port in self.ports.values() else self.port(container, port)
 
-    def environment(self, container: str, service: Service) -> dict[str, str]:
-        image = parse(ROOT / "deploy/Dockerfile").environment(service.build.target)
-        image.pop("PATH", None)
+    def environment(self, container: str, service: dict[str, Any]) -> dict[str, str]:
         machine = {
             "PATH": os.pathsep.join([str(self.directory / "venv/bin"), str(BIN), "/usr/local/bin", "/usr/bin", "/bin"]),
             "PYTHONPATH": str(packages(self.directory)),
@@ -135,14 +133,15 @@ class Stack:
         patience = {key: value for key, value in SYSTEM_CONFIG.items() if key.endswith(("_ms", "_seconds"))}
         machine |= {f"RAY_{key}": str(value) for key, value in patience.items()}
         machine |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-        return machine | image | {key: self.here(value, container) for key, value in service.environment.items()}
+        own = {key: self.here(value, container) for key, value in service.get("environment", {}).items()}
+        return machine | image_environment() | own
 
     def start(self, name: str, number: int = 1) -> Running:
         """Start one container of a service, when those it depends on are healthy."""
-        service = self.file.services[name]
+        service = self.file["services"][name]
         container = name if number == 1 else f"{name}-{number}"
-        self.wait_until_healthy(service.depends_on)
-        command = [self.here(word, container) for word in service.command]
+        self.wait_until_healthy(service.get("depends_on", {}))
+        command = [self.here(word, container) for word in service["command"]]
         if command[:2] == ["ray", "start"]:
             command.append("--node-ip-address=127.0.0.1")
             if "--head" in command:
@@ -151,11 +150,11 @@ class Stack:
                 command[:1] = ["python", str(Path(__file__).with_name("loopback_ray.py"))]
         environment = self.environment(container, service)
         command[0] = shutil.which(command[0], path=environment["PATH"]) or command[0]
-        health = [self.here(word, container) for word in service.healthcheck.command]
+        health = [self.here(word, container) for word in service["healthcheck"]["test"][1:]]
         health[0] = str(BIN / health[0])
         log = self.directory / f"{container}.log"
         process = _run(command, environment, log)
-        self.running[container] = Running(container, service, command, process, environment, health, log)
+        self.running[container] = Running(container, command, process, environment, health, log)
         return self.running[container]
 
     def wait_until_healthy(self, containers: Iterable[str]) -> None:
@@ -194,7 +193,7 @@ class Stack:
         newest_first = list(reversed(self.running.values()))
         for one in newest_first:
             one.process.terminate()
-        give_up = time.monotonic() + max(one.service.stop_grace_period for one in newest_first)
+        give_up = time.monotonic() + STOP_S
         while any(one.process.poll() is None for one in newest_first) and time.monotonic() < give_up:
             time.sleep(0.1)
         return {one.name: one.process.returncode for one in newest_first}
@@ -207,6 +206,12 @@ class Stack:
     def remove(self) -> None:
         _kill(self.left_behind())
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def image_environment() -> dict[str, str]:
+    """ENV of the image's target `cpu`, but for PATH."""
+    stage = (ROOT / "deploy/Dockerfile").read_text().partition("FROM base AS runtime\n")[2].partition("\nFROM ")[0]
+    return dict(word.split("=", 1) for line in re.findall(r"^ENV (.*)$", stage, re.MULTILINE) for word in line.split())
 
 
 def install(directory: Path) -> None:

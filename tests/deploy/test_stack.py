@@ -43,7 +43,7 @@ def stack() -> Iterator[Stack]:
     try:
         for name in ("ray-head", "mlflow"):
             stack.start(name)
-        for number in range(1, stack.file.services["ray-worker"].deploy.replicas + 1):
+        for number in range(1, stack.file["services"]["ray-worker"]["deploy"]["replicas"] + 1):
             stack.start("ray-worker", number)
         stack.wait_until_healthy(stack.running)
         yield stack

@@ -35,6 +35,7 @@ from flashdmd_ray.reward_training.training import (
 )
 from flashdmd_ray.roles.networks import load_parts
 from flashdmd_ray.run.metrics_log import read_metrics
+from tests.metrics_page import undocumented, unwritten
 from tests.reward_training.conftest import write_pairs
 
 SHIPPED = [name for name in PRESETS if name.startswith("latent_reward")]
@@ -74,6 +75,7 @@ def test_a_stopped_job_ends_with_the_same_model_and_a_finished_one_is_left_alone
     records = [read_metrics(c.run.dir / c.run.name / "metrics.jsonl") for c in (cut, whole)]
     assert records[0] == records[1]
     assert [r["step"] for r in records[0]] == list(range(1, 41))
+    assert undocumented(records[0][0], reward_training=True) == unwritten(records[0][0], reward_training=True) == []
     capsys.readouterr()
     assert run_reward_training(whole) == 0
     assert "is finished" in capsys.readouterr().out

@@ -15,11 +15,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from flashdmd_ray.config import Config, RewardConfig, TrackingConfig, hide_passwords, parse_config
-from flashdmd_ray.run import mlflow_mirror
+from flashdmd_ray.run import mirror as mirror_process
+from flashdmd_ray.run.destinations import Unusable
 from flashdmd_ray.run.folder import RunDirectory
-from flashdmd_ray.run.mlflow_mirror import Mirror
+from flashdmd_ray.run.mirror import Mirror
 from flashdmd_ray.run.mlflow_names import LONGEST_KEY, mlflow_key, mlflow_model_name
-from flashdmd_ray.run.mlflow_run import MlflowRun, Unusable
+from flashdmd_ray.run.mlflow_run import MlflowRun
 from flashdmd_ray.run.tracking import Tracker, default_uri
 
 SECRET = "S3CRET-pw"
@@ -70,7 +71,7 @@ def write(run, *records):
 
 def mirror(run, said):
     uri = default_uri(run)
-    return Mirror(lambda: MlflowRun(run.path, uri, uri, "flashdmd_ray", said.append), run.path, "flashdmd_ray")
+    return Mirror(lambda: MlflowRun(run.path, uri, uri, "flashdmd_ray", said.append), run.path)
 
 
 def stored(run):
@@ -83,7 +84,7 @@ def test_one_refused_key_leaves_the_others_and_the_run_finishes(run, monkeypatch
     """Even one that no rule of ours foresees: the name is sent as it is here."""
     monkeypatch.setattr("flashdmd_ray.run.mlflow_run.mlflow_key", lambda name: name)
     said = []
-    monkeypatch.setattr(mlflow_mirror, "leave_out", said.append)
+    monkeypatch.setattr(mirror_process, "leave_out", said.append)
     many = {f"metric/{number}": float(number) for number in range(40)}
     write(run, {"step": 1, "bad@": 1.0, **many}, {"step": 2, "bad@": 2.0, **many})
     Image.new("RGB", (4, 4)).save(run.samples / "a.png")
@@ -198,7 +199,7 @@ def test_the_password_of_a_variable_is_on_no_command_line_and_in_no_file(run, mo
     monkeypatch.setenv("MLFLOW_ADDRESS", uri)
     with caplog.at_level(logging.WARNING):
         tracker = Tracker(run, TrackingConfig(uri_env="MLFLOW_ADDRESS"), after_step=0)
-        process = tracker._mirror._process
+        process = tracker._mirrors[0]._process
         with open(f"/proc/{process.pid}/cmdline") as file:
             assert SECRET not in file.read()
         tracker.finish("finished")

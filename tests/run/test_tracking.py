@@ -42,8 +42,8 @@ def tracked(tmp_path_factory):
         tracker.metrics(step, {"score/loss": step / 10, "reward": float("nan") if step == 3 else 1.0})
     tracker.image("samples", grid(run, 2), 2)
     with contextlib.suppress(BrokenPipeError):
-        tracker._mirror._process.stdin.close()  # all that the death of this process would change for the other side
-    assert tracker._mirror._process.wait(timeout=300) == 0
+        tracker._mirrors[0]._process.stdin.close()  # all that the death of this process would change for the other side
+    assert tracker._mirrors[0]._process.wait(timeout=300) == 0
     died = json.loads((run.path / "mlflow.json").read_text())
 
     run = new_run(root, steps=5)
@@ -150,7 +150,7 @@ def test_a_server_that_never_answers_is_left_behind(tmp_path, caplog, monkeypatc
     run = new_run(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as silent, caplog.at_level(logging.WARNING):
         tracker = Tracker(run, TrackingConfig(uri=f"http://127.0.0.1:{silent.getsockname()[1]}"), after_step=0)
-        process = tracker._mirror._process
+        process = tracker._mirrors[0]._process
         started = time.monotonic()
         tracker.finish("failed")
         tracker.finish("failed")

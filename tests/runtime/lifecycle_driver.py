@@ -25,6 +25,9 @@ def attempt(runtime: Runtime, loaded: Callable[[int], None]) -> None:
 
 
 Supervisor(toy_config(deadlines__attempts=2).deadlines).run(
-    attempt, lambda previous: build_runtime(toy_config(), {group: TOYS[group]}, previous=previous)
+    attempt,
+    lambda previous: build_runtime(
+        toy_config(), {group: TOYS[group]}, say=lambda line: print(line, flush=True), previous=previous
+    ),
 )
 print("closed", flush=True)

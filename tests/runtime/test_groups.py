@@ -60,6 +60,6 @@ def test_a_role_that_cannot_be_built_says_why(ray_cluster: None) -> None:
         build_runtime(toy_config(preference__updates=0), roles)
 
 
-def test_impossible_placement_is_refused_before_anything_starts(ray_cluster: None) -> None:
-    with pytest.raises(ValueError, match=r"placement\.learner: .* the cluster has 0 GPUs"):
-        learner(placement__learner__gpus=1)
+def test_a_job_without_room_is_refused_before_anything_starts(ray_cluster: None) -> None:
+    with pytest.raises(ValueError, match=r"no room within 1 s .*needs learner 1 x \(1 GPU, .*free are 0 of 0 GPUs and"):
+        learner(placement__learner__gpus=1, deadlines__start_s=1)

@@ -18,6 +18,7 @@ from flashdmd_ray.config import Config, dump_config, parse_config
 from flashdmd_ray.run.metrics_log import read_metrics
 from flashdmd_ray.serving.model_sources import open_source
 from flashdmd_ray.training import job
+from flashdmd_ray.training.step_times import MEASURED
 from flashdmd_ray.training.training_run import TrainingRun
 
 STEPS = 3
@@ -49,6 +50,10 @@ def root(tmp_path_factory) -> Path:
 def finished(root) -> Path:
     assert job.run_job(small(root, "straight")) == 0
     return root / "straight"
+
+
+def repeatable(record: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if not name.startswith(MEASURED)}
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
@@ -137,7 +142,7 @@ def test_interrupted_and_resumed_equals_never_stopped(root, finished, monkeypatc
     assert straight.keys() == resumed.keys()
     assert [key for key in straight if not torch.equal(straight[key], resumed[key])] == []
     one, two = (read_metrics(run / "metrics.jsonl") for run in (finished, root / name))
-    assert one == two
+    assert [repeatable(record) for record in one] == [repeatable(record) for record in two]
 
 
 def test_the_dmd2_preset_runs_on_the_same_driver(root):
@@ -157,8 +162,8 @@ def test_the_dmd2_preset_runs_on_the_same_driver(root):
     assert 0 < last["discriminator/loss"] < 5
 
 
-@pytest.mark.parametrize("timesteps", [(999,), (999, 499), tuple(range(999, 0, -125))])
-def test_one_two_and_eight_steps_train(root, timesteps):
+@pytest.mark.parametrize("timesteps", [(999,), tuple(range(999, 0, -125))])
+def test_one_and_eight_steps_train(root, timesteps):
     preference = {"updates": 1 if len(timesteps) > 1 else 0, "batch": 2}
     config = small(
         root,
