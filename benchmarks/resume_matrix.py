@@ -37,6 +37,7 @@ from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
 from flashdmd_ray.engine import free_port, init_process_group
 from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
+from flashdmd_ray.runtime.border import RoleHere
 from flashdmd_ray.runtime.build import build_runtime, worker_groups
 from flashdmd_ray.runtime.local import LocalRuntime
 from flashdmd_ray.runtime.placement import create_roles, rewards_of
@@ -160,12 +161,18 @@ class InRanks:
         return partial(self._call, method)
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        here = tuple(value.role if isinstance(value, InRanks) else value for value in args)
+        here = tuple(neighbour(value) for value in args)
         shards, sizes = split_arguments(here, kwargs, dist.get_world_size())
         mine, named = shards[dist.get_rank()]
         results: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(results, getattr(self.role, method)(*mine, **named))
         return join_results(results, sizes)
+
+
+def neighbour(value: Any) -> Any:
+    """The role itself behind the runtime's handle and `InRanks`; other arguments as they are."""
+    value = value._role if isinstance(value, RoleHere) else value
+    return value.role if isinstance(value, InRanks) else value
 
 
 def in_ranks(config: Config, rank: int, ranks: int) -> LocalRuntime:

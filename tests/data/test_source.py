@@ -228,7 +228,7 @@ def test_keys_that_do_not_go_together():
 
 
 def test_a_run_on_an_image_folder(tmp_path):
-    """Two steps of joint training with the demo teacher on 30 real files, one of them damaged; then a resumed third."""
+    """Two steps of joint training with the demo teacher on 30 real files, one of them damaged."""
     from scenes_on_disk import write_folder
 
     from flashdmd_ray.training import job
@@ -248,10 +248,8 @@ def test_a_run_on_an_image_folder(tmp_path):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
-    straight = run("straight", 3)
-    run("stopped", 2)
-    resumed = run("stopped", 3)
-    assert straight == resumed
+    straight = run("straight", 2)
+    assert [record["step"] for record in straight] == [1, 2]
     assert straight[0]["data/source_samples"] == 30
     assert straight[0]["data/source_bad"] == 0
     assert 0 <= max(record["data/replaced"] for record in straight) <= 0.25

@@ -91,7 +91,7 @@ def test_reward_has_a_gradient_to_pixels() -> None:
 def test_latent_reward_prefers_correct_scenes_at_low_and_middle_noise() -> None:
     model = load_latent_reward(weights_path("latent_reward")).eval()
     family = load_parts(ModelConfig(), ("vae", "text"))
-    figures = latent_reward.evaluate(model, family, 300)
+    figures = latent_reward.evaluate(model, family, 150)
     assert figures["t249_beats_contradicting"] >= 0.8
     assert figures["t499_beats_contradicting"] >= 0.7
     assert figures["t249_beats_badly_drawn"] >= 0.8

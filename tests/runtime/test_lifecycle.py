@@ -61,7 +61,7 @@ def test_ctrl_c_reaches_every_process(driver: subprocess.Popen[str]) -> None:
     assert_gone(tree)
 
 
-@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("victim", ["gcs_server"])  # the chaos harness kills raylets too
 def test_a_lost_ray_is_replaced_and_a_killed_driver_takes_it_along(driver: subprocess.Popen[str], victim: str) -> None:
     lost = processes_of(driver)
     next(process for process in lost if process.name() == victim).kill()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.job import run_reward_training
 from flashdmd_ray.run.metrics_log import read_metrics
+from flashdmd_ray.runtime.ray_train import RayTrainContext, TrainSettings, ray_train
 from tests.reward_training.conftest import configure, teacher  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -96,7 +97,13 @@ def test_a_job_that_is_stopped_and_loses_a_rank_ends_with_the_same_model_to_the_
     assert records[0] == records[1]
 
 
-def test_what_is_wrong_with_a_worker_comes_back_as_it_was_raised(on_ray) -> None:
-    config = on_ray("nonsense", workers={"workers": 1}, optimizer={"lr": 1e30, "warmup": 0, "clip": 1e30})
-    with pytest.raises(FloatingPointError, match=r"latent reward: the (loss|gradient) of preference update"):
-        run_reward_training(config)
+def refuses(context: RayTrainContext) -> None:
+    raise FloatingPointError(f"rank {context.rank}: the loss is not finite")
+
+
+def test_what_is_wrong_with_a_worker_comes_back_as_it_was_raised(tmp_path: Path) -> None:
+    settings = TrainSettings(
+        tmp_path, workers=1, cpus=1, gpus=0, threads=1, start_s=600, collective_s=60, attempts=1, keep=2
+    )
+    with ray_train(settings) as run, pytest.raises(FloatingPointError, match="rank 0: the loss is not finite"):
+        run(refuses)

@@ -54,28 +54,6 @@ def wait_until_ready(process, url):
     assert said == f"ready: {url}/\n"
 
 
-def test_a_terminated_service_finishes_what_it_has(tmp_path):
-    with serving(tmp_path) as (process, url):
-        wait_until_ready(process, url)
-        tree = psutil.Process(process.pid).children(recursive=True)
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        assert next(model["id"] for model in requests.get(f"{url}/v1/models", timeout=30).json()["data"]) == "demo"
-
-        answers = []
-        body = {"prompt": "a red 4", "model": "demo:teacher"}
-        asking = threading.Thread(
-            target=lambda: answers.append(requests.post(f"{url}/v1/images/generations", json=body, timeout=120))
-        )
-        asking.start()
-        while "flashdmd_requests_inside 1.0" not in requests.get(f"{url}/metrics", timeout=30).text:
-            assert asking.is_alive(), "the request was over before the signal"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 0
-        asking.join(timeout=10)
-        assert [answer.status_code for answer in answers] == [200]
-        assert psutil.wait_procs(tree, timeout=30)[1] == []
-
-
 def test_a_model_that_cannot_be_loaded_ends_the_command_with_one_line(tmp_path):
     export = export_demo(tmp_path / "demo" / "export")
     weights = export / "unet" / "diffusion_pytorch_model.safetensors"
@@ -95,8 +73,21 @@ class Neighbour:
         return "here"
 
 
+def ask_the_teacher(url):
+    """A request that takes long, once it is inside; its answer comes into the list."""
+    answers = []
+    body = {"prompt": "a red 4", "model": "demo:teacher"}
+    asking = threading.Thread(
+        target=lambda: answers.append(requests.post(f"{url}/v1/images/generations", json=body, timeout=120))
+    )
+    asking.start()
+    while "flashdmd_requests_inside 1.0" not in requests.get(f"{url}/metrics", timeout=30).text:
+        assert asking.is_alive(), "the request was over before the signal"
+    return asking, answers
+
+
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_shared_cluster_keeps_its_other_applications(tmp_path):
+def test_a_terminated_service_finishes_what_it_has_and_leaves_its_neighbours_alone(tmp_path):
     serve.start(proxy_location="Disabled")
     try:
         neighbour = serve.run(Neighbour.bind(), name="neighbour", route_prefix=None)
@@ -106,8 +97,13 @@ def test_a_shared_cluster_keeps_its_other_applications(tmp_path):
             drawn = requests.post(f"{url}/v1/images/generations", json={"prompt": "a red 4"}, timeout=60)
             assert drawn.status_code == 200, drawn.text
             assert set(serve.status().applications) == {"neighbour", "flashdmd_ray"}
+            tree = psutil.Process(process.pid).children(recursive=True)
+            asking, answers = ask_the_teacher(url)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=120) == 0
+            asking.join(timeout=10)
+            assert [answer.status_code for answer in answers] == [200]
+            assert psutil.wait_procs(tree, timeout=30)[1] == []
         assert set(serve.status().applications) == {"neighbour"}
         assert neighbour.remote().result(timeout_s=60) == "here"
     finally:

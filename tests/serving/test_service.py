@@ -148,8 +148,9 @@ def test_a_lora_shares_the_base_and_draws_otherwise(service):
     assert len({plain[0], styled[0], teacher[0]}) == 3
 
 
-def test_versions_swap_under_load_without_a_failed_request(service):
+def test_versions_swap_under_load_without_a_failed_request(running):
     """Each answer names the version that made it, and equals what that version draws alone."""
+    service = running["front"]
     stop, seen = [], []
 
     def ask() -> None:

@@ -121,7 +121,7 @@ def test_the_same_command_again_says_it_is_finished(finished, capsys):
     assert "is finished (3 steps)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM])  # SIGINT: tests/runtime/test_lifecycle.py
 def test_interrupted_and_resumed_equals_never_stopped(root, finished, monkeypatch, number):
     """The signal arrives inside step 2: the step is finished, a checkpoint written, and the rest continues bit for bit."""
     name = f"resumed-{number}"

@@ -23,7 +23,7 @@ def reward(folder):
 
 
 def test_every_kind_of_the_configuration_is_here():
-    assert {*WRITERS, "latent", "remote", "custom"} == set(REWARDS)
+    assert {*WRITERS, "latent", "latent_clip", "remote", "custom"} == set(REWARDS)
 
 
 def test_it_is_frozen_and_tells_images_apart(reward):
