@@ -26,7 +26,7 @@ from random_models import write_models
 
 JOB = Path(__file__).parents[1] / "jobs" / "joint_train.py"
 LOOK_S = 1.5
-"""Between two looks at the memory: each walks through all pages of the process, and stops it meanwhile."""
+"""Seconds between two looks at the memory: each walks through all pages of the process, and stops it meanwhile."""
 GROUPS = ("learner", "discriminator", "rollout", "reward")
 STEP = {
     "steps": 2,

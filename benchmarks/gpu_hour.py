@@ -1,4 +1,4 @@
-"""What one GPU of 80 GB or more tells in ten minutes: the steps, memory and rates that plans predict, measured beside the plan.
+"""Measure on one GPU of 80 GB or more, in ten minutes, what plans predict: steps, memory and rates, beside the plan.
 
     python benchmarks/gpu_hour.py [--parts tests sdxl sd3 24gb image publish] [--out runs/gpu_hour] [--device cuda|cpu] [--tiny]
 
@@ -66,7 +66,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part runs. models: the folder of the random weights."""
+    """Surroundings of a part. models: the folder of the random weights."""
 
     device: torch.device
     tiny: bool
@@ -195,7 +195,7 @@ def gpu_tests(place: Place) -> Iterator[Row]:
 
 
 def command(words: list[str]) -> Row:
-    """What a command says at its end."""
+    """Last lines of a command's output."""
     started = time.perf_counter()
     done = subprocess.run(words, cwd=HERE.parent, capture_output=True, text=True, check=False)
     said = [line for line in (done.stdout or done.stderr).splitlines() if line.strip()]

@@ -29,7 +29,7 @@ class Verb:
 
 @dataclass
 class Meter:
-    """What calls took, by "role.method"."""
+    """Seconds and memory of calls, by "role.method"."""
 
     device: torch.device
     verbs: dict[str, Verb] = field(default_factory=dict)

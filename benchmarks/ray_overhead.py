@@ -59,7 +59,7 @@ class Weights:
         return cls()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What the learner publishes: copies, as an engine makes them."""
+        """Weights that the learner publishes: copies, as an engine makes them."""
         return {name: tensor.clone() for name, tensor in self.tensors.items()}
 
     def float_weights(self) -> dict[str, torch.Tensor]:

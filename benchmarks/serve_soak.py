@@ -34,7 +34,7 @@ PERIOD_S = 2.0
 LEFT = -1
 """Status of a request whose client did not wait for the answer."""
 SHARES = {"draw": 14, "slow": 3, "leave": 3, "list": 20, "refused": 60}
-"""Of the kinds of request, in percent."""
+"""Shares of the kinds of request, in percent."""
 REFUSED: tuple[tuple[int, bytes, Mapping[str, str]], ...] = (
     (400, b'{"prompt": ', {}),
     (400, b'{"prompt": "x", "n": 11}', {}),

@@ -34,7 +34,7 @@ class RewardEntry:
     reads_latents: bool = False
     """Whether it judges noisy latents instead of decoded images."""
     reads_estimates: bool = False
-    """Whether it judges the teacher's estimates of clean latents, so that its workers hold the teacher."""
+    """True for a reward of the teacher's estimates of clean latents, whose workers hold the teacher."""
 
 
 _CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

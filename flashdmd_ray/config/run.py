@@ -71,7 +71,7 @@ class TrackingConfig(Section):
     experiment: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(without_variables)] = "flashdmd_ray"
     """Experiment in MLflow. Exports are versions of the registered model flashdmd_ray, whatever the experiment."""
     enabled: bool = True
-    """Whether MLflow is used."""
+    """Send the run to MLflow. The run folder is written in any case."""
     tensorboard: bool = False
     """Write TensorBoard's event files into the folder tensorboard of the run: metrics, grids and texts. Needs the extra 'tensorboard'."""
     wandb: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(without_variables)] | None = None

@@ -20,12 +20,12 @@ def pair_loss(rewards: Tensor, labels: Tensor) -> Tensor:
 
 
 def stem_loss(patches: Tensor, embeddings: Tensor, patch_targets: Tensor, embedding_targets: Tensor) -> Tensor:
-    """How far a stem's view of latents is from a tower's view of the decoded images:
+    """Distance of a stem's view of latents from a tower's view of the decoded images:
 
         L = mean (p - p*)^2 / var(p*)  +  10 mean (1 - cos(e, e*)).
 
     patches: p, p*, float (B, D, g, g). embeddings: e, e*, float (B, F) of unit length. Returns a float32 scalar. The first term alone
-    weighs every patch alike; the second weighs what the reward reads. With the 10 both are of one size at the end of a training.
+    weighs every patch alike; the second weighs what the reward reads. The factor 10 was not tuned.
     """
     far = (upcast(patches) - upcast(patch_targets)).square().mean() / upcast(patch_targets).var()
     return far + 10 * (1 - (upcast(embeddings) * upcast(embedding_targets)).sum(dim=-1)).mean()

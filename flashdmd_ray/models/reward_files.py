@@ -22,8 +22,6 @@ from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, weight_fil
 LPO_FILE = "state_dict.pt"
 LPO_UNUSED = ("up_blocks.", "conv_norm_out.", "conv_out.")
 """Weights of the U-Net that LPO's latent rewards do not use."""
-LATENT_CLIP = "latent_clip"
-"""Key of config.json that holds what `read_latent_clip` returns."""
 _SHAPES = (
     "in_channels",
     "cross_attention_dim",
@@ -123,15 +121,11 @@ def _saved_latent_reward(place: Path) -> dict[str, int]:
 
 
 def read_latent_clip(place: Path) -> dict[str, Any]:
-    """What a directory of kind latent_clip says: kind and place of its judge, shape of its latents, width of its stem, their VAE.
+    """Read the config.json of kind latent_clip: kind and place of its judge, shape and VAE of its latents, width of its stem.
 
     Raises ModelFileError for another directory.
     """
-    saved = check_json(place / "config.json").get(LATENT_CLIP)
-    if not isinstance(saved, dict) or {"kind", "judge", "latent", "width", "vae"} - saved.keys():
-        raise ModelFileError(
-            f"{place} holds no reward of kind latent_clip; make one with flashdmd reward train latent_reward_clip_demo"
-        )
+    saved = check_json(place / "config.json", ("kind", "judge", "latent", "width", "vae"))
     if saved["kind"] not in ("pickscore", "clipscore"):
         raise ModelFileError(
             f"{place / 'config.json'} names a judge of kind '{saved['kind']}'; it must be pickscore or clipscore"
@@ -142,7 +136,7 @@ def read_latent_clip(place: Path) -> dict[str, Any]:
 def judge_files(key: str, place: Path) -> ModelFiles:
     """The files of the reward whose tower a reward of kind latent_clip has."""
     saved = read_latent_clip(place)
-    return _files(key, RewardConfig(kind=saved["kind"], path=saved["judge"]))
+    return _files(key, RewardConfig(kind=saved["kind"], path=saved["judge"], base=saved.get("base")))
 
 
 def _saved_latent_clip(place: Path) -> dict[str, int]:

@@ -90,7 +90,7 @@ def _reward_use(config: Config, models: Models, label: str) -> Use | None:
         return None
     if reward.reads_images:
         return reward_use(reward.kind, models.rewards[label], models.image)
-    if reward.entry.reads_estimates:  # the tower; the stem's convolutions are a hundredth of it
+    if reward.entry.reads_estimates:  # the tower; the stem is little beside the teacher's forward
         return reward_use(reward.kind, models.rewards[label], models.latent[1:] if models.latent else None)
     cost = cost_of(specs.latent_reward(config, models, label))
     return None if cost is None else cost.uses["forward"]

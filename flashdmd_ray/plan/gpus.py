@@ -15,7 +15,7 @@ from flashdmd_ray.run.variables import ray_address
 
 DRIVER = Path("/proc/driver/nvidia")
 RESERVE_GIB = 0.5
-"""Of a GPU's memory, left to the driver and to other programs."""
+"""GiB of a GPU's memory that are left to the driver and to other programs."""
 
 
 def use_gpus(config: Config) -> tuple[Config, str]:

@@ -47,7 +47,7 @@ def _save(model: NoisyLatentReward, path: Path, config: RewardTrainingConfig) ->
     (judge,) = [reward for reward in config.rewards if not reward.held_out]
     vae = part_config(config, "vae") or {}
     kept = {name: float(vae[name]) for name in ("scaling_factor", "shift_factor") if vae.get(name) is not None}
-    model.save(path, judge.kind, judge.path, kept)
+    model.save(path, judge, kept)
 
 
 def card(

@@ -86,7 +86,7 @@ class RewardTrainer:
         return {"loss": loss, "accuracy": right / max(1, judged), "gradient_norm": norm}
 
     def loss(self, noisy: Tensor, timesteps: Tensor, texts: tuple[str, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What is minimised, a scalar, and rewards float32 (B, 2) of noisy pairs float (B, 2, C, h, w)."""
+        """Return the loss, a scalar, and rewards float32 (B, 2) of noisy pairs float (B, 2, C, h, w)."""
         conditioning = self.family.encode(texts).repeat_interleave(2)
         times = self.family.schedule.network_timestep(timesteps.repeat_interleave(2))
         rewards = self.engine(noisy.flatten(0, 1), times, conditioning).unflatten(0, (-1, 2))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.run.destinations import LeftOut, Unusable
+from flashdmd_ray.run.files import write_atomically
 from flashdmd_ray.run.messages import typed_line
 from flashdmd_ray.run.mlflow_names import REGISTERED_MODEL, mlflow_key, mlflow_model_name
 from flashdmd_ray.run.settings import flatten
@@ -96,7 +97,7 @@ class MlflowRun:
 
     def _create(self, shown_uri: str) -> str:
         run_id = str(self.client.create_run(self.experiment_id, run_name=self.folder.name).info.run_id)
-        (self.folder / "mlflow.json").write_text(json.dumps({"uri": shown_uri, "run_id": run_id}) + "\n")
+        write_atomically(self.folder / "mlflow.json", json.dumps({"uri": shown_uri, "run_id": run_id}) + "\n")
         return run_id
 
     def refuses(self, error: Exception) -> bool:

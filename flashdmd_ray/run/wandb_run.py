@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdmd_ray.run.destinations import LeftOut
+from flashdmd_ray.run.files import write_atomically
 from flashdmd_ray.run.messages import typed_line
 from flashdmd_ray.run.settings import flatten
 
@@ -76,4 +77,4 @@ class WandbRun:
         return False
 
     def _save(self) -> None:
-        self._file.write_text(json.dumps(self._sent) + "\n")
+        write_atomically(self._file, json.dumps(self._sent) + "\n")

@@ -18,9 +18,9 @@ from flashdmd_ray.runtime.placement import WorkerGroup, amount, needs_of
 log = logging.getLogger(__name__)
 
 LOOK_S = 2
-"""Between two looks at a reservation that waits."""
+"""Seconds between two looks at a reservation that waits."""
 SAY_S = 30.0
-"""Between two lines about it."""
+"""Seconds between two lines about one that waits."""
 
 
 class Places:

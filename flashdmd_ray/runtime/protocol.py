@@ -56,7 +56,7 @@ class Runtime(Protocol):
     """The pools that can be looked at and resized while the job runs, by name: "rollout" and those of rewards. Empty in
     one process."""
     times: CallTimes
-    """What the calls of this attempt take."""
+    """Time and memory of the calls of this attempt."""
     step: int | None
     """Set by the driver at the start of each step, so that errors can name it."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import Metrics
-from flashdmd_ray.config import load_as
+from flashdmd_ray.config import RewardConfig, load_as
 from flashdmd_ray.demo.scenes import sample_scenes
 from flashdmd_ray.diffusion.sampling import backward_simulation, denoise_to_clean, step_distribution, timesteps_like
 from flashdmd_ray.models.family import Family
@@ -134,4 +134,4 @@ def _candidates(
 def save(model: LatentClip, path: Path) -> None:
     """Save the stem in half precision. The judge is the packaged reward."""
     model.stem.half()
-    model.save(path, "pickscore", "demo", {"scaling_factor": 1.0, "shift_factor": 0.0})
+    model.save(path, RewardConfig(kind="pickscore", path="demo"), {"scaling_factor": 1.0, "shift_factor": 0.0})

@@ -124,7 +124,7 @@ def test_a_job_runs_a_preset_of_the_image_on_what_its_pods_have(device: str) -> 
 
 
 def test_data_of_ones_own_is_mounted_in_every_pod(tmp_path: Path) -> None:
-    """As the guide says: `../components/data` before the job's component."""
+    """Two components, in the guide's order: `../components/data` before the job's component."""
     shutil.copytree(FOLDER, tmp_path / "kuberay")
     variant = tmp_path / "kuberay/cpu-job"
     file = variant / "kustomization.yaml"

@@ -52,7 +52,7 @@ def newest(directory: Path) -> int:
 def test_a_dead_learner_is_rebuilt_and_resumes_exactly(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, die_at: int
 ) -> None:
-    """What is whole lives on; before the first checkpoint its roles are built anew in the same processes."""
+    """Whole ranks live on; before the first checkpoint its roles are built anew in the same processes."""
     config = toy_config()
     roles = {name: TOYS[name] for name in ("learner", "discriminator", "reward")}
     (tmp_path / "quiet").mkdir()

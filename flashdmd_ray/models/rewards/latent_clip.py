@@ -18,11 +18,13 @@ from flashdmd_ray.diffusion.schedule import NoiseSchedule
 from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.latent_reward import NoisyLatentReward
-from flashdmd_ray.models.reward_files import LATENT_CLIP, read_latent_clip
+from flashdmd_ray.models.locations import fetch
+from flashdmd_ray.models.reward_files import read_latent_clip
 from flashdmd_ray.models.rewards.base import unique_rows
 from flashdmd_ray.models.rewards.clip import CosineReward
-from flashdmd_ray.models.state_dicts import check_layout, read_weights
+from flashdmd_ray.models.state_dicts import assemble, read_weights
 from flashdmd_ray.models.stock_modules import load_part
+from flashdmd_ray.models.weight_files import TRANSFORMERS, weight_files
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -52,7 +54,7 @@ class LatentClip(NoisyLatentReward):
 
     The stem stands for VAE decoder, resizing and patch embedding: it is trained to give the tower the patches of the decoded image. Tower
     and text encoder are the judge's own. A candidate of a preference update shares its x0 with its group and differs in noise only: what
-    becomes of it is what the teacher makes of that noise, so the estimate shows it, and an average over a network's blocks does not.
+    becomes of it is what the teacher makes of that noise, and the estimate shows it.
     """
 
     parts = ("denoiser", "text")
@@ -71,7 +73,7 @@ class LatentClip(NoisyLatentReward):
                 f"latents of {height} x {wide} cannot be cut into the {side} x {side} patches of the reward's tower; choose another "
                 "model.resolution or another reward"
             )
-        self.judge, self.latent, self.width = judge.requires_grad_(False), tuple(latent), width
+        self.judge, self.latent, self.width = judge.requires_grad_(False), latent, width
         patch = height // side
         self.stem = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
@@ -84,30 +86,32 @@ class LatentClip(NoisyLatentReward):
 
     @classmethod
     def from_config(cls, settings: RewardConfig) -> Self:
-        """Read a directory that `save` wrote, and the judge that it names. Raises ValueError, one line, for anything else."""
+        """Read what `save` wrote and the judge that it names. Raises ValueError, one line, for a path with anything else."""
         from flashdmd_ray.models.rewards import reward_model
 
-        path = Path(settings.path)
-        saved = load_part(settings.path, "", lambda: read_latent_clip(path))
-        judge = reward_model(RewardConfig(kind=saved["kind"], path=saved["judge"], dtype=settings.dtype))
+        path, fetched = settings.path, TRANSFORMERS
+        root = load_part(path, "", lambda: fetch(path, "", lambda folder: weight_files(folder, fetched), fetched))
+        saved = load_part(path, "", lambda: read_latent_clip(root))
+        judge = reward_model(
+            RewardConfig(kind=saved["kind"], path=saved["judge"], base=saved.get("base"), dtype=settings.dtype)
+        )
         assert isinstance(judge, CosineReward), "read_latent_clip takes no other kind"
-        model = cls(judge, tuple(saved["latent"]), saved["width"])
-        weights = read_weights(path / WEIGHTS_FILE)
-        check_layout(model.stem, weights, settings.path)
-        model.stem.load_state_dict(weights)
-        return model.to(judge.clip.dtype)
+        model, weights = cls(judge, tuple(saved["latent"]), saved["width"]), read_weights(root / WEIGHTS_FILE)
+        model.stem = assemble(lambda: cls(judge, model.latent, model.width).stem, weights, path, judge.clip.dtype)
+        return model
 
-    def save(self, path: Path, kind: str, judge: str, vae: dict[str, float]) -> None:
-        """Write config.json and the stem. kind, judge: as in the judge's `RewardConfig`. vae: scale and shift of the latents' VAE."""
+    def save(self, path: Path, judge: RewardConfig, vae: dict[str, float]) -> None:
+        """Write config.json, which names the judge, and the stem. vae: scale and shift of the latents' VAE."""
         path.mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {
-            "kind": kind,
-            "judge": judge,
+            "kind": judge.kind,
+            "judge": _found_from_anywhere(judge.path),
+            "base": None if judge.base is None else _found_from_anywhere(judge.base),
             "latent": list(self.latent),
             "width": self.width,
             "vae": vae,
         }
-        (path / "config.json").write_text(json.dumps({LATENT_CLIP: facts}, indent=2) + "\n")
+        (path / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in self.stem.state_dict().items()},
             path / WEIGHTS_FILE,
@@ -133,10 +137,15 @@ class LatentClip(NoisyLatentReward):
 
     @torch.no_grad()
     def targets(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` is to give for latents whose images float (B, 3, H, W) in [-1, 1] these are."""
+        """The tower's own view of images float (B, 3, H, W) in [-1, 1]: what `forward` is to give for their latents."""
         clip = self.judge.clip
         patches = clip.vision_model.embeddings.patch_embedding(self.judge.pixels(images))
         return patches, embed_patches(clip, patches)
+
+
+def _found_from_anywhere(path: str) -> str:
+    """A path on this machine as an absolute one; a hub id or 'demo' as it is."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
 
 
 @torch.no_grad()

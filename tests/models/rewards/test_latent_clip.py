@@ -8,18 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from flashdmd_ray.config import ModelConfig, parse_config, validated
+from flashdmd_ray.config import ModelConfig, RewardConfig, parse_config, validated
 from flashdmd_ray.demo.scenes import make_pool
 from flashdmd_ray.losses.reward_model import stem_loss
 from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.models.rewards import build_reward
 from flashdmd_ray.models.rewards.latent_clip import LatentClip, embed_patches
+from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
 from flashdmd_ray.reward_training.job import run_reward_training
 from flashdmd_ray.roles.networks import load_parts
 from flashdmd_ray.roles.reward import Reward
 
+JUDGE = RewardConfig(kind="pickscore", path="demo")
 VAE = {"scaling_factor": 1.0, "shift_factor": 0.0}
 
 
@@ -46,7 +49,7 @@ def test_the_tower_sees_in_patches_what_the_judge_sees_in_the_image(model: Laten
 
 
 def test_what_is_saved_scores_alike_and_other_latents_are_refused(model: LatentClip, tmp_path: Path) -> None:
-    model.save(tmp_path / "own", "pickscore", "demo", VAE)
+    model.save(tmp_path / "own", JUDGE, VAE)
     loaded = build_reward("latent_clip", str(tmp_path / "own"))
     family = load_parts(ModelConfig(), ("denoiser", "text"))
     noisy, timesteps, texts = torch.randn(3, 3, 12, 12), torch.tensor([999, 749, 249]), ["a red 4", "two 7s", "a red 4"]
@@ -66,13 +69,21 @@ def test_what_is_saved_scores_alike_and_other_latents_are_refused(model: LatentC
 def test_a_directory_that_does_not_fit_is_refused_before_anything_is_loaded(
     model: LatentClip, tmp_path: Path, change: dict[str, object], says: str
 ) -> None:
-    model.save(tmp_path, "pickscore", "demo", VAE)
+    model.save(tmp_path, JUDGE, VAE)
     saved = json.loads((tmp_path / "config.json").read_text())
-    saved["latent_clip"] |= change
-    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "config.json").write_text(json.dumps(saved | change))
     config = parse_config({"rewards": [{"kind": "latent_clip", "path": str(tmp_path)}]})
     with pytest.raises(ValueError, match=says):
         reward_files(config)
+
+
+def test_weights_of_another_stem_are_refused_by_a_dry_run(model: LatentClip, tmp_path: Path) -> None:
+    model.save(tmp_path, JUDGE, VAE)
+    config = parse_config({"rewards": [{"kind": "latent_clip", "path": str(tmp_path)}]})
+    try_loading(config, config.rewards)
+    save_file({"0.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks weight"):
+        try_loading(config, config.rewards)
 
 
 def test_a_trained_stem_lowers_its_loss_and_is_a_reward_of_a_run(tmp_path: Path) -> None:
