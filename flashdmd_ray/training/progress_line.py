@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 from flashdmd_ray.batch import Metrics
 from flashdmd_ray.config import Config
 from flashdmd_ray.monitor import ranking
@@ -33,6 +35,9 @@ MEANINGS = {
 }
 """Name in a progress line -> its meaning. A reward's name stands for its mean."""
 
+LEGEND_WIDTH = 90
+HELD = "\N{NO-BREAK SPACE}"
+
 
 class ProgressLine(Observer):
     """Moves the progress display on, and shows how the rewards rank the candidates when that is due."""
@@ -48,9 +53,10 @@ class ProgressLine(Observer):
 
 
 def legend(config: Config) -> str:
-    """The meaning of the figures in a progress line, in one line."""
+    """The meaning of the figures in a progress line, in lines of a terminal; none breaks inside an entry."""
     labels = shown_figures(config).values()
-    return "; ".join(f"{label}: {MEANINGS.get(label, 'mean reward')}" for label in labels)
+    entries = [f"{label}: {MEANINGS.get(label, 'mean reward')}".replace(" ", HELD) for label in labels]
+    return fill("; ".join(entries), LEGEND_WIDTH, subsequent_indent=8 * " ").replace(HELD, " ")
 
 
 def shown_figures(config: Config) -> dict[str, str]:
