@@ -18,13 +18,14 @@ help: ## this list
 
 install: $(STAMP) ## the environment in .venv: locked versions, this package editable, the development tools
 
+# Compiled at once: a run starts several processes, and each would compile all libraries for itself.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python >= 3.11 is needed, but $(PYTHON) is $$($(PYTHON) -V 2>&1): name another one with make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { rm -rf .venv; echo "no virtual environment could be made: on Debian, install python3-venv"; exit 1; }
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: install ## the main job on the shipped demo: distillation and preference RL on real images

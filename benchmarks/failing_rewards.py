@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,21 @@ UPDATES, GROUPS, GROUPS_PER_CALL, WORKERS = 3, 8, 2, 4
 
 
 class ForSeconds:
-    """Run that makes steps until the time is up and adds up the driver's counts."""
+    """Run that adds up the driver's counts, until the time is up and all counts of `meet` are above 0, or for ten times the time."""
 
     preference_rate = 1.0
 
-    def __init__(self, seconds: float) -> None:
-        self.until = time.monotonic() + seconds
+    def __init__(self, seconds: float, meet: Collection[str] = ()) -> None:
+        self.started = time.monotonic()
+        self.seconds = seconds
+        self.meet = meet
         self.totals: dict[str, float] = {}
         self.done = 0
 
     def steps(self) -> Iterable[int]:
-        while time.monotonic() < self.until:
+        while (passed := time.monotonic() - self.started) < 10 * self.seconds:
+            if passed > self.seconds and all(self.totals[name] > 0 for name in self.meet):
+                return
             yield self.done
 
     def finish(self, step: int, metrics: dict[str, float]) -> None:
@@ -80,7 +84,7 @@ class Killer:
                     break
 
 
-def chaos(seconds: float, every_s: float = 1.0, workers: int = WORKERS) -> dict[str, float]:
+def chaos(seconds: float, every_s: float = 1.0, workers: int = WORKERS, meet: Collection[str] = ()) -> dict[str, float]:
     """Run it; returns what was asked, scored, dropped and killed. Raises AssertionError when the counts do not add up."""
     from simulated_roles import ROLES, NoData
 
@@ -100,7 +104,7 @@ def chaos(seconds: float, every_s: float = 1.0, workers: int = WORKERS) -> dict[
         config = parse_config(settings)
         runtime = build_runtime(config, ROLES)
         try:
-            run = ForSeconds(seconds)
+            run = ForSeconds(seconds, meet)
             with Killer(Path(folder), every_s) as killer:
                 train(config, runtime, NoData(), run)  # type: ignore[arg-type]
             used = runtime.generator.pairs_used()
