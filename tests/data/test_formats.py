@@ -2,16 +2,18 @@
 
 import json
 import pickle
+import socket
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from scenes_on_disk import as_pixels, encoded, pictures, samples, write_folder, write_hub, write_tar
 
 from flashdmd_ray.config import DataConfig
 from flashdmd_ray.data.build import build_images, open_image_reader
-from flashdmd_ray.data.formats import Columns, open_images, open_prompts
+from flashdmd_ray.data.formats import Columns, hub, open_images, open_prompts
 from flashdmd_ray.data.index import open_index, scan_piece
 
 SIZE = (24, 24)
@@ -80,6 +82,18 @@ def test_a_hub_name_that_cannot_be_had(cache):
     pytest.importorskip("datasets", reason="the extra 'hub' is not installed")
     with pytest.raises(ValueError, match=r"hf:someone/images-that-are-not-there cannot be loaded"):
         source("hf:someone/images-that-are-not-there", cache)
+
+
+def test_a_hub_that_does_not_answer_is_named_without_the_libraries_tries(cache, monkeypatch):
+    config = pytest.importorskip("datasets", reason="the extra 'hub' is not installed").config
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "HUB_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ValueError, match=r"hf:someone/images cannot be loaded .*the hub cannot be reached"):
+            source("hf:someone/images", cache)
+    assert constants.HF_HUB_OFFLINE is config.HF_HUB_OFFLINE is False
 
 
 @pytest.mark.parametrize("format", ["folder", "tar", "parquet"])

@@ -97,6 +97,7 @@ def test_one_refused_key_leaves_the_others_and_the_run_finishes(run, monkeypatch
 
     found = stored(run)
     assert found.info.status == "FINISHED"
+    assert {"mlflow.user", "mlflow.source.name"} <= found.data.tags.keys()
     assert found.data.metrics == many
     assert found.data.params["rewards.1.options.plain"] == "2"
     assert mlflow.MlflowClient().get_model_version_by_alias("flashdmd_ray", "newest").run_id == found.info.run_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from flashdmd_ray.data.sample import LEAVES_FOLDER, MISSING_IMAGE, BadSample, En
 
 PREFIX = "hf:"
 PIECE = 1024
+HUB_S = 10.0
+"""How long the hub may take to say that it knows a data set."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +90,53 @@ def load_rows(source: str) -> Any:
             f"data.source: {source} needs the library 'datasets'; install the extra: pip install 'flashdmd-ray[hub]'"
         ) from None
     datasets.disable_progress_bars()
+    name, _, split = source.removeprefix(PREFIX).partition(":")
+    remedy = "correct the name or the split (hf:owner/name:split)"
     try:
         if not source.startswith(PREFIX):
             found = datasets.load_from_disk(source)
-        else:
-            name, _, split = source.removeprefix(PREFIX).partition(":")
+        elif _hub_answers(name):
             found = datasets.load_dataset(name, split=split or "train")
+        else:
+            remedy = "the hub cannot be reached and the cache has no copy: check the network, or HF_ENDPOINT"
+            with _offline():
+                found = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # offline, unknown, gated, another layout: all mean that it cannot be had
         raise ValueError(
             f"data.source: {source} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}); "
-            "correct the name or the split (hf:owner/name:split)"
+            f"{remedy}"
         ) from None
     if isinstance(found, dict):
         raise ValueError(f"data.source: {source} holds the splits {', '.join(found)}; name the folder of one of them")
     return found
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub says anything about a data set within HUB_S. The libraries themselves try for half a minute, and longer."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=HUB_S)
+    except HfHubHTTPError:  # unknown, gated: an answer
+        return True
+    except Exception:
+        return constants.HF_HUB_OFFLINE  # which the libraries see for themselves
+    return True
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Only copies in the cache are looked at."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
 def _head(rows: Any) -> list[Mapping[str, Any]]:
