@@ -27,7 +27,7 @@ import torch
 from rounds import Way, compare, describe, measure_rounds
 
 from flashdmd_ray.batch import Latents, Prompts, PublishedWeights, StepRng
-from flashdmd_ray.config import load_config
+from flashdmd_ray.config import EngineConfig, OptimizerConfig, load_config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import distil
 from flashdmd_ray.runtime import Runtime, build_runtime
@@ -48,22 +48,39 @@ class Echo:
         return value
 
 
-class Weights:
-    """The generator of a learner, or the network of a rollout, with WEIGHTS bfloat16 parameters in layers of SDXL's size."""
+def network() -> torch.nn.Module:
+    """WEIGHTS parameters in layers of SDXL's size."""
+    return torch.nn.ParameterDict({f"layer {i}": torch.randn(LAYER) for i in range(WEIGHTS // LAYER)})
+
+
+class Generator:
+    """The generator of a learner in bfloat16, with its engine."""
 
     def __init__(self) -> None:
-        self.tensors = {f"layer {i}": torch.randn(LAYER).bfloat16() for i in range(WEIGHTS // LAYER)}
+        from flashdmd_ray.engine import build_engine
+
+        self.engine = build_engine(EngineConfig(precision="bfloat16"), network(), OptimizerConfig(), "generator")
 
     @classmethod
-    def from_config(cls, config: Any, rank: int = 0, world_size: int = 1) -> Weights:
+    def from_config(cls, config: Any, rank: int = 0, world_size: int = 1) -> Generator:
         return cls()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Weights that the learner publishes: copies, as an engine makes them."""
-        return {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return self.engine.live_weights()
 
     def float_weights(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.float() for name, tensor in self.tensors.items()}
+        return self.engine.weights()
+
+
+class Rollout:
+    """The network of a rollout."""
+
+    def __init__(self) -> None:
+        self.tensors = network().bfloat16().state_dict()
+
+    @classmethod
+    def from_config(cls, config: Any, rank: int = 0, world_size: int = 1) -> Rollout:
+        return cls()
 
     def load(self, weights: PublishedWeights) -> float:
         """Take over the weights; returns one of them."""
@@ -114,9 +131,9 @@ def main() -> None:
 
 def measure_publishing(seconds: float) -> dict[str, Any]:
     """Seconds of a publication, from the learner's weights to the rollout's network, and how far each way makes the driver grow."""
-    roles = {"learner": {"generator": "ray_overhead:Weights"}, "rollout": {"rollouts": "ray_overhead:Weights"}}
+    roles = {"learner": {"generator": "ray_overhead:Generator"}, "rollout": {"rollouts": "ray_overhead:Rollout"}}
     # Nothing overlaps in a round: the store must hold one version in float32, and one on its way.
-    runtime = build_runtime(load_config(None, ["runtime=ray"]), roles)
+    runtime: Any = build_runtime(load_config(None, ["runtime=ray"]), roles)
     from flashdmd_ray.runtime.wire import published  # imports ray, which reads its settings then
 
     def as_it_is(number: int) -> object:

@@ -11,36 +11,49 @@ import torch.utils.checkpoint
 from flashdmd_ray.batch import Prompts, PublishedWeights
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.data import build_images
+from flashdmd_ray.data.executor import in_threads
+from flashdmd_ray.data.precompute import precompute
 from flashdmd_ray.driver import train
+from flashdmd_ray.monitor import ranking
 from flashdmd_ray.roles import networks, reward
 from flashdmd_ray.roles.rollout import Rollout
 from flashdmd_ray.runtime.border import RoleHere
 from flashdmd_ray.runtime.build import build_runtime
 from flashdmd_ray.runtime.call_times import CallTimes
 from tests import tiny
+from tests.data.scenes_on_disk import samples, write_tars
 from tests.simulated_gpu import CPU, GPU, SimulatedGpu, device_of
 
 GROUPS = ("learner", "discriminator", "rollout", "reward")
 SMALL = [
     *("runtime=local", "steps=1", "batch=2", "preference.updates=1", "preference.batch=2", "preference.candidates=2"),
     *("preference.threshold=0", "evaluation.ema=0.9", *(f"placement.{group}.gpus=1" for group in GROUPS)),
+    "data.scenes=64",
 ]
 BFLOAT = ["engine.precision=bfloat16", "model.dtype=bfloat16"]
-CASES: dict[str, tuple[str | None, list[str]]] = {
-    "sdxl": (None, []),
+PIXEL_REWARD = "rewards=[{kind: pickscore}]"
+LORA = [*BFLOAT, PIXEL_REWARD, "lora.networks=[generator, score]", "engine.offload_optimizer=true"]
+TINY = {"sdxl": tiny.save_sdxl, "sd15": tiny.save_sd15, "sd3": tiny.save_sd3}
+CASES: dict[str, tuple[str | None, str | None, list[str]]] = {
+    "demo": (None, None, []),  # with its latent reward
     "sdxl in bfloat16 with everything": (
         None,
+        "sdxl",
         [
-            *(*BFLOAT, "engine.accumulation=2", "engine.gradient_checkpointing=true", "ttur=2"),
+            *(*BFLOAT, PIXEL_REWARD, "engine.accumulation=2", "engine.gradient_checkpointing=true", "ttur=2"),
             *("adversarial.real_through_vae=true", "adversarial.prompt_projection=true", "adversarial.balance=0.5"),
             "preference.candidate_image=remaining_steps",
         ],
     ),
-    "sdxl lora": (None, [*BFLOAT, "lora.networks=[generator, score]", "engine.offload_optimizer=true"]),
-    "sd15": (None, ["model.family=sd15", "model.teacher=TINY", "rewards=[{kind: pickscore}]"]),
-    "sd3 lora": ("demo_sd3", BFLOAT),
-    "dmd2": ("demo_dmd2", ["ttur=2"]),
+    "sdxl lora": (None, "sdxl", LORA),
+    "sd15": (None, "sd15", [PIXEL_REWARD]),
+    "sd15 lora": (None, "sd15", LORA),
+    "sd3": (None, "sd3", [PIXEL_REWARD]),
+    "sd3 lora": (None, "sd3", LORA),
+    "dmd2": ("demo_dmd2", "sdxl", [PIXEL_REWARD, "ttur=2"]),
+    "stored": (None, "sdxl", [PIXEL_REWARD, "adversarial.real_through_vae=true", "data.max_bad_fraction=0.2"]),
 }
+"""Preset, family of a tiny teacher (None: the demo's), settings."""
 
 
 class OneStep:
@@ -68,14 +81,27 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(checks, "default", lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype})
     monkeypatch.setattr(networks, "group_device", device)
     monkeypatch.setattr(reward, "group_device", device)
+    monkeypatch.setattr(ranking, "GROUPS", 2)
+
+
+def configured(case: str, folder: Path) -> Config:
+    preset, family, changes = CASES[case]
+    if family is not None:
+        changes = [*changes, f"model.family={family}", f"model.teacher={TINY[family](folder / 'teacher')}"]
+    if case != "stored":
+        return load_config(preset, [*SMALL, *changes])
+    write_tars(folder / "images", samples(8), each=4)
+    changes += [f"data.source={folder / 'images'}", f"data.cache={folder / 'cache'}"]
+    config = load_config(preset, [*SMALL, *changes])
+    for what in ("embeddings", "latents"):
+        stored = precompute(what, config.data, config.model, folder, in_threads, networks.load_parts)
+        changes.append(f"data.{what}={stored}")
+    return load_config(preset, [*SMALL, *changes])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_role_mixes_devices(case: str, gpus: None, tmp_path: Path) -> None:
-    name, changes = CASES[case]
-    if case == "sd15":
-        changes = [change.replace("TINY", str(tiny.save_sd15(tmp_path / "teacher"))) for change in changes]
-    config = load_config(name, [*SMALL, *changes])
+    config = configured(case, tmp_path)
     networks._shared_family.cache_clear()
     run = OneStep()
     with SimulatedGpu():

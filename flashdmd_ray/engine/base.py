@@ -188,12 +188,19 @@ class Engine(ABC):
         """
         self.optimizer_state.ema_update_from(source.optimizer_state, decay)
 
-    def weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Full masters, rounded to `dtype`, and persistent buffers by name, on the CPU of rank 0, in the form that `load_state_dict` takes.
+    def weights(self) -> dict[str, Tensor]:
+        """Full masters, float32, and persistent buffers by name, on the CPU of rank 0, in the form that `load_state_dict` takes.
 
         Gathered one parameter at a time; empty on the other ranks, which never hold more than one full parameter. Collective.
         """
-        return self.optimizer_state.weights(dtype)
+        return self.optimizer_state.weights()
+
+    def live_weights(self) -> dict[str, Tensor]:
+        """Like `weights`, in the precision that the network computes in, and not copied where a network on the CPU holds them whole.
+
+        Read them before the next update, which changes them. Collective.
+        """
+        return self.optimizer_state.live_weights()
 
     def copy(self) -> nn.Module:
         """Copy the network as it is now: frozen, complete on every rank, in evaluation mode and the compute precision. Collective."""

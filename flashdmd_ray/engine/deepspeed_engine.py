@@ -64,6 +64,11 @@ class Stage3State(ZeroState):
         if persistent:
             persistent[0].all_gather(persistent)
 
+    @torch.no_grad()
+    def live_weights(self) -> dict[str, Tensor]:
+        computed = next(p.dtype for p in self.module.parameters() if p.requires_grad)
+        return dict(self.gather(self.masters.detach(), computed)) | self._saved_buffers()
+
     def owned(self, vector: Tensor, index: int) -> tuple[int, Tensor]:
         first, size = self._starts[index], self._starts[index + 1] - self._starts[index]
         start = min(rank() * size, self.layout.shapes[index].numel())

@@ -95,9 +95,16 @@ class OptimizerState(ABC):
         self.publish()
 
     @torch.no_grad()
-    def weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """See `Engine.weights`."""
-        return dict(self.gather(self.masters.detach(), dtype)) | self._saved_buffers()
+        return dict(self.gather(self.masters.detach())) | self._saved_buffers()
+
+    def live_weights(self) -> dict[str, Tensor]:
+        """See `Engine.live_weights`."""
+        if rank() > 0:
+            return {}
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return {name: tensor.detach().cpu() for name, tensor in (trained | self._buffers()).items()}
 
     def _buffers(self) -> dict[str, Tensor]:
         persistent = self.module.state_dict(keep_vars=True)

@@ -171,8 +171,8 @@ class Generator(TrainedRole):
         self.reference = self.engine.copy()
 
     def weights(self) -> dict[str, Tensor]:
-        """Trained weights for the rollout workers, in the precision that this network computes in: all, or with LoRA the adapter's."""
-        return self.engine.weights(self.engine.compute_dtype)
+        """Trained weights for the rollout workers, see `Engine.live_weights`: all, or with LoRA the adapter's."""
+        return self.engine.live_weights()
 
     def update_ema(self) -> None:
         """Take the weights as they are after a step into their moving average."""

@@ -115,8 +115,9 @@ def assert_equal_weights(trained: Engine, module: nn.Module, tolerance: float = 
     Single elements may differ by more: AdamW divides by the root of the second moment, which turns the rounding of a gradient near zero
     into a visible part of an update (of size LR = 1e-2).
     """
-    weights, used = trained.weights(), trained.copy().state_dict()
-    assert bool(weights) == (not dist.is_initialized() or dist.get_rank() == 0)
+    weights, used, live = trained.weights(), trained.copy().state_dict(), trained.live_weights()
+    assert bool(weights) == bool(live) == (not dist.is_initialized() or dist.get_rank() == 0)
+    assert all(torch.equal(live[name], used[name]) and live[name].dtype == used[name].dtype for name in live)
     for name, expected in module.state_dict().items():
         for got in [used[name], *([weights[name]] if weights else [])]:
             difference = (got.double() - expected.double()).abs()

@@ -59,7 +59,7 @@ def test_update_applies_the_sum_of_both_gradients(generator, prompts):
     zero = torch.zeros_like(matching)
     parts = gradient_of(generator, matching, zero) + gradient_of(generator, zero, realism)
     expected_norm = parts.norm().item()
-    before = {name: value.clone() for name, value in generator.weights().items()}
+    before = generator.engine.weights()
     metrics = generator.distillation_step(matching, realism)
     assert metrics["generator/grad_norm"] == pytest.approx(expected_norm, rel=1e-4)
     moved = [name for name, value in generator.weights().items() if not torch.equal(value, before[name])]
@@ -149,7 +149,7 @@ def test_a_quarter_of_the_rate_moves_the_weights_a_quarter_as_far(config, prompt
     for rate in (1.0, 0.25):
         generator = Generator.from_config(config)
         generator.freeze_reference()
-        start = generator.weights()
+        start = generator.engine.weights()
         generator.preference_step(preference_pairs(prompts, torch.ones(3)), rate)
         moved.append(torch.cat([(end - start[name]).flatten() for name, end in generator.weights().items()]))
     assert moved[0].norm() > 0
@@ -161,7 +161,7 @@ def test_each_objective_of_the_generator_has_a_rate_of_its_own(config, prompts):
     at_rest = config.preference.model_copy(update={"decay": 1})
     generator = Generator.from_config(config.model_copy(update={"preference": at_rest}))
     generator.freeze_reference()
-    before = generator.weights()
+    before = generator.engine.weights()
     generator.preference_step(preference_pairs(prompts, torch.ones(3)))
     assert all(torch.equal(value, before[name]) for name, value in generator.weights().items())
     prediction = generator.generate(prompts, levels(prompts, 0), seed=7)
