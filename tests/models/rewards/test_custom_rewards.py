@@ -7,12 +7,17 @@ import sys
 
 import pytest
 import torch
+import yaml
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor
 
 from flashdmd_ray.config import RewardConfig, parse_config, validated
+from flashdmd_ray.demo.scenes import render, sample_scenes
 from flashdmd_ray.models.reward_files import reward_files
 from flashdmd_ray.models.rewards import PixelReward, build_reward
 from tests.models.rewards.small_rewards import bytes_as_images, noise_bytes
-from tests.models.rewards.test_remote_rewards import example
+from tests.models.rewards.test_remote_rewards import PAGE, example
+from tests.pages import blocks
 
 CODE = """
 import torch
@@ -101,7 +106,7 @@ def my_rewards(tmp_path, monkeypatch):
     (tmp_path / "brightness.py").write_text(example("Your own reward"))
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    for name in ("my_rewards", "brightness"):
+    for name in ("my_rewards", "brightness", "ocr_reward"):
         sys.modules.pop(name, None)
 
 
@@ -122,6 +127,26 @@ def test_the_example_of_the_page():
     reward = build_reward("custom", "brightness:Brightness", options={"darker": True})
     torch.testing.assert_close(reward.score(IMAGES, TEXTS), -IMAGES.mean(dim=(1, 2, 3)))
     assert len(example("Your own reward").splitlines()) <= 12
+
+
+def test_the_reward_of_the_page_reads_text(tmp_path):
+    """With a published OCR network: a sign, and the handwriting of the demo."""
+    (tmp_path / "ocr_reward.py").write_text(example("A reward for legible text"))
+    sign = Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(sign).text((30, 110), "Hello 42", fill="black", font=ImageFont.load_default(40))
+    image = pil_to_tensor(sign) / 127.5 - 1
+    images = torch.stack([image, image, torch.ones_like(image)])
+    reward = build_reward("custom", "ocr_reward:LegibleText")
+    right, other, none = reward.score(images, ['the sign "Hello 42"', 'the sign "Halt"', "a wall"]).tolist()
+    assert right == 1 > other > none == 0
+
+    (block,) = (block for block in blocks(PAGE) if block.language == "bash" and "ocr_reward" in block.text)
+    (settings,) = parse_config(yaml.safe_load(block.commands[-1][-1].replace("=", ": ", 1))).rewards
+    digits = build_reward("custom", settings.path, options=settings.options)
+    pixels, _ = render(scenes := sample_scenes(8, "held_out", seed=0))
+    captions = [scene.caption for scene in scenes]
+    own, others = (digits.score(pixels, texts).mean() for texts in (captions, captions[1:] + captions[:1]))
+    assert own > others + 0.2
 
 
 @pytest.mark.parametrize(
