@@ -45,11 +45,12 @@ def train(config: Config, runtime: Runtime, data: ImageSource, run: Run) -> None
         if config.preference.updates and step == config.preference.start_step:
             runtime.generator.freeze_reference()
         preferences.publish(step)
-        ranking = preferences.check_ranking(rng)
         requests = preferences.request(rng)  # the preference pairs of this step, made while we distil
+        ranking_requests = preferences.request_ranking(rng)
 
         distillation_metrics = distil(config, runtime, data, rng) if config.preference.distill else {}
 
+        ranking = preferences.check_ranking(ranking_requests)  # before anything is learnt from the rewards
         preference_metrics, updates = [], 0
         for rated in preferences.collect(requests):
             preference_metrics.append(rated.metrics)

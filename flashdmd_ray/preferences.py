@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from flashdmd_ray.runtime.protocol import Runtime, Task
 from flashdmd_ray.scoring import REASONS, score
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class NothingScored(RuntimeError):
@@ -41,6 +43,10 @@ class RatedPairs:
     pairs: PreferencePairs | None
     metrics: Metrics
     counts: Mapping[str, int] = field(default_factory=dict)
+
+
+Ranked = tuple[int, Mapping[str, Tensor]]
+"""Timestep of candidates, and label -> rewards float32 (B, K)."""
 
 
 class PreferenceSource:
@@ -79,23 +85,27 @@ class PreferenceSource:
             self._version = step
             self._published = self.runtime.publish(step)
 
-    def check_ranking(self, rng: StepRng) -> Metrics:
-        """Measure, at the first step with preference updates, how latent rewards rank the candidates of this run; {} at other steps.
-
-        Raises ValueError for an optimised one that cannot rank them, see `ranking.check`.
-        """
+    def request_ranking(self, rng: StepRng) -> list[Task[Ranked]]:
+        """Start to measure, at the first step with preference updates, how latent rewards rank the candidates of this run."""
         preference = self.config.preference
         if not (preference.updates and rng.step == preference.start_step) or ranking.judge_of(self.config) is None:
-            return {}
-        assert self._version >= 0, "check_ranking() before publish()"
+            return []
+        return [
+            self._start(partial(self._ranking_candidates, rng, high, part), self._ranked)
+            for high in range(self.config.high_noise_steps)
+            for part in range(-(-ranking.GROUPS // preference.batch))
+        ]
+
+    def check_ranking(self, requests: Sequence[Task[Ranked]]) -> Metrics:
+        """Judge what `request_ranking` started; {} for nothing.
+
+        Raises ValueError for an optimised reward that cannot rank candidates, see `ranking.check`.
+        """
         found: dict[int, list[Mapping[str, Tensor]]] = {}
-        for high in range(self.config.high_noise_steps):
-            for part in range(-(-ranking.GROUPS // preference.batch)):
-                stream = f"ranking/{high}/{part}"
-                candidates = self._candidates(self.prompts(rng, stream, preference.batch), high, rng.seed(stream))
-                scores = score(candidates, self.config, self.runtime)
-                found.setdefault(candidates.next_timestep, []).append(scores.rewards)
-        return ranking.check(self.config, found)
+        for task in requests:
+            timestep, rewards = task.result(self._longest_s)
+            found.setdefault(timestep, []).append(rewards)
+        return ranking.check(self.config, found) if found else {}
 
     def request(self, rng: StepRng) -> list[Task[RatedPairs]]:
         """Start making the pairs of this step, and the hack monitor's probe; empty when it has no preference updates."""
@@ -110,9 +120,7 @@ class PreferenceSource:
             tasks.append(self._start(self._probe_candidates, self._rate_probe))
         return tasks
 
-    def _start(
-        self, generate: Callable[[], Candidates], rate_them: Callable[[Candidates], RatedPairs]
-    ) -> Task[RatedPairs]:
+    def _start(self, generate: Callable[[], Candidates], rate_them: Callable[[Candidates], T]) -> Task[T]:
         """Generate candidates and rate them beside the step. Beside the learner they are generated first: the step changes its weights."""
         if self.config.beside_learner("rollout"):
             return self.runtime.background(partial(rate_them, generate()))
@@ -129,14 +137,17 @@ class PreferenceSource:
         Raises the error of a rollout, and NothingScored after `preference.max_unscored` updates in a row without a reward.
         """
         self._counts.clear()
-        deadlines = self.config.deadlines
-        # Every call inside has a deadline and replays of its own; this bound only excludes waiting for ever.
-        timeout = 2 * deadlines.start_s + (deadlines.retries + 1) * (deadlines.call_s + deadlines.reward_s)
         for task in requests:
-            rated = task.result(timeout)
+            rated = task.result(self._longest_s)
             if rated.counts:
                 self._record_counts(rated.counts)
             yield rated
+
+    @property
+    def _longest_s(self) -> float:
+        """Seconds to wait for a request. Every call inside has a deadline and replays of its own: this only excludes waiting for ever."""
+        deadlines = self.config.deadlines
+        return 2 * deadlines.start_s + (deadlines.retries + 1) * (deadlines.call_s + deadlines.reward_s)
 
     def group_counts(self) -> Metrics:
         """Counts of this step's groups: preference/groups = preference/scored + all dropped/<reason>; preference/pairs are learnt from.
@@ -178,6 +189,13 @@ class PreferenceSource:
             rng.seed(f"{stream}/noise"),
             decode=any(reward.reads_images for reward in self.config.due_rewards(rng.step)),
         )
+
+    def _ranking_candidates(self, rng: StepRng, high: int, part: int) -> Candidates:
+        stream = f"ranking/{high}/{part}"
+        return self._candidates(self.prompts(rng, stream, self.config.preference.batch), high, rng.seed(stream))
+
+    def _ranked(self, candidates: Candidates) -> Ranked:
+        return candidates.next_timestep, score(candidates, self.config, self.runtime).rewards
 
     def _rated_pairs(self, rng: StepRng, candidates: Candidates) -> RatedPairs:
         due = [reward.pool_name for reward in self.config.due_rewards(rng.step)]

@@ -62,13 +62,6 @@ def report(config: Config, directory: RunDirectory, tracker: Tracker, say: Say) 
     tracker.model(directory.export)
     write_atomically(directory.path / "report.json", json.dumps(facts, indent=1) + "\n")
     say(f"table: {directory.path / 'report.json'}   grid: {grid}   pipeline: {directory.export}")
-    say(what_next(config, directory))
-
-
-def what_next(config: Config, directory: RunDirectory) -> str:
-    """The last line of a finished run: what to do with its student."""
-    adapter = f"; as an adapter: flashdmd export {directory.path} --format lora" if config.lora.networks else ""
-    return f"next: look at {directory.path / 'grid.png'}; serve it: flashdmd serve {directory.path}{adapter}"
 
 
 def hack_monitor(config: Config, training: Mapping[str, Any]) -> dict[str, Any] | None:

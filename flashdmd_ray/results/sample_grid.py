@@ -12,7 +12,7 @@ from flashdmd_ray.batch import Prompts, derive_seed
 from flashdmd_ray.config import Config
 from flashdmd_ray.results.evaluation_data import choose_prompts
 from flashdmd_ray.results.grid import write_grid
-from flashdmd_ray.roles.image_sampling import student_label, teacher_label
+from flashdmd_ray.roles.labels import student_label, teacher_label
 from flashdmd_ray.runtime.protocol import Runtime
 
 COLUMNS = 10

@@ -15,6 +15,7 @@ from flashdmd_ray.batch import derive_seed
 from flashdmd_ray.diffusion.sampling import NoiseSampler, ddim_sample, few_step_sample, guided
 from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family
+from flashdmd_ray.roles.labels import student_label, teacher_label
 from flashdmd_ray.roles.networks import x0_predictor
 
 
@@ -53,16 +54,6 @@ class Sampler:
     name: str
     nfe: int
     sample: Callable[[Conditioning, NoiseSampler], Tensor]
-
-
-def teacher_label(steps: int, guidance_scale: float) -> str:
-    """Label of a row of teacher images."""
-    return f"teacher, {steps} steps, guidance {guidance_scale:g}"
-
-
-def student_label(name: str, timesteps: Sequence[int]) -> str:
-    """Label of a row of a few-step generator's images."""
-    return f"{name}, {len(timesteps)} {'step' if len(timesteps) == 1 else 'steps'}"
 
 
 def teacher_sampler(family: Family, steps: int, guidance_scale: float) -> Sampler:

@@ -66,6 +66,8 @@ class Mirror:
         self._orders += orders
         self._records += self._tail.new_records()
         if self._run is None:
+            if not (self._records or self._orders):
+                return  # importing MLflow takes seconds of a core, which a starting run has better use for
             self._run = self._connect()
             say("ok")
         if self._records:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 
 from flashdmd_ray.run.variables import prepare_environment, ray_address
 
@@ -46,6 +48,17 @@ def worker_environment(threads: int, gpus: float) -> dict[str, str]:
         # Ray does not hide GPUs from workers that asked for none.
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return environment
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Import libraries in this block: without garbage collections, which take a fifth of the time, and with none over them later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def limit_threads(threads: int) -> None:

@@ -22,7 +22,7 @@ from flashdmd_ray.run.variables import prepare_environment
 from flashdmd_ray.runtime.border import CPU, call_role
 from flashdmd_ray.runtime.call_times import CallTimes, Reply, Spent, metered
 from flashdmd_ray.runtime.concurrency import in_thread
-from flashdmd_ray.runtime.environment import limit_threads, on_gpu, worker_environment
+from flashdmd_ray.runtime.environment import limit_threads, on_gpu, uncollected, worker_environment
 from flashdmd_ray.runtime.errors import Call, Closed, WorkerError
 from flashdmd_ray.runtime.failures import most_telling, reraise, translate
 from flashdmd_ray.runtime.gang import Places
@@ -70,8 +70,9 @@ class Worker:
 
     def prepare(self) -> Offer:
         """Import what the roles need, and offer an address and a port for the ranks to meet at."""
-        for path in self._group.roles.values():
-            role_class(path)
+        with uncollected():
+            for path in self._group.roles.values():
+                role_class(path)
         address = ray.util.get_node_ip_address()
         self._listener = socket.create_server(
             (address, 0), backlog=1024

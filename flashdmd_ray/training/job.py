@@ -9,7 +9,6 @@ from flashdmd_ray.checkpoint import latest_step, manifests, newest_healthy, newe
 from flashdmd_ray.config import Config
 from flashdmd_ray.data import build_images
 from flashdmd_ray.driver import train
-from flashdmd_ray.results.report import report, what_next
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.lock import Lock, hold_run
@@ -78,7 +77,11 @@ def _train(config: Config, directory: RunDirectory, root: Location, lock: Lock) 
             if hacked:
                 progress.say(how_to_go_on(directory, root))
             return STOPPED_BY_MONITOR if hacked else stop.exit_code
+        # Until here the workers alone need diffusers and transformers, and importing them would delay the first step.
+        from flashdmd_ray.results.report import report
+
         report(config, directory, tracker, progress.say)
+        progress.say(what_next(config, directory))
     return 0
 
 
@@ -90,6 +93,12 @@ class StillAlone(Observer):
 
     def after_step(self, done: int, metrics: Metrics) -> None:
         self._lock.check()
+
+
+def what_next(config: Config, directory: RunDirectory) -> str:
+    """The last line of a finished run: what to do with its student."""
+    adapter = f"; as an adapter: flashdmd export {directory.path} --format lora" if config.lora.networks else ""
+    return f"next: look at {directory.path / 'grid.png'}; serve it: flashdmd serve {directory.path}{adapter}"
 
 
 def how_to_go_on(directory: RunDirectory, root: Location) -> str:

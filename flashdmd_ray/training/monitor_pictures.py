@@ -12,7 +12,7 @@ from torch import Tensor
 from flashdmd_ray.batch import from_uint8, to_uint8
 from flashdmd_ray.results.grid import LARGE, write_grid
 from flashdmd_ray.results.sample_grid import SampleGrid
-from flashdmd_ray.roles.image_sampling import student_label
+from flashdmd_ray.roles.labels import student_label
 from flashdmd_ray.run.files import new_file
 
 FOLDER = "monitor"

@@ -67,6 +67,11 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def test_the_driver_of_a_training_imports_no_library_of_networks():
+    code = "import sys, flashdmd_ray.training.job; sys.exit(bool({'diffusers', 'transformers', 'peft'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_finished_run_has_everything(finished):
     records = read_metrics(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3]
