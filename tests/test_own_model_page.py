@@ -1,14 +1,27 @@
-"""The tutorial docs/own_model.md: its commands, as the page has them, from a checkpoint and photographs to exports."""
+"""The tutorial docs/own_model.md: its commands, as the page has them, from a checkpoint and photographs to a served student."""
 
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+
+import psutil
 import pytest
+import ray
+import requests
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from ray import serve
 from tiny import save_sam, save_sdxl
 
 from flashdmd_ray.__main__ import main
 from flashdmd_ray.config import load_config
 from tests.models.rewards.small_rewards import write_clip
 from tests.pages import ROOT, blocks, flashdmd
+from tests.serving.exports import export_demo
+from tests.serving.test_command import outside_ray
+from tests.serving.test_service import free_port
 
 PAGE = ROOT / "docs" / "own_model.md"
 COMMANDS = [command for block in blocks(PAGE) for command in block.commands]
@@ -72,3 +85,79 @@ def test_the_pages_exports_are_written(run, monkeypatch):
     assert (run / "kohya" / "flashdmd_lora.safetensors").is_file()
     pipeline = StableDiffusionXLPipeline.from_pretrained("models/my_sdxl", use_safetensors=True)
     pipeline.load_lora_weights("runs/my_sdxl/lora")
+
+
+@contextlib.contextmanager
+def serving(run, *options):
+    """The page's service as a process in a group of its own, with options of the test; its URL."""
+    (command,) = page_commands("serve")
+    port = free_port()
+    with subprocess.Popen(
+        [sys.executable, "-m", "flashdmd_ray", *command, *options, "--port", str(port)],
+        cwd=run.parents[1],
+        env=outside_ray() | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        yield process, f"http://127.0.0.1:{port}"
+        if process.poll() is None:
+            process.kill()
+
+
+def ask_as_the_page_does(url):
+    """The page's request over HTTP, sent to another port."""
+    (curl,) = [words for words in COMMANDS if words[0] == "curl"]
+    header, _, value = curl[curl.index("-H") + 1].partition(": ")
+    address = curl[1].replace("http://127.0.0.1:8000", url)
+    return requests.post(address, data=curl[curl.index("-d") + 1], headers={header: value}, timeout=120)
+
+
+def ask_the_teacher(url):
+    """A request that takes long, once it is inside; its answer comes into the list."""
+    answers = []
+    body = {"prompt": "a red 4", "model": "demo:teacher"}
+    asking = threading.Thread(
+        target=lambda: answers.append(requests.post(f"{url}/v1/images/generations", json=body, timeout=120))
+    )
+    asking.start()
+    while "flashdmd_requests_inside 1.0" not in requests.get(f"{url}/metrics", timeout=30).text:
+        assert asking.is_alive(), "the request was over before the signal"
+    return asking, answers
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.1})
+class Neighbour:
+    def __call__(self) -> str:
+        return "here"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_page_serves_the_student_and_a_terminated_service_finishes_what_it_has_and_leaves_its_neighbours_alone(
+    run, tmp_path
+):
+    """A slow model is served beside the student: it is being drawn when the service is told to end."""
+    slow = export_demo(tmp_path / "demo" / "export")
+    serve.start(proxy_location="Disabled")
+    try:
+        neighbour = serve.run(Neighbour.bind(), name="neighbour", route_prefix=None)
+        settings = ["--set", "teacher_steps=100", f"cache={tmp_path / 'cache'}", "watch_s=null"]
+        with serving(run, f"demo={slow}", *settings) as (process, url):
+            said = next(line for line in process.stdout if line.startswith(("ready", "error")))
+            assert said == f"ready: {url}/\n"
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            drawn = ask_as_the_page_does(url)
+            assert drawn.status_code == 200, drawn.text
+            assert drawn.json()["model"] == "my_sdxl"
+            assert set(serve.status().applications) == {"neighbour", "flashdmd_ray"}
+            tree = psutil.Process(process.pid).children(recursive=True)
+            asking, answers = ask_the_teacher(url)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=120) == 0
+            asking.join(timeout=10)
+            assert [answer.status_code for answer in answers] == [200]
+            assert psutil.wait_procs(tree, timeout=30)[1] == []
+        assert set(serve.status().applications) == {"neighbour"}
+        assert neighbour.remote().result(timeout_s=60) == "here"
+    finally:
+        serve.shutdown()
