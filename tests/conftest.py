@@ -30,8 +30,8 @@ use_quick_handles(os.environ)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked `gpu` or `browser` where there is none: deselected, so that the summary counts them."""
-    for mark, is_there in (("gpu", has_gpu), ("browser", has_browser)):
+    """Leave out tests marked with something that is not here: deselected, so that the summary counts them."""
+    for mark, is_there in (("gpu", has_gpu), ("browser", has_browser), ("prometheus", has_prometheus)):
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and not is_there():
             config.hook.pytest_deselected(items=marked)
@@ -46,6 +46,10 @@ def has_gpu() -> bool:
 
 def has_browser() -> bool:
     return chromium() is not None
+
+
+def has_prometheus() -> bool:
+    return shutil.which("prometheus") is not None
 
 
 def chromium() -> str | None:

@@ -1,4 +1,4 @@
-"""The record of metrics: `metrics.jsonl` of the run folder, and MLflow through it."""
+"""The record of metrics: `metrics.jsonl` of the run folder, what mirrors it, and Prometheus."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ class MetricsRecorder(Observer):
         self._config = config
         self._tracker = tracker
         self._data_counts = data_counts
+        self._gauges = None
+        if config.runtime == "ray":
+            from flashdmd_ray.runtime.gauges import RunGauges  # and with it Ray
+
+            self._gauges = RunGauges(config.run.name)
 
     def load(self, done: int, state: Mapping[str, Any]) -> None:
         self._tracker.rewind(done)  # steps after the checkpoint will be done, and recorded, again
@@ -26,3 +31,5 @@ class MetricsRecorder(Observer):
     def after_step(self, done: int, metrics: Metrics) -> None:
         if done == self._config.steps or done % self._config.tracking.log_every == 0:
             self._tracker.metrics(done, metrics | self._data_counts)
+            if self._gauges is not None:
+                self._gauges.show(done, metrics)

@@ -127,6 +127,7 @@ class Stack:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
             "RAY_gcs_server_port_wait_time_s": "180",
+            "RAY_metrics_report_interval_ms": "1000",
             "OMP_NUM_THREADS": "1",
             CONTAINER: container,
         }
@@ -173,20 +174,19 @@ class Stack:
                     one.restarts += 1
             time.sleep(0.5)
 
-    def execute(self, container: str, command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-        """As `docker compose exec`."""
+    def begin(self, container: str, command: list[str]) -> subprocess.Popen[str]:
+        """As `docker compose exec`, without waiting for its end."""
         environment = self.running[container].environment
         words = [self.here(word, container) for word in command]
         words[0] = shutil.which(words[0], path=environment["PATH"]) or words[0]
-        return subprocess.run(
-            words,
-            env=environment,
-            cwd=self.directory / "app",
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            words, env=environment, cwd=self.directory / "app", stdout=pipe, stderr=subprocess.STDOUT, text=True
         )
+
+    def execute(self, container: str, command: list[str], timeout: float) -> tuple[int, str]:
+        """Exit status and output of a command, as of `docker compose exec`."""
+        return finish(self.begin(container, command), timeout)
 
     def stop(self) -> dict[str, int | None]:
         """As `docker compose stop`: SIGTERM, the newest service first. Exit status of each; None if it outlived its grace period."""
@@ -206,6 +206,17 @@ class Stack:
     def remove(self) -> None:
         _kill(self.left_behind())
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def finish(process: subprocess.Popen[str], timeout: float) -> tuple[int, str]:
+    """Exit status and output of a command that `begin` started; after the timeout it is killed."""
+    with process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+    return process.returncode, output
 
 
 def image_environment() -> dict[str, str]:

@@ -36,6 +36,8 @@ def test_only_the_image_api_is_published_beyond_loopback() -> None:
         "ray-head": [("127.0.0.1", "8265")],
         "mlflow": [("127.0.0.1", "5000")],
         "serve": [("everywhere", "8000")],
+        "prometheus": [("127.0.0.1", "9090")],
+        "grafana": [("127.0.0.1", "3000")],
     }
 
 

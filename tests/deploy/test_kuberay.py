@@ -137,3 +137,15 @@ def test_data_of_ones_own_is_mounted_in_every_pod(tmp_path: Path) -> None:
         assert {"name": "data", "mountPath": "/data", "readOnly": True} in pod["containers"][0]["volumeMounts"]
         (volume,) = (one for one in pod["volumes"] if one["name"] == "data")
         assert f"metadata: {{name: {volume['persistentVolumeClaim']['claimName']}}}" in GUIDE
+
+
+def test_the_rules_of_the_guide_are_a_resource_and_dashboards_a_config_map() -> None:
+    (command,) = re.findall(r"^  (\{ printf .*?) \| kubectl apply", GUIDE, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    rules = yaml.safe_load(done.stdout)
+    assert rules["spec"] == yaml.safe_load((ROOT / "deploy/metrics/rules.yml").read_text())
+    *monitors, boards = sorted(build(ROOT / "deploy/metrics"), key=lambda one: one["kind"], reverse=True)
+    ports = {endpoint["port"] for monitor in monitors for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    named = {port["name"] for pod in pods("cpu-service") for port in pod["containers"][0]["ports"]}
+    assert ports <= named
+    assert set(boards["data"]) == {path.name for path in (ROOT / "deploy/metrics/dashboards").iterdir()}
