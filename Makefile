@@ -1,4 +1,4 @@
-# What a machine with Python >= 3.11 (and its venv module) needs:  make demo   make test
+# What a machine with Python >= 3.11 (and its venv module) needs:  make install   make demo   make serve   make test
 # Every other target is listed by `make help`.
 SHELL := /bin/bash
 PYTHON ?= python3

@@ -90,7 +90,7 @@ def train(settings: list[str]) -> int:
     checker, texts = PromptChecker.load(), demo_held_out(CHECKED, 1).texts
     prompts = Prompts(tuple(texts), torch.arange(len(texts)))
 
-    config = load_config(None, ["runtime=local", "tracking.enabled=false", "evaluation.samples=0", *settings])
+    config = load_config("demo_long", ["runtime=local", "tracking.enabled=false", "evaluation.samples=0", *settings])
     every = CHECK_EVERY["joint" if config.preference.distill else "hack"]
 
     class Accuracy(Observer):

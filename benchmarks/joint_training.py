@@ -71,7 +71,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="demo", help="name of a preset")
+    parser.add_argument("--preset", default="demo_long", help="name of a preset")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", default=["joint", "control", "teacher"], choices=[*ARMS, "teacher"])
     parser.add_argument("--distil", type=int, default=0, help="first steps that all arms of a seed share")

@@ -30,7 +30,7 @@ from tests.metrics_page import undocumented, unwritten
 
 STEPS = 2
 SMALL = ["batch=4", "ttur=2", "preference.updates=1", "preference.batch=4", "preference.candidates=2"]
-ALL_METRICS = ["monitor.warmup=1", "monitor.window=1", "tracking.enabled=false", f"steps={STEPS}"]
+ALL_METRICS = ["monitor.every=1", "monitor.warmup=1", "monitor.window=1", "tracking.enabled=false", f"steps={STEPS}"]
 
 
 class Recorded:
