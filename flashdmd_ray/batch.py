@@ -10,11 +10,12 @@ import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Metrics = dict[str, float]
 """Named figures of a role call or a step."""
 
@@ -82,17 +83,22 @@ def move(value: Any, device: torch.device | str) -> Any:
     return map_tensors(value, lambda tensor: tensor.to(device))
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """`value` with every tensor changed, in batches, mappings, lists and tuples too; everything else as it is."""
-    if isinstance(value, Tensor):
+    return map_kind(value, Tensor, change)
+
+
+def map_kind(value: Any, kind: type[T], change: Callable[[T], Any]) -> Any:
+    """`map_tensors` for values of another class."""
+    if isinstance(value, kind):
         return change(value)
     if isinstance(value, Batch):
-        columns = {f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)}  # type: ignore[arg-type]
+        columns = {f.name: map_kind(getattr(value, f.name), kind, change) for f in fields(value)}  # type: ignore[arg-type]
         return type(value)(**columns)
     if isinstance(value, Mapping):
-        return {key: map_tensors(item, change) for key, item in value.items()}
+        return {key: map_kind(item, kind, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(item, change) for item in value)
+        return type(value)(map_kind(item, kind, change) for item in value)
     return value
 
 
@@ -128,8 +134,50 @@ class NoiseLevels(Batch):
 
 
 @dataclass(frozen=True)
+class StoredRows(Batch):
+    """Rows of tensors that stay in the object store, where the workers that need them read them. Cut and joined like a tensor.
+
+    parts: (reference to a list of tensors, index in it, first row, last row + 1), in order. columns: int64 (B,), which entry of
+    dimension 1 is meant in each row; None for all of it.
+    """
+
+    parts: tuple[tuple[Any, int, int, int], ...]
+    columns: Tensor | None = None
+
+    def __len__(self) -> int:
+        return sum(stop - start for _, _, start, stop in self.parts)
+
+    def split(self, parts: int) -> list[Self]:
+        return [self._rows(first, last) for first, last in _bounds(len(self), parts)]
+
+    def _rows(self, first: int, last: int) -> Self:
+        cut, before = [], 0
+        for reference, index, start, stop in self.parts:
+            begin, end = start + max(first - before, 0), min(stop, start + last - before)
+            before += stop - start
+            if begin < end:
+                cut.append((reference, index, begin, end))
+        return type(self)(tuple(cut), None if self.columns is None else self.columns[first:last])
+
+    @classmethod
+    def concat(cls, shards: Sequence[Self]) -> Self:
+        columns = [shard.columns for shard in shards if shard.columns is not None]
+        return cls(tuple(part for shard in shards for part in shard.parts), torch.cat(columns) if columns else None)
+
+
+def choose(values: Any, columns: Tensor) -> Any:
+    """Entry `columns[b]` (int64 (B,)) of dimension 1 in each row b of a tensor or StoredRows."""
+    if isinstance(values, StoredRows):
+        return StoredRows(values.parts, columns)
+    return values[torch.arange(len(columns)), columns]
+
+
+@dataclass(frozen=True)
 class Latents(Batch):
-    """Clean latents x0, float32 (B, C, h, w), already scaled by the autoencoder's scaling factor."""
+    """Clean latents x0, float32 (B, C, h, w), already scaled by the autoencoder's scaling factor.
+
+    In roles they are tensors. On Ray the driver holds large ones as StoredRows.
+    """
 
     values: Tensor
     prompts: Prompts
@@ -151,8 +199,8 @@ class Candidates(Batch):
     """K candidates for each prompt: one noisy latent, denoised once and renoised K times.
 
     noisy: float32 (B, C, h, w) at `timestep`; values: float32 (B, K, C, h, w) at `next_timestep`; images: uint8 (B, K, 3, H, W), each
-    candidate carried on to a clean latent and decoded, once for all that look at it, or (B, 0, 3, H, W) when nobody does;
-    version: the published weights that made them.
+    candidate carried on to a clean latent and decoded, once for all that look at it, or (B, 0, 3, H, W) when nobody does.
+    version: the published weights that made them. On Ray the driver holds large tensors as StoredRows.
     """
 
     prompts: Prompts

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Candidates, Metrics, PreferencePairs, Prompts, PublishedWeights, StepRng
+from flashdmd_ray.batch import Candidates, Metrics, PreferencePairs, Prompts, PublishedWeights, StepRng, choose
 from flashdmd_ray.config import Config
 from flashdmd_ray.losses.preference import combine_rewards, pair_weights, select_pairs
 from flashdmd_ray.monitor import ranking
@@ -214,7 +213,7 @@ class PreferenceSource:
     def _rate_probe(self, candidates: Candidates) -> RatedPairs:
         latent = [reward.label for reward in self.config.rewards if not reward.reads_images]
         rewards = score(candidates, self.config, self.runtime).rewards
-        return RatedPairs(None, probe_signals(candidates.images, rewards, latent))
+        return RatedPairs(None, probe_signals(self.runtime.fetch(candidates.images), rewards, latent))
 
 
 def rate(
@@ -233,7 +232,6 @@ def rate(
     combined, finite = combine_rewards(rewards, weights)
     winner, loser, margin, kept = select_pairs(combined, preference.threshold, preference.temperature)
     kept = kept & finite
-    rows = torch.arange(len(winner))
     finite_values = {label: values[values.isfinite()] for label, values in rewards.items()}
     metrics = {f"reward/{label}": values.mean().item() for label, values in finite_values.items() if len(values)}
     metrics |= {
@@ -259,8 +257,8 @@ def rate(
     pairs = PreferencePairs(
         prompts=candidates.prompts,
         noisy=candidates.noisy,
-        winners=candidates.values[rows, winner],
-        losers=candidates.values[rows, loser],
+        winners=choose(candidates.values, winner),
+        losers=choose(candidates.values, loser),
         weights=pair_weights(kept),
         margins=margin,
         timestep=candidates.timestep,

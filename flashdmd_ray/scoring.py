@@ -14,7 +14,7 @@ from torch import Tensor
 from flashdmd_ray.batch import Candidates
 from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.run.messages import one_line
-from flashdmd_ray.runtime.errors import Closed, DeadlineExceeded, RoleFailed, WorkerError
+from flashdmd_ray.runtime.errors import Closed, DeadlineExceeded, RoleFailed, RowsLost, WorkerError
 from flashdmd_ray.runtime.protocol import Runtime
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def score(candidates: Candidates, config: Config, runtime: Runtime, pools: Colle
     names = [name for name in config.reward_pools if pools is None or name in pools]
     chunks = {name: _chunks(candidates, config, name) for name in names}
     calls = [
-        partial(_score_chunk, runtime.rewards[name], config.reward_pools[name], chunk)
+        partial(_score_chunk, runtime.rewards[name], config.reward_pools[name], config.preference.candidates, chunk)
         for name, parts in chunks.items()
         for chunk in parts
     ]
@@ -57,19 +57,19 @@ def score(candidates: Candidates, config: Config, runtime: Runtime, pools: Colle
 def _chunks(candidates: Candidates, config: Config, pool: str) -> list[Candidates]:
     """Cut the candidates into calls. The cut follows from the configuration alone, so results do not depend on the number of workers."""
     if not any(reward.reads_images for reward in config.reward_pools[pool]):
-        candidates = replace(candidates, images=candidates.images[:, :0])
+        candidates = replace(candidates, images=torch.empty((len(candidates), 0, 3, 1, 1), dtype=torch.uint8))
     return candidates.split(config.placement.chunks(pool, len(candidates)))
 
 
-def _score_chunk(pool: Reward, rewards: tuple[RewardConfig, ...], chunk: Candidates) -> Scores:
+def _score_chunk(pool: Reward, rewards: tuple[RewardConfig, ...], count: int, chunk: Candidates) -> Scores:
     """Score one chunk with a pool. An error that survived the pool's replays costs the chunk's groups, not the run."""
-    groups, count = chunk.values.shape[:2]
+    groups = len(chunk)
     labels = [reward.label for reward in rewards]
     try:
         scores = pool.score(chunk)
         if wrong := [label for label in labels if scores[label].shape != (groups, count)]:
             raise ValueError(f"{wrong[0]} answered {tuple(scores[wrong[0]].shape)} for {groups} groups of {count}")
-    except Closed:
+    except (Closed, RowsLost):
         raise
     except Exception as error:
         logger.warning(

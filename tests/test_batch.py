@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from flashdmd_ray.batch import (
     Candidates,
@@ -12,6 +13,8 @@ from flashdmd_ray.batch import (
     PreferencePairs,
     Prompts,
     StepRng,
+    StoredRows,
+    choose,
     concat_values,
     derive_seed,
     from_uint8,
@@ -185,3 +188,21 @@ def test_draws_are_uniform_on_a_half_open_range(low, high):
     indices = [StepRng(0, step).index("high", 3) for step in range(600)]
     assert set(indices) == {0, 1, 2}
     assert all(abs(indices.count(i) / 600 - 1 / 3) < 0.08 for i in range(3))
+
+
+def read(rows: StoredRows) -> Tensor:
+    whole = torch.cat([tensors[index][first:last] for tensors, index, first, last in rows.parts])
+    return whole if rows.columns is None else choose(whole, rows.columns)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 9])
+def test_stored_rows_are_cut_joined_and_chosen_from_like_a_tensor(parts):
+    whole = torch.arange(18).view(9, 2)
+    kept, others = [whole[:0], whole[:5]], [whole[5:6], whole[6:]]
+    stored = StoredRows(((kept, 1, 0, 5), (others, 0, 0, 1), (others, 1, 0, 3)))
+    chosen = choose(stored, torch.arange(9) % 2)
+    for rows, expected in ((stored, whole), (chosen, choose(whole, torch.arange(9) % 2))):
+        shards = split_value(rows, parts)
+        assert all(map(torch.equal, map(read, shards), torch.tensor_split(expected, parts)))
+        assert len(rows) == 9
+        assert torch.equal(read(concat_values(shards)), expected)

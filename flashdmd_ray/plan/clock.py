@@ -52,6 +52,10 @@ class Clock:
         self.busy[group] += seconds / workers
         self.seconds[group, call].append(seconds)
 
+    def spend(self, call: str, seconds: float) -> None:
+        """The driver itself takes so long."""
+        self.now = Moment(self.now.time + seconds, Past(call, seconds, self.now.past))
+
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
         """`Runtime.parallel`: all calls begin now, and the driver goes on when the last has ended."""
         begun, latest, results = self.now, self.now, []

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flashdmd_ray.batch import Metrics, Prompts, PublishedWeights, map_tensors
+from flashdmd_ray.batch import Batch, Metrics, Prompts, PublishedWeights, map_tensors
 from flashdmd_ray.config import Config
 from flashdmd_ray.driver import train
 from flashdmd_ray.plan.clock import Clock, ClockTask
@@ -26,10 +26,10 @@ from flashdmd_ray.plan.hardware import Gpu
 from flashdmd_ray.plan.measure.observe import LiveMemory
 from flashdmd_ray.plan.models import Models
 from flashdmd_ray.plan.parts import published_bytes
-from flashdmd_ray.plan.speed import Call, seconds_of
+from flashdmd_ray.plan.speed import STORE, Call, seconds_of
 from flashdmd_ray.plan.stand_ins import PricedImages
 from flashdmd_ray.plan.works import RoleTime, Step, Timing, Work
-from flashdmd_ray.runtime.shards import join_results, split_arguments
+from flashdmd_ray.runtime.shards import SAMPLES, is_large, join_results, split_arguments
 
 T = TypeVar("T")
 
@@ -189,6 +189,11 @@ class DryRuntime:
             self.ledger.clock.work(self.config.process("learner"), 1, "publish", seconds)
         return PublishedWeights(version, {}, str(version))
 
+    def fetch(self, value: T) -> T:
+        if self.gpu is not None and self.config.runtime == "ray":
+            self.ledger.clock.spend("driver: fetch", _size(value) / STORE)
+        return value
+
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
         return self.ledger.clock.parallel(*calls)
 
@@ -233,7 +238,9 @@ class Handle:
         ledger.share = 1.0 if self._ranks else 1 / self._workers
         with runtime.inside(self._group):
             result = getattr(self.role, method)(*map_tensors(args, _copied), **map_tensors(kwargs, _copied))
-        ledger.call.carried += _size(args) + _size(result)
+        samples = [value for value in args if isinstance(value, Batch)] + [result] * (method in SAMPLES)
+        ledger.call.stored = _size(samples, is_large)
+        ledger.call.carried += _size(args) + _size(result) - ledger.call.stored
         result = map_tensors(result, _scores if method == "score" else _copied)
         if ledger.counts:
             seconds = seconds_of(ledger.call, runtime.config, self._group, runtime.gpu)
@@ -256,12 +263,12 @@ def _scores(tensor: Tensor) -> Tensor:
     return -torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape)
 
 
-def _size(value: Any) -> float:
+def _size(value: Any, counts: Callable[[Tensor], bool] = lambda tensor: True) -> float:
     total = 0.0
 
     def add(tensor: Tensor) -> Tensor:
         nonlocal total
-        total += tensor.nbytes
+        total += tensor.nbytes if counts(tensor) else 0
         return tensor
 
     map_tensors(value, add)

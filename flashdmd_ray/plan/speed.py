@@ -19,11 +19,12 @@ STORE = 1.5e9
 @dataclass
 class Call:
     """flops: by precision. carried: bytes of arguments and results. ranks: that are called at once and share the way to the driver.
-    updated: parameters that an optimizer changed."""
+    stored: bytes that a rank leaves in its machine's object store or reads there. updated: parameters that an optimizer changed."""
 
     flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     launches: float = 0.0
     carried: float = 0.0
+    stored: float = 0.0
     updated: float = 0.0
     ranks: int = 1
 
@@ -40,9 +41,9 @@ def seconds_of(call: Call, config: Config, group: str, gpu: Gpu | None) -> float
         flops / (UTILISATION * (gpu.tf32 if precision == "float32" else gpu.matmul))
         for precision, flops in call.flops.items()
     )
-    moved = call.carried / gpu.host
+    moved = (call.carried + call.stored) / gpu.host
     if config.runtime == "ray":
-        moved += call.ranks * call.carried / STORE
+        moved += (call.ranks * call.carried + call.stored) / STORE
     return max(compute, call.launches * LAUNCH_S) + moved + _update(call.updated, config, group, gpu)
 
 

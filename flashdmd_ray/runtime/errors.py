@@ -27,6 +27,10 @@ class WorkerLost(WorkerError):
     """A worker process is gone: killed, out of memory, or its machine left."""
 
 
+class RowsLost(WorkerLost):
+    """Tensors that a call was to read are gone with the machine that had them. No other worker can read them either."""
+
+
 class DeadlineExceeded(WorkerError):
     """A worker did not answer in time."""
 

@@ -8,7 +8,7 @@ from typing import Never
 from ray import exceptions
 
 from flashdmd_ray.run.messages import typed_line
-from flashdmd_ray.runtime.errors import Call, Closed, DeadlineExceeded, RoleFailed, WorkerError, WorkerLost
+from flashdmd_ray.runtime.errors import Call, Closed, DeadlineExceeded, RoleFailed, RowsLost, WorkerError, WorkerLost
 
 _SURROUNDINGS = (RuntimeError, ConnectionError, TimeoutError, MemoryError)
 _PROGRAM = (NotImplementedError, RecursionError)
@@ -58,6 +58,8 @@ def _cause(error: Exception) -> str:
 def _from_role(error: exceptions.RayTaskError, call: Call, worker: str) -> Exception:
     cause = error.cause
     remote = f"raised by {call} on {worker}:\n{error}"
+    if isinstance(cause, RowsLost):
+        return cause
     if not isinstance(cause, Exception) or (isinstance(cause, _SURROUNDINGS) and not isinstance(cause, _PROGRAM)):
         failed = RoleFailed(f"{call}: {worker} failed: {typed_line(cause)}. See its log")
         failed.add_note(remote)
@@ -75,7 +77,7 @@ def most_telling(errors: list[Exception]) -> Exception:
     def importance(error: Exception) -> int:
         if not isinstance(error, WorkerError):
             return 0
-        return [WorkerLost, RoleFailed, DeadlineExceeded, Closed].index(type(error)) + 1
+        return [WorkerLost, RowsLost, RoleFailed, DeadlineExceeded, Closed].index(type(error)) + 1
 
     return min(errors, key=importance)
 

@@ -44,6 +44,9 @@ class LocalRuntime:
     def publish(self, version: int) -> Task[PublishedWeights]:
         return self.background(lambda: PublishedWeights(version, {}, ""))
 
+    def fetch(self, value: T) -> T:
+        return value
+
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
         return [call() for call in calls]
 

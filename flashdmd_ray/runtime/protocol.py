@@ -66,6 +66,9 @@ class Runtime(Protocol):
         Nothing is copied for rollouts that live beside the generator: their calls must end before it is updated.
         """
 
+    def fetch(self, value: T) -> T:
+        """Bring what workers made into the driver: `value` with tensors in place of its StoredRows."""
+
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
         """Run independent calls at the same time where there are processes for it; results in order.
 

@@ -18,7 +18,7 @@ from flashdmd_ray.runtime.handles import RoleHandle
 from flashdmd_ray.runtime.placement import WorkerGroup, check_placement, check_shares, rewards_of
 from flashdmd_ray.runtime.pools import Pool, PoolLease
 from flashdmd_ray.runtime.protocol import ScalablePool, Task
-from flashdmd_ray.runtime.wire import register_tensors
+from flashdmd_ray.runtime.wire import fetch_rows, register_tensors
 from flashdmd_ray.runtime.workers import StatefulGroup
 
 T = TypeVar("T")
@@ -39,6 +39,7 @@ class RayRuntime:
         come up. Nothing is left running then. Call from the main thread: a private cluster ends with the thread that started it.
         """
         self._step: int | None = None
+        self._deadlines = groups[0].config.deadlines
         self.times = CallTimes()
         self._groups: dict[str, StatefulGroup | Pool] = {}
         self._gang: Gang | None = None
@@ -117,6 +118,10 @@ class RayRuntime:
         if learner.has("rollouts"):
             return in_thread(lambda: PublishedWeights(version, {}, ""))
         return learner.publish(version, self.times)
+
+    def fetch(self, value: T) -> T:
+        found: T = fetch_rows(value, self._deadlines.call_s)
+        return found
 
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
         return run_parallel(calls)

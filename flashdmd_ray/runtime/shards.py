@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from flashdmd_ray.batch import concat_values, is_cut, split_value
 
+SAMPLES = ("generate", "sample_fakes", "candidates")
+"""Methods whose large tensors stay in the object store: the driver hands them on without a look."""
+LARGE = 4096
+"""Bytes of a row from which a tensor is large: smaller ones are faster within their message."""
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def is_large(tensor: Tensor) -> bool:
+    """Return True for a tensor that may stay in the object store; alike on all ranks, whose shards differ in their rows."""
+    return bool(tensor.numel()) and tensor.ndim > 0 and tensor[0].nbytes >= LARGE
 
 
 def split_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], ranks: int) -> tuple[list[Arguments], list[int]]:

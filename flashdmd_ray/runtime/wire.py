@@ -8,7 +8,7 @@ runtime.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,14 @@ import numpy as np
 import ray
 import torch
 from ray import ObjectRef
+from ray.exceptions import GetTimeoutError, RayError
 from torch import Tensor
 
-from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.batch import PublishedWeights, StoredRows, choose, map_kind, map_tensors
+from flashdmd_ray.run.messages import one_line
+from flashdmd_ray.runtime.call_times import Reply
+from flashdmd_ray.runtime.errors import RowsLost
+from flashdmd_ray.runtime.shards import SAMPLES, is_large
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NUMPY_HAS = {
@@ -65,12 +70,66 @@ def fetch_weights(published: PublishedWeights, timeout_s: float) -> PublishedWei
     return replace(published, tensors=tensors)
 
 
-def with_fetched_weights(
+def start_call(
+    actor: Any, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], traced: bool
+) -> list[ObjectRef]:
+    """Ask a worker for a call: references of its Reply and, for samples, of their tensors, which `together` joins to it.
+
+    They belong to this process: tensors outlive the worker that made them.
+    """
+    if method not in SAMPLES:
+        return [actor.call.remote(role, method, args, kwargs, traced)]
+    return list(actor.make.options(num_returns=2).remote(role, method, args, kwargs, traced))
+
+
+def apart(reply: Reply) -> tuple[Reply, list[np.ndarray]]:
+    """A reply without its large tensors, and these, to be returned as a value of its own that stays in the object store."""
+    kept: list[np.ndarray] = []
+
+    def keep(tensor: Tensor) -> Tensor | StoredRows:
+        if not is_large(tensor):
+            return tensor
+        kept.append(tensor.detach().contiguous().numpy())
+        return StoredRows(((None, len(kept) - 1, 0, len(tensor)),))
+
+    return replace(reply, result=map_tensors(reply.result, keep)), kept
+
+
+def together(reply: Reply, store: Sequence[ObjectRef]) -> Reply:
+    """A reply that knows where its tensors are. store: what `apart` left there; empty for another call."""
+    if not store:
+        return reply
+
+    def find(rows: StoredRows) -> StoredRows:
+        ((_, index, first, last),) = rows.parts
+        return StoredRows(((store[0], index, first, last),))
+
+    return replace(reply, result=map_kind(reply.result, StoredRows, find))
+
+
+def fetch_rows(value: Any, timeout_s: float) -> Any:
+    """Return `value` with tensors in place of StoredRows. Raises RowsLost when the machine that had them is gone."""
+
+    def fetch(rows: StoredRows) -> Tensor:
+        try:
+            stored = ray.get([reference for reference, *_ in rows.parts], timeout=timeout_s)
+        except GetTimeoutError:
+            raise
+        except RayError as error:
+            raise RowsLost(f"what a worker made is gone with its machine: {one_line(error)}") from None
+        found = zip(stored, rows.parts, strict=True)
+        whole = torch.cat([torch.tensor(arrays[index][first:last]) for arrays, (_, index, first, last) in found])
+        return whole if rows.columns is None else choose(whole, rows.columns)
+
+    return map_kind(value, StoredRows, fetch)
+
+
+def with_fetched(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout_s: float
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replace every published set of weights among the arguments by one that a role can read."""
+    """Replace what lies in the object store among the arguments by what a role can read."""
 
     def fetch(value: Any) -> Any:
-        return fetch_weights(value, timeout_s) if isinstance(value, PublishedWeights) else value
+        return fetch_weights(value, timeout_s) if isinstance(value, PublishedWeights) else fetch_rows(value, timeout_s)
 
     return tuple(fetch(value) for value in args), {name: fetch(value) for name, value in kwargs.items()}

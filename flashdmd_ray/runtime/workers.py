@@ -30,7 +30,7 @@ from flashdmd_ray.runtime.handles import RoleHandle
 from flashdmd_ray.runtime.placement import WorkerGroup, check_devices, create_roles, role_class
 from flashdmd_ray.runtime.protocol import Task
 from flashdmd_ray.runtime.shards import join_results, split_arguments
-from flashdmd_ray.runtime.wire import published, register_tensors, with_fetched_weights
+from flashdmd_ray.runtime.wire import apart, published, register_tensors, start_call, together, with_fetched
 from flashdmd_ray.runtime.worker_logs import last_lines, own_log
 
 GRACE_S = 1.0
@@ -108,10 +108,14 @@ class Worker:
         self, role: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], traced: bool = False
     ) -> Reply:
         """Run one method of one role; see `call_role`."""
-        args, kwargs = with_fetched_weights(args, kwargs, self._config.deadlines.call_s)
+        args, kwargs = with_fetched(args, kwargs, self._config.deadlines.call_s)
         args = tuple(self._resolve(value) for value in args)
         kwargs = {name: self._resolve(value) for name, value in kwargs.items()}
         return call_role(self._roles[role], method, args, kwargs, traced)
+
+    def make(self, *call: Any) -> tuple[Reply, Any]:
+        """See `call`. The large tensors of its result are a value of their own, which stays in the object store."""
+        return apart(self.call(*call))
 
     def publish(self, version: int) -> Reply:
         """Put the generator's weights into the object store; rank 0 of the learner does, the others help to gather them."""
@@ -217,11 +221,13 @@ class StatefulGroup:
         with self._order:  # calls from several threads must reach all ranks in one order, or their collectives would wait for each other
             if self._failure is not None:
                 raise self._failure
-            refs = [
-                actor.call.remote(role, method, *shard, traced and rank == 0)
+            started = [
+                start_call(actor, role, method, *shard, traced and rank == 0)
                 for rank, (actor, shard) in enumerate(zip(self._actors, shards, strict=True))
             ]
-        replies = self._wait(refs, Call(role, method, self._current_step()), self._deadlines.call_s)
+        answers = [refs[0] for refs in started]
+        found = self._wait(answers, Call(role, method, self._current_step()), self._deadlines.call_s)
+        replies = [together(reply, refs[1:]) for reply, refs in zip(found, started, strict=True)]
         return Reply(join_results([reply.result for reply in replies], sizes), _all_spent(replies))
 
     def publish(self, version: int, times: CallTimes) -> Task[PublishedWeights]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_roles import TOYS, toy_config
 
-from flashdmd_ray.batch import PreferencePairs, Prompts, StepRng
+from flashdmd_ray.batch import PreferencePairs, Prompts, StepRng, choose
 from flashdmd_ray.config import Config
 from flashdmd_ray.runtime import Runtime, build_runtime
 from tests.levels import levels
@@ -41,13 +41,13 @@ def toy_training(runtime: Runtime, steps: int = 3) -> list[Any]:
         )
         found = candidates.result()
         rewards = runtime.rewards["reward"].score(found)["toy"]
-        rows = torch.arange(BATCH)
-        winners, losers = found.values[rows, rewards.argmax(1)], found.values[rows, rewards.argmin(1)]
+        winners, losers = (choose(found.values, best) for best in (rewards.argmax(1), rewards.argmin(1)))
         pairs = PreferencePairs(
             prompts, found.noisy, winners, losers, torch.ones(BATCH), torch.ones(BATCH), 999, 749, found.version
         )
         preferred = runtime.generator.preference_step(pairs)
-        seen += [fakes.values, matching, realism, rewards, gap, mean, metrics, *updates, preferred]
+        seen += [runtime.fetch(fakes.values), runtime.fetch(found.values), matching, realism, rewards, gap, mean]
+        seen += [metrics, *updates, preferred]
     return [*seen, runtime.generator.weights()["weight"], runtime.score.weights()["weight"]]
 
 
@@ -79,4 +79,6 @@ def test_two_ranks_agree_and_keep_the_order_of_the_batch() -> None:
         "the first prediction depends on nothing but the weights: shards must join exactly"
     )
     for here, there in zip(local, ray, strict=True):
-        torch.testing.assert_close(here, there, rtol=1.3e-6, atol=1e-5)  # float32's, for metrics too
+        torch.testing.assert_close(
+            here, there, rtol=3e-5, atol=1e-5
+        )  # sums of float32 in another order, for metrics too

@@ -25,7 +25,7 @@ from flashdmd_ray.batch import (
 )
 from flashdmd_ray.config import Config, parse_config
 
-SHAPE = (2, 4, 4)
+SHAPE = (4, 16, 16)  # large enough to stay in the object store
 TOYS = {
     "learner": {"generator": "toy_roles:Generator", "score": "toy_roles:ScoreEstimator"},
     "discriminator": {"discriminator": "toy_roles:Discriminator"},
@@ -38,6 +38,7 @@ def toy_config(runtime: str = "ray", **settings: Any) -> Config:
     """A configuration with a short deadline for calls; settings: dotted keys with '__' for the dot."""
     tree: dict[str, Any] = {
         "runtime": runtime,
+        "preference": {"candidates": 3},
         "deadlines": {"call_s": 20.0, "reward_s": 20.0, "start_s": 600.0, "retries": 2},
     }
     for key, value in settings.items():
