@@ -31,7 +31,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -168,28 +168,49 @@ class Training:
 
     def measure(self, arm: str, seed: int, samples: int) -> list[dict[str, object]]:
         """Figures of the student's few-step rows, or of the teacher's; for a student also what its training said."""
-        from flashdmd_ray.results.comparison import build_eval_metrics
-        from flashdmd_ray.results.evaluation import as_record, evaluate
-        from flashdmd_ray.results.evaluation_data import build_reference
         from flashdmd_ray.roles.image_sampling import student_sampler, teacher_sampler
 
-        config = self.config.model_copy(
-            update={"evaluation": self.config.evaluation.model_copy(update={"samples": samples})}
-        )
+        config, family = self.config, self.runtime.generator.family
+        if arm != "teacher":
+            said = {"monitor": self.monitor.verdict.level, "training": self._last_metrics()}
+            return [{"arm": arm, "seed": seed} | said | row for row in self.figures(seed, samples)]
+        chosen = [
+            student_sampler("before", family, family.teacher, timesteps)
+            for timesteps in config.student_timesteps.values()
+        ]
+        chosen.append(teacher_sampler(family, 25, config.teacher_guidance))
+        return [{"arm": arm, "seed": seed} | row for row in self._rows(chosen, seed, samples)]
+
+    def figures(self, seed: int, samples: int) -> list[dict[str, object]]:
+        """Figures of the student as it is, with its averaged weights where there are such."""
+        from flashdmd_ray.roles.image_sampling import student_sampler
+
         generator = self.runtime.generator
-        family, few = generator.family, config.student_timesteps.values()
-        if arm == "teacher":
-            chosen = [student_sampler("before", family, family.teacher, timesteps) for timesteps in few]
-            chosen.append(teacher_sampler(family, 25, config.teacher_guidance))
-        else:
-            chosen = [student_sampler("student", family, generator.engine.module, timesteps) for timesteps in few]
-        reference, eval_metrics = build_reference(config, family.image_size, seed), build_eval_metrics(config, family)
-        assert eval_metrics is not None
+        chosen = [
+            student_sampler("student", generator.family, generator.engine.module, timesteps)
+            for timesteps in self.config.student_timesteps.values()
+        ]
         with nullcontext() if generator.average is None else generator.average.applied():
-            measured = evaluate(family, chosen, reference, eval_metrics, seed, 100)
-        said = {"monitor": self.monitor.verdict.level, "training": self._last_metrics()} if arm != "teacher" else {}
-        facts = {"arm": arm, "seed": seed} | said
-        return [facts | {"reward": row.rewards["pickscore"]} | as_record(row) for row in measured.rows]
+            return self._rows(chosen, seed, samples)
+
+    def _rows(self, chosen: Sequence[Any], seed: int, samples: int) -> list[dict[str, object]]:
+        from flashdmd_ray.results.evaluation import as_record, evaluate
+
+        reference, eval_metrics = self._judges(seed, samples)
+        measured = evaluate(self.runtime.generator.family, chosen, reference, eval_metrics, seed, 100)
+        return [{"reward": row.rewards["pickscore"]} | as_record(row) for row in measured.rows]
+
+    @cache  # noqa: B019 (both live as long as the process)
+    def _judges(self, seed: int, samples: int) -> tuple[Any, Any]:
+        """Held-out prompts with their images, and the metrics."""
+        from flashdmd_ray.results.comparison import build_eval_metrics
+        from flashdmd_ray.results.evaluation_data import build_reference
+
+        evaluation = self.config.evaluation.model_copy(update={"samples": samples})
+        config, family = self.config.model_copy(update={"evaluation": evaluation}), self.runtime.generator.family
+        eval_metrics = build_eval_metrics(config, family)
+        assert eval_metrics is not None
+        return build_reference(config, family.image_size, seed), eval_metrics
 
     def _last_metrics(self) -> dict[str, float]:
         """Means over the last ten steps of what says whether preference training acts."""

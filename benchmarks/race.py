@@ -1,0 +1,210 @@
+"""Race of distillation methods on a demo world: what each costs to reach the final quality of DMD2.
+
+    python benchmarks/race.py tune [--methods dmd2 flash ...]        # the same small search for each method, on a seed of its own
+    python benchmarks/race.py run [--methods ...] [--seeds 1 2 3 4 5]  # then the race, with what the search found
+    python benchmarks/race.py show                                   # the tables, from what is there
+
+All methods have the same networks, data, batch, student steps, averaged weights and held-out evaluation. Each has its own number of
+generator updates. Every run leaves a JSON file with the figures of each checkpoint; what is there is not computed again.
+
+| method | what is trained |
+|---|---|
+| dmd2, dmd2_ttur1 | DMD2 with five, or one, updates of the score estimator for each of the generator |
+| flash, flash_ttur2 | Flash-DMD without preference RL: timestep-aware split, pixel GAN on SAM, coupled score estimator |
+| no_split, no_gan, latent_gan, no_coupling, per_batch | flash with one part taken out |
+
+Cost is counted three ways: generator updates; samples drawn for training; and operations, in forwards of the teacher for one image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from joint_training import Training, interval
+
+ROOT = Path(__file__).parents[1]
+TUNING_SEED = 100
+COMMON = ("runtime=local", "batch=32", "preference.updates=0", "evaluation.student_steps=[4]", "monitor.enabled=false")
+SEARCH = ("generator.lr=1e-4", "score.lr=1e-4", "matching.guidance_scale=1.5")
+"""Changes that tuning tries one after the other. One that lowers the last Frechet distance is kept."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """preset, settings: what it is. steps: generator updates. every: of these, from one checkpoint to the next."""
+
+    preset: str
+    settings: tuple[str, ...]
+    steps: int
+    every: int
+
+
+FLASH = ("ttur=1",)
+METHODS = {
+    "dmd2": Method("demo_dmd2", ("ttur=5",), 60, 5),
+    "dmd2_ttur1": Method("demo_dmd2", ("ttur=1",), 150, 10),
+    "flash": Method("demo", FLASH, 150, 10),
+    "flash_ttur2": Method("demo", ("ttur=2",), 100, 10),
+    "no_split": Method("demo", (*FLASH, "matching.timestep_split=shared"), 150, 10),
+    "no_gan": Method("demo", (*FLASH, "adversarial.balance=null", "adversarial.weight=0"), 150, 10),
+    "latent_gan": Method("demo", (*FLASH, "adversarial.space=latent"), 150, 10),
+    "no_coupling": Method("demo", (*FLASH, "score.ema=1"), 150, 10),
+    "per_batch": Method("demo", (*FLASH, "matching.timestep_per=batch"), 150, 10),
+}
+START = ("generator.lr=3e-5", "score.lr=6e-4", "matching.guidance_scale=1")
+"""Where the search starts, for all methods."""
+
+
+def main() -> None:
+    options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.what == "show":
+        print(tables(options.out))
+        return
+    seeds = [TUNING_SEED] if options.what == "tune" else options.seeds
+    tasks = [(method, seed) for seed in seeds for method in options.methods]
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(partial(in_process, options), tasks))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["tune", "run", "show"])
+    parser.add_argument("--methods", nargs="+", default=["dmd2", "dmd2_ttur1", "flash", "flash_ttur2"], choices=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--samples", type=int, default=1000, help="held-out prompts per checkpoint")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "race")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
+    return parser.parse_args()
+
+
+def in_process(options: argparse.Namespace, task: tuple[str, int]) -> None:
+    """One method and seed, in a process of its own."""
+    method, seed = task
+    command = [sys.executable, __file__, options.what, "--here", "--methods", method, "--seeds", str(seed)]
+    command += ["--samples", str(options.samples), "--out", str(options.out)]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+
+
+def here(options: argparse.Namespace) -> None:
+    (name,), (seed,) = options.methods, options.seeds
+    if options.what == "tune":
+        tune(options, name)
+        return
+    tuned = options.out / f"tuned-{name}.json"
+    chosen = json.loads(tuned.read_text())["chosen"] if tuned.exists() else list(START)
+    record(options, name, seed, chosen, options.out / f"{name}-{seed}.json")
+
+
+def tune(options: argparse.Namespace, name: str) -> None:
+    """Search along one setting after the other, from `START`; keeps the settings of the lowest last Frechet distance."""
+    file = options.out / f"tuned-{name}.json"
+    if file.exists():
+        return
+    chosen, trials = list(START), []
+    for trial, change in enumerate((None, *SEARCH)):
+        key = "" if change is None else change.partition("=")[0] + "="
+        settings = [setting if change is None or not setting.startswith(key) else change for setting in chosen]
+        runs = options.out / f"trial-{name}-{trial}.json"
+        last = record(options, name, TUNING_SEED, settings, runs)[-1]
+        trials.append({"settings": settings, "frechet": last["frechet"], "accuracy": last["accuracy"]})
+        if last["frechet"] <= min(one["frechet"] for one in trials):
+            chosen = settings
+    file.write_text(json.dumps({"chosen": chosen, "trials": trials}, indent=1) + "\n")
+
+
+def record(
+    options: argparse.Namespace, name: str, seed: int, settings: Sequence[str], file: Path
+) -> list[dict[str, Any]]:
+    """Train a method, with figures at each checkpoint. A file that is there is read instead."""
+    method = METHODS[name]
+    if file.exists():
+        rows: list[dict[str, Any]] = json.loads(file.read_text())
+        return rows
+    decay = [f"generator.decay={method.steps}", "generator.floor=0.1", f"steps={method.steps}"]
+    settings_of_run = [*COMMON, *method.settings, *settings, *decay, f"seed={seed}"]
+    cost, rows = cost_of_step(Training(settings_of_run, method.preset)), []
+    training = Training(settings_of_run, method.preset)
+    for end in range(0, method.steps + 1, method.every):
+        training.run(max(end - method.every, 0), end)
+        (figures,) = [row for row in training.figures(seed, options.samples) if row["name"] != "real images"]
+        rows.append({"method": name, "seed": seed, "updates": end, "settings": list(settings)} | figures)
+        rows[-1] |= {key: end * value for key, value in cost.items()}
+        print(f"{name} {seed} at {end}: {figures}", flush=True)
+    file.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def cost_of_step(training: Training) -> dict[str, float]:
+    """Samples that a step generates, and its operations in forwards of the teacher's network for one image. Makes the first step."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from flashdmd_ray.roles.image_sampling import SampleNoise, teacher_sampler
+
+    config, family = training.config, training.runtime.generator.family
+    conditioning = family.encode(["one prompt"])
+    with FlopCounterMode(display=False) as forward:
+        teacher_sampler(family, 1, 1.0).sample(conditioning, SampleNoise([0], family.latent_shape, 0, family.device))
+    with FlopCounterMode(display=False) as step:
+        training.run(0, 1)
+    return {"samples": config.batch * config.ttur, "forwards": step.get_total_flops() / forward.get_total_flops()}
+
+
+COSTS = ("updates", "samples", "forwards")
+
+
+def tables(folder: Path) -> str:
+    """Final figures of each method, then the cost to reach those of DMD2 as a share of what DMD2 took, seed by seed."""
+    runs: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for name in METHODS:
+        for file in sorted(folder.glob(f"{name}-[0-9]*.json")):
+            rows = json.loads(file.read_text())
+            runs.setdefault(name, {})[rows[0]["seed"]] = rows
+    lines = ["| method | seeds | updates | FD | prompt accuracy | forwards |", "|---|---|---|---|---|---|"]
+    for name, of in runs.items():
+        last = [rows[-1] for rows in of.values()]
+        cells = [interval([row[key] for row in last]) for key in ("frechet", "accuracy")]
+        lines.append(f"| {name} | {len(of)} | {last[0]['updates']} | {' | '.join(cells)} | {last[0]['forwards']:.0f} |")
+    lines += [
+        "",
+        "| cost to reach DMD2's last figures | seeds | updates | samples | forwards |",
+        "|---|---|---|---|---|",
+    ]
+    for name, of in runs.items():
+        seeds = sorted(of.keys() & runs.get("dmd2", {}).keys())
+        if name != "dmd2" and seeds:
+            shares = [share_of_cost(of[seed], runs["dmd2"][seed]) for seed in seeds]
+            cells = [spread([share[cost] for share in shares]) for cost in COSTS]
+            lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def share_of_cost(rows: Sequence[Mapping[str, Any]], rival: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a run costs until a checkpoint has the rival's last distance and accuracy, by what the rival's run costs; inf if none has."""
+    goal = rival[-1]
+    there = [row for row in rows if row["frechet"] <= goal["frechet"] and row["accuracy"] >= goal["accuracy"]]
+    return {cost: there[0][cost] / goal[cost] if there else float("inf") for cost in COSTS}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, and the lowest and highest."""
+    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+if __name__ == "__main__":
+    if "--here" in sys.argv:
+        here(parse())
+    else:
+        main()
