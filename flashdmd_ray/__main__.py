@@ -14,6 +14,8 @@ from flashdmd_ray.run.output import outlive_readers
 COMMANDS = {
     "train": ("training.cli:main", "distil a model into a few-step generator, with preference RL beside"),
     "evaluate": ("commands.evaluate:evaluate_command", "compare a run's student with its teacher"),
+    "sample": ("commands.sample:sample_command", "draw images of prompts with any pipeline of diffusers"),
+    "score": ("commands.score:score_command", "judge folders of images: rewards, distances to real ones, differences"),
     "export": ("commands.export:export_command", "write a student as a diffusers pipeline or a LoRA file"),
     "serve": ("serving.command:serve_command", "serve students: an images API and a page"),
     "data": ("commands.prepare_data:prepare_data_command", "check a data set, or precompute embeddings and latents"),

@@ -23,7 +23,12 @@ from flashdmd_ray.run.variables import check_ray_address, ray_address
 from flashdmd_ray.run.versions import software_versions
 
 GIB = 2**30
-EXTRAS = {"open_clip": "HPSv2 rewards", "bitsandbytes": "adamw_8bit", "datasets": "data of the hub"}
+EXTRAS = {
+    "open_clip": "HPSv2 rewards",
+    "bitsandbytes": "adamw_8bit",
+    "datasets": "data of the hub",
+    "torch_fidelity": "FID of flashdmd score",
+}
 """Optional package -> what it is for."""
 LEAST_SHARED = 0.5
 """GiB of shared memory below which a private Ray keeps its objects on the disk."""

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from flashdmd_ray.commands.workplace import workplace
 from flashdmd_ray.config import Config, load_config
-from flashdmd_ray.data.executor import Executor, in_threads
+from flashdmd_ray.data.executor import Executor
 from flashdmd_ray.models.teacher_files import teacher_files
 from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.run.command_line import FAILED, add_set, path_argument, run_command
-from flashdmd_ray.run.variables import check_ray_address
 
 
 def prepare_data_command(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,8 @@ def _prepare(options: argparse.Namespace) -> int:
     if steps or images:
         teacher_files(config)
         try_loading(config)
-    return _on(options.runtime, lambda executor: _run(config, options, steps, executor))
+    with workplace(options.runtime) as executor:
+        return _run(config, options, steps, executor)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -101,19 +102,6 @@ def _is_prompts(source: Path) -> bool:
     if tables:
         return not any(holds_images(table) for table in tables)
     return source.name.lower().endswith(PROMPTS)
-
-
-def _on(runtime: str, work: Callable[[Executor], int]) -> int:
-    if runtime == "local":
-        return work(in_threads)
-    check_ray_address(os.environ)
-    from flashdmd_ray.runtime.data_stream import on_ray, start_ray
-
-    cluster = start_ray()
-    try:
-        return work(on_ray)
-    finally:
-        cluster.leave()
 
 
 def _run(config: Config, options: argparse.Namespace, steps: Sequence[str], executor: Executor) -> int:

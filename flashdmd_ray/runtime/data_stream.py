@@ -22,8 +22,8 @@ BATCHES = 1000
 """Batches of one stream; then the next begins. Ray Data has to know the end of what it reads."""
 
 
-def on_ray(make_worker: MakeWorker, items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """`data.executor.Executor` on the Ray this process talks to: `workers` actors, each with a callable of its own.
+def on_ray(make_worker: MakeWorker, items: Sequence[Any], workers: int, gpus: float = 0) -> Iterator[Any]:
+    """`data.executor.Executor` on the Ray this process talks to: `workers` actors, each with a callable and `gpus` of its own.
 
     Ray Data keeps a few results ahead of what is taken, as far as its share of the object store goes.
     """
@@ -41,7 +41,8 @@ def on_ray(make_worker: MakeWorker, items: Sequence[Any], workers: int) -> Itera
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
             num_cpus=0.5,
-            runtime_env={"env_vars": worker_environment(threads=1, gpus=0)},
+            num_gpus=gpus,
+            runtime_env={"env_vars": worker_environment(threads=1, gpus=gpus)},
         )
         for row in done.iter_rows():
             yield pickle.loads(row["result"])  # our own worker made it a moment ago
