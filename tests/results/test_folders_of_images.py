@@ -72,7 +72,7 @@ def test_images_are_those_of_plain_diffusers(export: Path, folder: Path) -> None
 def test_an_interrupted_drawing_goes_on_where_it_was(export: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "again"
     with pytest.raises(KeyboardInterrupt):
-        draw(Drawing(str(export)), ORDER, out, stops_after_one, "cpu")  # type: ignore[arg-type]
+        draw(Drawing(str(export)), ORDER, out, stops_after_one, "cpu")
     assert len(list(out.glob("*.png"))) == 4
     assert draw(Drawing(str(export)), ORDER, out, in_threads, "cpu") == 2
     for file in folder.glob("0*"):
@@ -92,7 +92,7 @@ def test_fewer_steps_of_a_student_take_every_kth_timestep(export: Path, folder: 
 def test_a_flow_student_draws_the_same_in_any_batch(tmp_path: Path) -> None:
     """The stock scheduler takes noise from torch's own generator, whatever generator the pipeline is given."""
     family = SD3.from_pretrained(str(save_sd3(tmp_path / "base")))
-    export = export_pipeline(family, trained(family), (999, 499), tmp_path / "export", FACTS)  # type: ignore[arg-type]
+    export = export_pipeline(family, trained(family), (999, 499), tmp_path / "export", FACTS)
     together = drawn(export, tmp_path / "together", order=Order(PROMPTS))
     alone = drawn(export, tmp_path / "alone", order=Order(PROMPTS[:2]))
     assert together["000001.png"] == alone["000001.png"] != alone["000000.png"]
@@ -113,7 +113,7 @@ def test_genevals_layout(export: Path, tmp_path: Path) -> None:
 def test_judging_goes_on_where_it_was_and_notices_another_image(folder: Path, tmp_path: Path) -> None:
     judge, images = RewardJudge(RewardConfig(kind="pickscore"), "cpu"), Images.read(folder)
     with pytest.raises(KeyboardInterrupt):
-        judged(judge, images, tmp_path, stops_after_one, 4)  # type: ignore[arg-type]
+        judged(judge, images, tmp_path, stops_after_one, 4)
     asked: list[object] = []
 
     def counts(make_worker, items, workers) -> Iterator[object]:
@@ -132,7 +132,7 @@ def test_judging_goes_on_where_it_was_and_notices_another_image(folder: Path, tm
 
 
 class RandomInception(FeatureExtractorInceptionV3):
-    def load_state_dict(self, *args: object, **settings: object) -> None:  # type: ignore[override]
+    def load_state_dict(self, *args: object, **settings: object) -> None:
         """Keep the random weights."""
 
 
