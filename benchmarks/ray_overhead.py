@@ -65,7 +65,7 @@ class Generator:
     def from_config(cls, config: Any, rank: int = 0, world_size: int = 1) -> Generator:
         return cls()
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def live_weights(self) -> dict[str, torch.Tensor]:
         return self.engine.live_weights()
 
     def float_weights(self) -> dict[str, torch.Tensor]:

@@ -84,7 +84,7 @@ class Generator(Simulated):
         """Number of preference pairs learnt from so far."""
         return self.used
 
-    def weights(self) -> dict[str, Tensor]:
+    def live_weights(self) -> dict[str, Tensor]:
         return {"weight": self.weight}
 
     def freeze_reference(self) -> None: ...

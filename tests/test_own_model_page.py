@@ -13,7 +13,6 @@ import requests
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from ray import serve
-from tiny import save_sam, save_sdxl
 
 from flashdmd_ray.__main__ import main
 from flashdmd_ray.config import load_config
@@ -22,6 +21,7 @@ from tests.pages import ROOT, blocks, flashdmd
 from tests.serving.exports import export_demo
 from tests.serving.test_command import outside_ray
 from tests.serving.test_service import free_port
+from tests.tiny import save_sam, save_sdxl
 
 PAGE = ROOT / "docs" / "own_model.md"
 COMMANDS = [command for block in blocks(PAGE) for command in block.commands]

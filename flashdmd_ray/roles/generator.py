@@ -170,9 +170,13 @@ class Generator(TrainedRole):
         """Freeze a copy of the generator as it is now as the reference policy G_ref; of a LoRA generator, its adapter."""
         self.reference = self.engine.copy()
 
-    def weights(self) -> dict[str, Tensor]:
-        """Trained weights for the rollout workers, see `Engine.live_weights`: all, or with LoRA the adapter's."""
+    def live_weights(self) -> dict[str, Tensor]:
+        """Trained weights for the rollout workers: all, or with LoRA the adapter's. The next update changes them."""
         return self.engine.live_weights()
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of `live_weights`."""
+        return {name: tensor.clone() for name, tensor in self.live_weights().items()}
 
     def update_ema(self) -> None:
         """Take the weights as they are after a step into their moving average."""

@@ -121,7 +121,7 @@ class Worker:
         """Put the generator's weights into the object store; rank 0 of the learner does, the others help to gather them."""
 
         def publish() -> PublishedWeights | None:
-            weights = self._roles["generator"].weights()
+            weights = self._roles["generator"].live_weights()
             return None if self._rank else published(weights, version)
 
         return metered(publish, getattr(self._roles["generator"], "device", CPU), traced=False)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_folders import model_settings
 
 from flashdmd_ray import plan
 from flashdmd_ray.catalog.families import FAMILIES
@@ -15,6 +14,7 @@ from flashdmd_ray.config import parse_config
 from flashdmd_ray.models import family_class
 from flashdmd_ray.models.rewards import PickScore, PixelReward, build_reward
 from flashdmd_ray.models.sd15 import SD15
+from tests.model_folders import model_settings
 from tests.models.rewards.small_rewards import write_clip
 from tests.tiny import sd15_pipeline
 

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from model_folders import write_model, write_tokenizer
 from safetensors.numpy import save_file
 
 from flashdmd_ray.config import parse_config
 from flashdmd_ray.models import teacher_files
+from tests.model_folders import write_model, write_tokenizer
 
 SETTINGS = {"rewards": [{"kind": "pickscore"}]}
 SD3_PARTS = {"transformer": 1000, "vae": 200, "text_encoder": 30, "text_encoder_2": 40, "text_encoder_3": 500}

@@ -8,11 +8,11 @@ import socket
 
 import pytest
 import torch
-from model_folders import PARTS, model_settings
 
 from flashdmd_ray import plan
 from flashdmd_ray.config import parse_config
 from flashdmd_ray.plan.check import missing_packages
+from tests.model_folders import PARTS, model_settings
 from tests.tiny import save_sam
 
 

@@ -128,7 +128,7 @@ def test_names_of_the_users_reach_mlflow_in_its_form(run):
 
 def test_a_deleted_experiment_is_named_with_its_remedy_and_works_again_when_it_is_restored(run):
     said = []
-    mirror(run, said).transfer([])
+    mirror(run, said).transfer([{"tag": ["key", "text"]}])
     client, experiment = mlflow.MlflowClient(), stored(run).info.experiment_id
     client.delete_experiment(experiment)
     write(run, {"step": 1, "loss": 0.5})
@@ -145,7 +145,7 @@ def test_a_deleted_experiment_is_named_with_its_remedy_and_works_again_when_it_i
 def test_a_run_deleted_while_it_is_recorded_is_not_taken_for_bad_metrics(run):
     said = []
     link = mirror(run, said)
-    link.transfer([])
+    link.transfer([{"tag": ["key", "text"]}])
     client, run_id = mlflow.MlflowClient(), stored(run).info.run_id
     client.delete_run(run_id)
     write(run, {"step": 1, "a": 0.5, "b": 0.5})

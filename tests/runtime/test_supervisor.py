@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_roles import TOYS, toy_config
+from toy_roles import SHAPE, TOYS, toy_config
 
 from flashdmd_ray.runtime import DeadlineExceeded, RoleFailed, Runtime, Supervisor, WorkerLost, build_runtime
 from flashdmd_ray.runtime import supervisor as supervisor_module
@@ -30,7 +30,7 @@ def train(
     loaded(done)
     for step in range(done, STEPS):
         runtime.step = step
-        gradient = torch.full((4, 2, 4, 4), float(step))
+        gradient = torch.full((4, *SHAPE), float(step))
         runtime.discriminator.step_along(gradient)
         if step == die_at and not (directory / "died").exists():
             (directory / "died").touch()

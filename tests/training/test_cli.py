@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from model_folders import model_settings
 
 from flashdmd_ray.config import Config, load_config
 from flashdmd_ray.training import cli
+from tests.model_folders import model_settings
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "jobs" / "joint_train.py"

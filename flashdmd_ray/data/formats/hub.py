@@ -112,7 +112,7 @@ def load_rows(source: str) -> Any:
 
 
 def _hub_answers(name: str) -> bool:
-    """Whether the hub says anything about a data set within HUB_S. The libraries themselves try for half a minute, and longer."""
+    """Return True when the hub answers about a data set within HUB_S. The libraries themselves try for half a minute and longer."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
