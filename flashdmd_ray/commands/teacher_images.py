@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from flashdmd_ray.batch import derive_seed, to_uint8
 from flashdmd_ray.config import Config
 from flashdmd_ray.data.build import open_prompt_index
 from flashdmd_ray.engine.processes import local_device
+from flashdmd_ray.results.drawing import check_key
 from flashdmd_ray.roles.image_sampling import sample_all_images, teacher_sampler
 from flashdmd_ray.roles.networks import load_family
 from flashdmd_ray.run.files import new_file, write_atomically
@@ -38,7 +38,7 @@ def write_teacher_images(config: Config, count: int, out: Path, say: Callable[[s
         "seed": config.seed,
         "prompts": prompts.content,
     }
-    _check_key(out / "images.json", json.dumps(key, indent=1) + "\n")
+    check_key(out / "images.json", key)
     folder = out / "images"
     folder.mkdir(exist_ok=True)
     texts = prompts.captions(i % len(prompts) for i in range(count))
@@ -58,13 +58,3 @@ def write_teacher_images(config: Config, count: int, out: Path, say: Callable[[s
             write_atomically(folder / f"{number:06}.txt", text + "\n")  # written last: the sample is whole
         say(f"{numbers.stop:,} of {count:,} images")
     return folder
-
-
-def _check_key(file: Path, key: str) -> None:
-    """Write the key of what is drawn. Raises ValueError when another one is there."""
-    if file.is_file() and file.read_text(encoding="utf-8") != key:
-        raise ValueError(
-            f"--out: {file} says that its images were drawn from other prompts or with another teacher; name another folder"
-        )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, key)

@@ -1,4 +1,4 @@
-"""Where a command that is no training job does its work: in threads of this process, or on the Ray of RAY_ADDRESS."""
+"""Executors of commands that are no training jobs: threads of this process, or the Ray of RAY_ADDRESS."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,9 @@ Layout = Literal["pairs", "geneval"]
 
 @dataclass(frozen=True)
 class Drawing:
-    """How images are drawn. model: a pipeline's directory or hub id, or an export of this package. lora: a file of adapters for it.
+    """A pipeline and the settings that it draws with.
+
+    model: a pipeline's directory or hub id, or an export of this package. lora: a file of adapters for it.
 
     steps, guidance: None is what an export says, else diffusers' default for the pipeline. size: (height, width), None as the model has
     it. seed: image i starts from noise seeded by (seed, i), the same for all models with latents of one shape.
@@ -103,22 +105,34 @@ class Order:
     def prompt(self, index: int) -> str:
         return self.prompts[index // self.per_prompt]
 
-    def image(self, out: Path, index: int) -> Path:
-        """File of image `index`."""
+    def has(self, out: Path, index: int) -> bool:
+        """Return True when image `index` is in the folder. Raises ValueError for one of another prompt."""
+        image, (file, text) = self._image(out, index), self._text(out, index)
+        if not image.is_file():
+            return False
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            raise ValueError(f"--out: {image} was drawn of another prompt; name another folder")
+        return True
+
+    def write(self, out: Path, index: int, image: bytes) -> None:
+        """Write an image and its prompt. The image comes last: where it is, the sample is whole."""
+        file = self._image(out, index)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(*self._text(out, index))
+        write_atomically(file, image)
+
+    def _image(self, out: Path, index: int) -> Path:
         if self.layout == "pairs":
             return out / f"{index:06}.png"
         prompt, sample = divmod(index, self.per_prompt)
         return out / f"{prompt:05}" / "samples" / f"{sample:04}.png"
 
-    def write(self, out: Path, index: int, image: bytes) -> None:
-        """The image is written last: where it is, the sample is whole."""
-        file = self.image(out, index)
-        file.parent.mkdir(parents=True, exist_ok=True)
+    def _text(self, out: Path, index: int) -> tuple[Path, str]:
+        """The file beside an image, and what it holds."""
+        image = self._image(out, index)
         if self.layout == "pairs":
-            write_atomically(file.with_suffix(".txt"), self.prompt(index) + "\n")
-        else:
-            write_atomically(file.parents[1] / "metadata.jsonl", self.metadata[index // self.per_prompt] + "\n")
-        write_atomically(file, image)
+            return image.with_suffix(".txt"), self.prompt(index) + "\n"
+        return image.parents[1] / "metadata.jsonl", self.metadata[index // self.per_prompt] + "\n"
 
 
 def draw(
@@ -132,10 +146,10 @@ def draw(
     say: Callable[[str], None] = print,
 ) -> int:
     """Draw the images of `order` that `out` lacks; returns how many. Raises ValueError when `out` has some drawn in another way."""
-    _check_key(
-        out, json.dumps(asdict(drawing) | {"layout": order.layout, "per_prompt": order.per_prompt}, indent=1) + "\n"
-    )
-    wanted = [index for index in range(len(order)) if not order.image(out, index).is_file()]
+    if not (out / KEY).is_file() and out.is_dir() and next(out.iterdir(), None):
+        raise ValueError(f"--out: {out} is not empty and has no {KEY}; name another folder")
+    check_key(out / KEY, asdict(drawing) | {"layout": order.layout, "per_prompt": order.per_prompt})
+    wanted = [index for index in range(len(order)) if not order.has(out, index)]
     items = [
         (wanted[start:stop], [order.prompt(i) for i in wanted[start:stop]])
         for start, stop in ranges(len(wanted), batch)
@@ -171,12 +185,10 @@ def _png(image: Any) -> bytes:
     return file.getvalue()
 
 
-def _check_key(out: Path, key: str) -> None:
-    """Write how images are drawn. Raises ValueError when those that are there were drawn in another way."""
-    file = out / KEY
-    if file.is_file() and file.read_text(encoding="utf-8") != key:
+def check_key(file: Path, key: Mapping[str, object]) -> None:
+    """Write to `file` how the images beside it are drawn. Raises ValueError when those that are there were drawn in another way."""
+    text = json.dumps(key, indent=1) + "\n"
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
         raise ValueError(f"--out: {file} says that its images were drawn in another way; name another folder")
-    if not file.is_file() and out.is_dir() and next(out.iterdir(), None):
-        raise ValueError(f"--out: {out} is not empty and has no {KEY}; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from flashdmd_ray.results.evaluation import frechet_distance
+from flashdmd_ray.results.evaluation import frechet_distance, mean_pairwise_distance
 
 RESAMPLES = 2000
 KID_SUBSETS, KID_SIZE = 100, 1000
@@ -120,5 +121,5 @@ def diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
     groups: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(number)
-    pairs = [torch.pdist(features[rows].double()).mean() for rows in groups.values() if len(rows) > 1]
-    return torch.stack(pairs).mean().item() if pairs else None
+    means = [mean_pairwise_distance(features[rows][None]) for rows in groups.values() if len(rows) > 1]
+    return statistics.fmean(means) if means else None

@@ -6,6 +6,7 @@ What a stopped command has computed is read by the next one: a file's name tells
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ class Images:
 
 
 class Judge(Protocol):
-    """What looks at images. name: of its files. make(): what is called with an `Item`, and returns values by column."""
+    """A model that looks at images. name: of its files. make(): what is called with an `Item`, and returns values by column."""
 
     @property
     def name(self) -> str: ...
@@ -81,12 +82,16 @@ class RewardJudge:
 def _rewards(model: Any, device: str, item: Item) -> Mapping[str, Tensor]:
     files, prompts = item
     columns: dict[str, list[Tensor]] = {}
-    for number, file in enumerate(files):  # one by one: photographs differ in size
-        image = (_pixels(read_image(file)).float() / 127.5 - 1)[None].to(device)
+    images = [_pixels(read_image(file)) for file in files]
+    for _, group in itertools.groupby(
+        range(len(images)), lambda number: images[number].shape
+    ):  # photographs differ in size
+        rows = list(group)
+        batch = torch.stack([images[row] for row in rows]).to(device).float() / 127.5 - 1
         if prompts:
-            columns.setdefault("score", []).append(model.score(image, [prompts[number]]))
+            columns.setdefault("score", []).append(model.score(batch, [prompts[row] for row in rows]))
         if isinstance(model, ImageFeatures):
-            columns.setdefault("features", []).append(model.features(image))
+            columns.setdefault("features", []).append(model.features(batch))
     return {name: torch.cat(parts).float().cpu() for name, parts in columns.items()}
 
 

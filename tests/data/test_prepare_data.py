@@ -127,7 +127,7 @@ def test_prompts_alone_become_images_that_a_run_reads(command, tmp_path):
     assert sorted(reals.captions) == sorted((prompts.read_text().splitlines() * 3)[:5])
     code, _, err = command(*draw, "evaluation.guidance_scale=3")
     assert code == 2
-    assert "drawn from other prompts or with another teacher" in err
+    assert "drawn in another way" in err
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -175,7 +175,7 @@ class Stack:
             time.sleep(0.5)
 
     def begin(self, container: str, command: list[str]) -> subprocess.Popen[str]:
-        """As `docker compose exec`, without waiting for its end."""
+        """Start a command in a service, like `docker compose exec`, without waiting for its end."""
         environment = self.running[container].environment
         words = [self.here(word, container) for word in command]
         words[0] = shutil.which(words[0], path=environment["PATH"]) or words[0]

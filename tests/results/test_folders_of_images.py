@@ -25,6 +25,7 @@ from flashdmd_ray.results.export import export_pipeline
 from flashdmd_ray.results.folder_scores import bootstrap_mean, cmmd, diversity, fid, kid, paired
 from flashdmd_ray.results.judging import Images, InceptionJudge, RewardJudge, judged
 from flashdmd_ray.roles.image_sampling import seed_of
+from flashdmd_ray.runtime.data_stream import on_ray
 from tests.results.test_export import FACTS, trained
 from tests.tiny import save_sd3, save_sdxl
 
@@ -79,6 +80,20 @@ def test_an_interrupted_drawing_goes_on_where_it_was(export: Path, folder: Path,
         assert (out / file.name).read_bytes() == file.read_bytes()
     with pytest.raises(ValueError, match="drawn in another way"):
         drawn(export, out, steps=2)
+    with pytest.raises(ValueError, match=r"000000\.png was drawn of another prompt"):
+        drawn(export, out, Order(("a green 9",), 2))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_draws_and_judges_the_same(export: Path, folder: Path, tmp_path: Path) -> None:
+    assert draw(Drawing(str(export)), ORDER, tmp_path / "drawn", on_ray, "cpu", batch=3) == 6
+    for file in folder.glob("0*"):
+        assert (tmp_path / "drawn" / file.name).read_bytes() == file.read_bytes()
+    judge, images = RewardJudge(RewardConfig(kind="pickscore"), "cpu"), Images.read(folder)
+    there, here = (
+        judged(judge, images, tmp_path / name, executor) for name, executor in (("there", on_ray), ("here", in_threads))
+    )
+    assert torch.allclose(there["score"], here["score"], atol=1e-4)
 
 
 def test_fewer_steps_of_a_student_take_every_kth_timestep(export: Path, folder: Path, tmp_path: Path) -> None:

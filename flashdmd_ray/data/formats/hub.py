@@ -18,7 +18,7 @@ from flashdmd_ray.data.sample import LEAVES_FOLDER, MISSING_IMAGE, BadSample, En
 PREFIX = "hf:"
 PIECE = 1024
 HUB_S = 10.0
-"""How long the hub may take to say that it knows a data set."""
+"""Seconds that the hub may take to say that it knows a data set."""
 
 
 @dataclass(frozen=True)
