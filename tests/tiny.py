@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -17,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 from transformers import (
@@ -28,6 +30,9 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from flashdmd_ray.catalog.families import FAMILIES
+from flashdmd_ray.models.original_layout import original_weights
 
 LENGTH = 12
 
@@ -47,7 +52,7 @@ def tokenizer(length: int = LENGTH) -> CLIPTokenizer:
     )
 
 
-def text_config(width: int, vocabulary: int, length: int = LENGTH) -> CLIPTextConfig:
+def text_config(width: int, vocabulary: int, length: int = LENGTH, **changes: str) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -59,6 +64,7 @@ def text_config(width: int, vocabulary: int, length: int = LENGTH) -> CLIPTextCo
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
+        **changes,
     )
 
 
@@ -119,7 +125,9 @@ def vp_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
     )
 
 
-def sd15_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
+def sd15_pipeline(
+    prediction_type: str = "epsilon", seed: int = 0, activation: str = "quick_gelu"
+) -> StableDiffusionPipeline:
     """A random StableDiffusionPipeline: 16x16 images, latents (4, 8, 8)."""
     torch.manual_seed(seed)
     words = tokenizer()
@@ -137,7 +145,7 @@ def sd15_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiff
     )
     return StableDiffusionPipeline(
         vae=tiny_vae(),
-        text_encoder=CLIPTextModel(text_config(8, len(words))),
+        text_encoder=CLIPTextModel(text_config(8, len(words), hidden_act=activation)),
         tokenizer=words,
         unet=unet,
         scheduler=vp_scheduler(prediction_type),
@@ -189,6 +197,13 @@ def sd3_pipeline(t5: bool = False, shift: float = 3.0, seed: int = 0, **changes:
 
 def save_sdxl(path: Path, **arguments: object) -> Path:
     sdxl_pipeline(**arguments).save_pretrained(path)  # type: ignore[arg-type]
+    return path
+
+
+def write_single_file(pipeline: DiffusionPipeline, family: str, path: Path) -> Path:
+    """All weights in one .safetensors file of the original layout."""
+    weights = original_weights(pipeline, FAMILIES[family])
+    save_file({name: tensor.contiguous().clone() for name, tensor in weights}, path)
     return path
 
 

@@ -1,27 +1,32 @@
-"""The distilled model as a plain diffusers directory that generates the very images of our own sampler."""
+"""The distilled model as a plain diffusers directory that generates the very images of our own sampler, or as a single file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 from huggingface_hub import ModelCard
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from flashdmd_ray.catalog.families import FAMILIES
 from flashdmd_ray.diffusion.schedule import FlowSchedule, schedule_from_config
 from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.results.export_facts import FACTS
+from flashdmd_ray.models.original_layout import original_weights
+from flashdmd_ray.results.export_facts import FACTS, SINGLE_FILE
 from flashdmd_ray.results.model_card import CardFacts, model_card
 from flashdmd_ray.roles.networks import load_student
 from flashdmd_ray.run.files import new_folder
 
 FORMAT = 2
+VARIANTS: Mapping[torch.dtype | None, str] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""diffusers' name of the files of a type."""
 
 # LCMScheduler blends its output with its input, x = c_out x0 + c_skip x_t with c_skip = 0.25 / ((scaling t)^2 +
 # 0.25). At its default scaling of 10 that is 4e-8 at t = 249; at this one c_skip x_t vanishes in float32 and c_out is
@@ -70,22 +75,87 @@ def _lcm_scheduler(
 
 
 def export_pipeline(
-    family: Family, weights: Mapping[str, Tensor], timesteps: Sequence[int], out: Path, facts: CardFacts
+    family: Family,
+    weights: Mapping[str, Tensor],
+    timesteps: Sequence[int],
+    out: Path,
+    facts: CardFacts,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write pipeline, scheduler, `flashdmd.json` and model card to `out`, in one rename; returns `out`.
 
-    An earlier export there is replaced. `family` needs all its parts. Raises ValueError when `out` holds something
-    else or the weights do not fit.
+    dtype: of the weights, as they are by default; those of half precision become diffusers' variant fp16 or bf16, and the family's parts
+    take it too. An earlier export there is replaced. `family` needs all its parts. Raises ValueError when `out` holds something else, the
+    weights do not fit the network, or a value does not fit dtype.
     """
     student = load_student(family, weights)
-    name = family.pipeline_class.__name__
+    variant = VARIANTS.get(dtype)
+    name, settings = family.pipeline_class.__name__, family.load_settings() | ({"variant": variant} if variant else {})
     loading = f"""from diffusers import {name}
 
-pipeline = {name}.from_pretrained({loading_arguments("path/to/this/directory", family.load_settings())})"""
-    with export_folder(family, timesteps, out, facts, loading, relation="finetune") as (folder, scheduler):
+pipeline = {name}.from_pretrained({loading_arguments("path/to/this/directory", settings, dtype)})"""
+    with export_folder(family, timesteps, out, facts, loading, "finetune", settings) as (folder, scheduler):
         import_deepspeed(family.device)  # before accelerate does so aloud, to ask whether a part is a DeepSpeed engine
-        family.pipeline(student, scheduler).save_pretrained(folder, safe_serialization=True)
+        pipeline = cast_pipeline(family.pipeline(student, scheduler), dtype)
+        pipeline.save_pretrained(folder, safe_serialization=True, variant=variant)
     return out
+
+
+def export_single_file(
+    family: Family,
+    weights: Mapping[str, Tensor],
+    timesteps: Sequence[int],
+    out: Path,
+    facts: CardFacts,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the whole student as one file of the original layout, for ComfyUI and A1111, with what `export_pipeline` writes beside it.
+
+    Arguments and errors are those of `export_pipeline`.
+    """
+    student = load_student(family, weights)
+    loading = scheduled_loading(
+        family,
+        timesteps,
+        f"""pipeline = {family.pipeline_class.__name__}.from_single_file(
+    "path/to/this/directory/{SINGLE_FILE}", config="{teacher_of(facts.base)}"{_dtype_argument(dtype)}
+)""",
+    )
+    with export_folder(family, timesteps, out, facts, loading, "finetune") as (folder, scheduler):
+        pipeline = cast_pipeline(family.pipeline(student, scheduler), dtype)
+        save_file(_unshared(original_weights(pipeline, FAMILIES[family.name])), folder / SINGLE_FILE, {"format": "pt"})
+        scheduler.save_pretrained(folder / "scheduler")
+    return out
+
+
+def cast_pipeline(pipeline: DiffusionPipeline, dtype: torch.dtype | None) -> DiffusionPipeline:
+    """Cast all modules of a pipeline in place; returns it. Raises ValueError for a value that is too large for dtype."""
+    if dtype is None:
+        return pipeline
+    for part, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            refuse_overflow(module.state_dict(), dtype, f"{part}: ")
+            module.to(dtype)
+    return pipeline
+
+
+def _unshared(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors that have no memory in common, such as T5's embedding, which has two names."""
+    tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in weights:
+        tensors[name] = tensor.clone() if tensor.data_ptr() in taken else tensor.contiguous()
+        taken.add(tensor.data_ptr())
+    return tensors
+
+
+def refuse_overflow(weights: Mapping[str, Tensor], dtype: torch.dtype, where: str = "") -> None:
+    """Raises ValueError for a value that is too large for dtype."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.abs().max() > torch.finfo(dtype).max:
+            raise ValueError(
+                f"--dtype {str(dtype)[6:]}: {where}{name} has values that are too large for it; use bfloat16"
+            )
 
 
 def check_target(out: Path, form: str = "pipeline", family: str = "") -> None:
@@ -102,26 +172,32 @@ def check_target(out: Path, form: str = "pipeline", family: str = "") -> None:
 
 @contextmanager
 def export_folder(
-    family: Family, timesteps: Sequence[int], out: Path, facts: CardFacts, loading: str, relation: str
+    family: Family,
+    timesteps: Sequence[int],
+    out: Path,
+    facts: CardFacts,
+    loading: str,
+    relation: str,
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[Path, SchedulerMixin]]:
     """Yield the folder that becomes `out` when the block ends without an error, and the few-step scheduler of these timesteps.
 
     The block saves weights and scheduler there; `flashdmd.json` and a model card are added. loading: the lines of Python of the card's
-    example that make `pipeline`. relation: the hub's word for what this is to its base. An earlier export at `out` is replaced in one
-    rename. Raises ValueError when something else is there.
+    example that make `pipeline`. relation: the hub's word for what this is to its base. settings: arguments of from_pretrained, the
+    family's by default. An earlier export at `out` is replaced in one rename. Raises ValueError when something else is there.
     """
     check_target(out)
     scheduler, steps = few_step_scheduler(family.scheduler_config, timesteps)
     with new_folder(out) as folder:
         yield folder, scheduler
         _forget_source_paths(folder)
-        sampler = _sampler_facts(family, timesteps, steps, facts)
+        sampler = _sampler_facts(family, timesteps, steps, facts, settings or family.load_settings())
         (folder / FACTS).write_text(json.dumps(sampler, indent=1) + "\n", encoding="utf-8")
         ModelCard(model_card(sampler, facts, loading, relation)).save(folder / "README.md")
 
 
 def _sampler_facts(
-    family: Family, timesteps: Sequence[int], steps: Mapping[str, Any], facts: CardFacts
+    family: Family, timesteps: Sequence[int], steps: Mapping[str, Any], facts: CardFacts, load: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Content of flashdmd.json. load, call: keyword arguments of the pipeline's from_pretrained and of its call.
 
@@ -136,7 +212,7 @@ def _sampler_facts(
         "prediction_type": family.schedule.prediction_type,
         "timesteps": list(timesteps),
         "pipeline": family.pipeline_class.__name__,
-        "load": family.load_settings(),
+        "load": load,
         "call": {**steps, "guidance_scale": 0, **family.call_settings()},
         "seed": "torch" if "sigmas" in steps else "generator",
         "examples": [{"prompt": prompt, "seed": seed} for prompt, seed in facts.examples],
@@ -153,7 +229,27 @@ def _forget_source_paths(directory: Path) -> None:
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def loading_arguments(path: str, settings: Mapping[str, Any]) -> str:
+def loading_arguments(path: str, settings: Mapping[str, Any], dtype: torch.dtype | None = None) -> str:
     """Arguments of a pipeline's from_pretrained, as Python. settings: `Family.load_settings`."""
     named = {**settings, "use_safetensors": True}
-    return ", ".join([json.dumps(path), *(f"{name}={value!r}" for name, value in named.items())])
+    return ", ".join([json.dumps(path), *(f"{name}={value!r}" for name, value in named.items())]) + _dtype_argument(
+        dtype
+    )
+
+
+def scheduled_loading(family: Family, timesteps: Sequence[int], lines: str) -> str:
+    """Python that makes `pipeline` by `lines` and gives it the few-step scheduler beside this export."""
+    scheduler = type(few_step_scheduler(family.scheduler_config, timesteps)[0]).__name__
+    return f"""from diffusers import {scheduler}, {family.pipeline_class.__name__}
+
+{lines}
+pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/directory", subfolder="scheduler")"""
+
+
+def teacher_of(base: str) -> str:
+    """The teacher's hub id, or what stands for its folder in an example."""
+    return base if base.count("/") == 1 else "path/to/the/base"
+
+
+def _dtype_argument(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None else f", torch_dtype={dtype}"

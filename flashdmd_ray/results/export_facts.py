@@ -8,6 +8,8 @@ from typing import Any
 
 FACTS = "flashdmd.json"
 """Name of the file. A folder that has one is an export."""
+SINGLE_FILE = "flashdmd_model.safetensors"
+"""Weights of an export in the original layout."""
 
 
 def read_facts(export: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from flashdmd_ray.config import LoraConfig
 from flashdmd_ray.models.family import Family
-from flashdmd_ray.results.export import check_target, export_folder, few_step_scheduler, loading_arguments
+from flashdmd_ray.results.export import (
+    check_target,
+    export_folder,
+    loading_arguments,
+    refuse_overflow,
+    scheduled_loading,
+    teacher_of,
+)
 from flashdmd_ray.results.model_card import CardFacts
 
 LoraFormat = Literal["lora", "kohya"]
@@ -29,17 +37,20 @@ def export_lora(
     out: Path,
     facts: CardFacts,
     form: LoraFormat,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write the adapter, the few-step scheduler, `flashdmd.json` and a model card to `out`, in one rename; returns `out`.
 
     weights: of the adapter (`AdaptedDenoiser.state_dict`). Both formats load with `pipeline.load_lora_weights`. Raises
-    ValueError for kohya's format of a network that is no U-Net, and when `out` holds something else.
+    ValueError for kohya's format of a network that is no U-Net, for a value that does not fit dtype, and when `out` holds something else.
     """
     check_target(out, form, family.name)
     factor = (lora.alpha or lora.rank) / lora.rank
     tensors = {name: at_factor_one(name, tensor, factor) for name, tensor in weights.items()}
     if form == "kohya":
-        tensors = {name: tensor.float() for name, tensor in convert_state_dict_to_kohya(tensors).items()}
+        tensors = convert_state_dict_to_kohya(tensors)
+    refuse_overflow(tensors, dtype)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
     loading = _loading(family, timesteps, facts.base, form)
     with export_folder(family, timesteps, out, facts, loading, relation="adapter") as (folder, scheduler):
@@ -54,13 +65,10 @@ def at_factor_one(name: str, tensor: Tensor, factor: float) -> Tensor:
 
 
 def _loading(family: Family, timesteps: Sequence[int], base: str, form: LoraFormat) -> str:
-    pipeline, scheduler = (
-        family.pipeline_class.__name__,
-        type(few_step_scheduler(family.scheduler_config, timesteps)[0]).__name__,
+    teacher = loading_arguments(teacher_of(base), family.load_settings())
+    return scheduled_loading(
+        family,
+        timesteps,
+        f"""pipeline = {family.pipeline_class.__name__}.from_pretrained({teacher})
+pipeline.load_lora_weights("path/to/this/directory", weight_name="{FILES[form]}")""",
     )
-    teacher = loading_arguments(base if base.count("/") == 1 else "path/to/the/base", family.load_settings())
-    return f"""from diffusers import {scheduler}, {pipeline}
-
-pipeline = {pipeline}.from_pretrained({teacher})
-pipeline.load_lora_weights("path/to/this/directory", weight_name="{FILES[form]}")
-pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/directory", subfolder="scheduler")"""

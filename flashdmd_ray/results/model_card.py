@@ -54,6 +54,7 @@ def model_card(sampler: Mapping[str, Any], facts: CardFacts, loading: str, relat
         (
             f"Denoising timesteps: {', '.join(map(str, sampler['timesteps']))}; every hop renoises with fresh noise. Values other"
             " than 0 or 1 for `guidance_scale` are not what the model was trained for. `flashdmd.json` states all this for programs."
+            f" In ComfyUI and A1111: sampler `lcm`, scheduler `sgm_uniform`, {len(sampler['timesteps'])} steps, cfg 1."
         ),
         _examples(sampler),
         "## Training\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.cost.items()),

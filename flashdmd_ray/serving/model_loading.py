@@ -22,7 +22,7 @@ from flashdmd_ray.models.adapters import AdaptedDenoiser
 from flashdmd_ray.models.denoiser import Denoiser
 from flashdmd_ray.models.family import PARTS, Family
 from flashdmd_ray.models.stock_modules import load_part
-from flashdmd_ray.results.export_facts import FACTS, read_facts
+from flashdmd_ray.results.export_facts import FACTS, SINGLE_FILE, read_facts
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.serving.batch_invariance import make_batch_invariant
 from flashdmd_ray.serving.messages import ModelInfo, Size
@@ -32,7 +32,8 @@ from flashdmd_ray.serving.step_sampler import StepSampler, StudentSampler, Teach
 DEMO_BASE = "digit-scenes teacher of flashdmd_ray"
 """Name of its base in an export of the demo."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "flashdmd_lora.safetensors"
+OTHER_PROGRAMS = {"flashdmd_lora.safetensors": "--format lora", SINGLE_FILE: "--format pipeline"}
+"""Files of exports that are not served, and the format that is."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,9 @@ class ModelLoader:
 
     def _read_student(self, folder: Path, facts: Mapping[str, Any], base: str | None) -> tuple[Family, Denoiser]:
         if not (folder / LORA_FILE).is_file():
-            if (folder / KOHYA_FILE).is_file():
-                raise ValueError(
-                    f"{folder} is in kohya's format, which is for other programs; export with --format lora"
-                )
+            for name, remedy in OTHER_PROGRAMS.items():
+                if (folder / name).is_file():
+                    raise ValueError(f"{folder} holds {name}, which is for other programs; export with {remedy}")
             family = self._read_family(facts, str(folder), PARTS)
             return family, family.teacher
         if base is None:
@@ -140,7 +140,7 @@ def _shape_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
         if name in call:
             settings[key] = call[name]
     t5 = bool(FAMILIES[family_name(facts)].optional_encoders)
-    return settings | ({} if facts.get("load", {"text_encoder_3": None}) else {"t5": t5})
+    return settings | {"t5": t5 and "text_encoder_3" not in facts.get("load", {"text_encoder_3": None})}
 
 
 def read_adapter(file: Path, family: Family) -> AdaptedDenoiser:

@@ -18,8 +18,7 @@ from flashdmd_ray.models.teacher_files import teacher_files
 from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.models.weight_files import DIFFUSERS, TRANSFORMERS, choose, weight_files
 from tests.model_folders import write_model
-from tests.original_layout import write_sdxl
-from tests.tiny import sdxl_pipeline, tiny_vae
+from tests.tiny import sdxl_pipeline, tiny_vae, write_single_file
 
 
 def checked(path, **model):
@@ -153,7 +152,7 @@ def test_a_wrapped_module_is_named_and_plain_eight_bits_are_read(whole, tmp_path
 
 @pytest.fixture(scope="module")
 def file(pipeline, tmp_path_factory):
-    return write_sdxl(pipeline, tmp_path_factory.mktemp("file") / "model.safetensors")
+    return write_single_file(pipeline, "sdxl", tmp_path_factory.mktemp("file") / "model.safetensors")
 
 
 def rewritten(file, path, changes, metadata=None):

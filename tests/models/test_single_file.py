@@ -1,38 +1,52 @@
 """Teachers from one .safetensors file in the original layout, against the pipeline that it was written from."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from flashdmd_ray.models import family_class
-from tests.original_layout import write_sd3, write_sd15, write_sdxl
-from tests.tiny import sd3_pipeline, sd15_pipeline, sdxl_pipeline
+from tests.tiny import sd3_pipeline, sd15_pipeline, sdxl_pipeline, write_single_file
 
-WRITERS = {
-    "sdxl": (sdxl_pipeline, write_sdxl),
-    "sd15": (sd15_pipeline, write_sd15),
-    "sd3": (sd3_pipeline, write_sd3),
+PIPELINES = {
+    "sdxl": sdxl_pipeline,
+    "sd15": sd15_pipeline,
+    "sd3": sd3_pipeline,
+}
+LATER = {
+    "sd15": partial(sd15_pipeline, activation="gelu"),  # 2.1, whose encoder is an OpenCLIP
+    "sd3": partial(sd3_pipeline, t5=True, qk_norm="rms_norm", dual_attention_layers=(0, 1)),  # 3.5
 }
 NOISY = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=list(WRITERS))
+@pytest.fixture(scope="module", params=list(PIPELINES))
 def written(request, tmp_path_factory):
     """Family, pipeline directory, single file."""
-    make, write = WRITERS[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    pipeline = make()
-    if request.param == "sd3":
+    return write(request.param, PIPELINES[request.param](), tmp_path_factory.mktemp(request.param))
+
+
+def write(name, pipeline, folder):
+    if name == "sd3":
         with torch.no_grad():  # what diffusers takes where the file has no projection
             pipeline.text_encoder.text_projection.weight.copy_(torch.eye(8))
     pipeline.save_pretrained(folder / "pipeline")
-    return request.param, folder / "pipeline", write(pipeline, folder / "model.safetensors")
+    return name, folder / "pipeline", write_single_file(pipeline, name, folder / "model.safetensors")
 
 
 def test_a_single_file_is_the_pipeline_it_was_written_from(written):
-    name, directory, file = written
-    theirs = family_class(name).from_pretrained(str(directory))
-    ours = family_class(name).from_pretrained(str(file), teacher_config=str(directory))
+    check_same(*written)
+
+
+@pytest.mark.parametrize("name", list(LATER))
+def test_the_later_models_of_a_family_are_too(name, tmp_path):
+    check_same(*write(name, LATER[name](), tmp_path), **({"t5": True} if name == "sd3" else {}))
+
+
+def check_same(name, directory, file, **settings):
+    theirs = family_class(name).from_pretrained(str(directory), **settings)
+    ours = family_class(name).from_pretrained(str(file), teacher_config=str(directory), **settings)
     for mine, original in ((ours.teacher, theirs.teacher), (ours.vae, theirs.vae), (ours.text, theirs.text)):
         expected = original.state_dict()
         assert mine.state_dict().keys() == expected.keys()

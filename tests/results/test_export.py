@@ -13,7 +13,8 @@ from flashdmd_ray.diffusion.schedule import schedule_from_config
 from flashdmd_ray.models.sd3 import SD3
 from flashdmd_ray.models.sd15 import SD15
 from flashdmd_ray.models.sdxl import SDXL
-from flashdmd_ray.results.export import export_pipeline, few_step_scheduler
+from flashdmd_ray.results.export import export_pipeline, export_single_file, few_step_scheduler
+from flashdmd_ray.results.export_facts import SINGLE_FILE
 from flashdmd_ray.results.model_card import CardFacts
 from flashdmd_ray.roles.image_sampling import SampleNoise, seed_of
 from flashdmd_ray.roles.networks import load_student, x0_predictor
@@ -220,3 +221,46 @@ def test_an_export_is_replaced_whole_and_nothing_else_is_touched(family, tmp_pat
     with pytest.raises(ValueError, match="is no earlier export"):
         export_pipeline(family, trained(family), (999,), precious, FACTS)
     assert (precious / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("family", ["v_prediction"], indirect=True)
+def test_plain_diffusers_draws_the_students_images_from_a_single_file(family, tmp_path):
+    weights, timesteps = trained(family), (999, 749, 499, 249)
+    out = export_single_file(family, weights, timesteps, tmp_path / "file", FACTS)
+    assert {path.name for path in out.iterdir()} == {SINGLE_FILE, "scheduler", "flashdmd.json", "README.md"}
+    again = SDXL.from_pretrained(str(out / SINGLE_FILE), teacher_config=family.path)
+    assert again.schedule.prediction_type == "v_prediction", "the file says so itself"
+    pipeline = StableDiffusionXLPipeline.from_single_file(out / SINGLE_FILE, config=family.path)
+    pipeline.scheduler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
+    whole = export_pipeline(family, weights, timesteps, tmp_path / "pipeline", FACTS)
+    images = []
+    for each in (pipeline, StableDiffusionXLPipeline.from_pretrained(whole, use_safetensors=True)):
+        each.set_progress_bar_config(disable=True)
+        call = json.loads((out / "flashdmd.json").read_text())["call"]
+        images.append(each(TEXTS, generator=torch.Generator().manual_seed(0), output_type="pt", **call).images)
+    assert torch.equal(*images)
+    example = ModelCard.load(out / "README.md").text.split("```python")[1].split("```")[0]
+    compile(example, "example", "exec")
+    assert f'/{SINGLE_FILE}", config="someone/sdxl"' in example
+    assert "scheduler `sgm_uniform`, 4 steps, cfg 1" in ModelCard.load(out / "README.md").text
+
+
+def test_half_precision_is_diffusers_variant_and_refuses_what_it_cannot_hold(tmp_path):
+    family = SDXL.from_pretrained(str(save_sdxl(tmp_path / "base")))
+    weights, dtype = trained(family), torch.float16
+    out = export_pipeline(family, weights, (999,), tmp_path / "half", FACTS, dtype)
+    assert {file.name.split(".")[1] for file in out.rglob("*.safetensors")} == {"fp16"}
+    facts = json.loads((out / "flashdmd.json").read_text())
+    pipeline = StableDiffusionXLPipeline.from_pretrained(out, torch_dtype=dtype, use_safetensors=True, **facts["load"])
+    expected = {name.partition(".")[2]: tensor.to(dtype) for name, tensor in weights.items()}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.unet.state_dict().items())
+    assert pipeline.text_encoder_2.dtype == pipeline.vae.dtype == dtype
+    assert "variant='fp16', use_safetensors=True, torch_dtype=torch.float16)" in (out / "README.md").read_text()
+    assert SDXL.from_pretrained(str(out)).teacher.state_dict().keys() == weights.keys()
+
+    name = next(iter(weights))
+    large = {**weights, name: torch.full_like(weights[name], 7e4)}
+    with pytest.raises(ValueError, match=r"--dtype float16: unet: .* too large for it; use bfloat16"):
+        export_single_file(family, large, (999,), tmp_path / "file", FACTS, dtype)
+    assert not (tmp_path / "file").exists()
+    export_single_file(family, large, (999,), tmp_path / "file", FACTS, torch.bfloat16)

@@ -1,15 +1,18 @@
-"""A pipeline as one .safetensors file in the original layout: the names that diffusers' converters read, written backwards."""
+"""A pipeline's weights under the names of the original layout, which ComfyUI and A1111 load: diffusers' converters backwards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from flashdmd_ray.catalog.families import FamilyEntry
+
+OPEN_CLIP = ("conditioner.embedders.1.",)
+"""How the weights start of text encoders that are always an OpenCLIP, whose attention projections are one matrix."""
 UNET_NAMES = {
     "time_embedding.linear_1.": "time_embed.0.",
     "time_embedding.linear_2.": "time_embed.2.",
@@ -55,6 +58,13 @@ SD3_NAMES = {
     "norm1.linear.": "x_block.adaLN_modulation.1.",
     "norm1_context.linear.": "context_block.adaLN_modulation.1.",
     "attn.to_out.0.": "x_block.attn.proj.",
+    "attn2.to_out.0.": "x_block.attn2.proj.",
+    "attn.norm_q.": "x_block.attn.ln_q.",
+    "attn.norm_k.": "x_block.attn.ln_k.",
+    "attn.norm_added_q.": "context_block.attn.ln_q.",
+    "attn.norm_added_k.": "context_block.attn.ln_k.",
+    "attn2.norm_q.": "x_block.attn2.ln_q.",
+    "attn2.norm_k.": "x_block.attn2.ln_k.",
     "attn.to_add_out.": "context_block.attn.proj.",
     "ff.net.0.proj.": "x_block.mlp.fc1.",
     "ff.net.2.": "x_block.mlp.fc2.",
@@ -64,37 +74,40 @@ SD3_NAMES = {
 }
 
 
-def write_sdxl(pipeline: object, path: Path) -> Path:
-    """SDXL: the second text encoder is an OpenCLIP, whose attention projections are one matrix."""
-    parts = [
-        *unet(pipeline.unet),  # type: ignore[attr-defined]
-        *vae(pipeline.vae),  # type: ignore[attr-defined]
-        *clip(pipeline.text_encoder, "conditioner.embedders.0.transformer."),  # type: ignore[attr-defined]
-        *open_clip(pipeline.text_encoder_2, "conditioner.embedders.1.model."),  # type: ignore[attr-defined]
-    ]
-    return _write(parts, path)
+def original_weights(pipeline: Any, family: FamilyEntry) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of a stock pipeline of `family` in the original layout, on their own device.
+
+    Raises ValueError for a text projection that has no place there.
+    """
+    network = getattr(pipeline, family.denoiser)
+    yield from unet(network) if family.denoiser == "unet" else sd3_transformer(network)
+    yield from vae(pipeline.vae)
+    for folder, start in {**family.text_encoders, **family.optional_encoders}.items():
+        if (encoder := getattr(pipeline, folder)) is not None:
+            yield from text_encoder(encoder, start)
+    stated = pipeline.scheduler.config
+    for marker, key, value in (
+        ("v_pred", "prediction_type", "v_prediction"),
+        ("ztsnr", "rescale_betas_zero_snr", True),
+    ):
+        if stated.get(key) == value:
+            yield marker, torch.zeros(1)
 
 
-def write_sd15(pipeline: object, path: Path) -> Path:
-    parts = [
-        *unet(pipeline.unet),  # type: ignore[attr-defined]
-        *vae(pipeline.vae),  # type: ignore[attr-defined]
-        *clip(pipeline.text_encoder, "cond_stage_model.transformer."),  # type: ignore[attr-defined]
-    ]
-    return _write(parts, path)
-
-
-def write_sd3(pipeline: object, path: Path) -> Path:
-    """SD3 with both CLIPs. The first one's text projection is not in such a file: diffusers takes the identity."""
-    parts = [
-        *sd3_transformer(pipeline.transformer),  # type: ignore[attr-defined]
-        *vae(pipeline.vae),  # type: ignore[attr-defined]
-        *clip(pipeline.text_encoder, "text_encoders.clip_l.transformer."),  # type: ignore[attr-defined]
-        *clip(pipeline.text_encoder_2, "text_encoders.clip_g.transformer."),  # type: ignore[attr-defined]
-    ]
-    return _write(
-        [part for part in parts if part[0] != "text_encoders.clip_l.transformer.text_projection.weight"], path
-    )
+def text_encoder(encoder: Any, start: str) -> Iterator[tuple[str, Tensor]]:
+    """SDXL's second encoder and that of 2.1 have OpenCLIP's names, which tell its activation; the others those of transformers."""
+    if start in OPEN_CLIP or (start == "cond_stage_model." and encoder.config.hidden_act == "gelu"):
+        yield from open_clip(encoder, f"{start}model.")
+        return
+    for name, tensor in encoder.state_dict().items():
+        if start == "text_encoders.clip_l." and name == "text_projection.weight":
+            if not torch.equal(tensor, torch.eye(len(tensor), dtype=tensor.dtype, device=tensor.device)):
+                raise ValueError(
+                    "the first text encoder has a projection, for which a single file of SD3 has no place; export a pipeline"
+                )
+            continue
+        outside = encoder.config.model_type == "t5" or name.startswith(("text_model.", "text_projection."))
+        yield f"{start}transformer.{'' if outside else 'text_model.'}{name}", tensor
 
 
 def unet(network: UNet2DConditionModel) -> Iterator[tuple[str, Tensor]]:
@@ -130,17 +143,12 @@ def vae(network: AutoencoderKL) -> Iterator[tuple[str, Tensor]]:
         yield f"first_stage_model.{new.replace('resnets', 'block')}", tensor
 
 
-def clip(encoder: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in encoder.state_dict().items():
-        outside = name.startswith(("text_model.", "text_projection."))
-        yield f"{prefix}{name if outside else 'text_model.' + name}", tensor
-
-
-def open_clip(encoder: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def open_clip(encoder: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     state = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
     yield f"{prefix}positional_embedding", state["embeddings.position_embedding.weight"]
     yield f"{prefix}token_embedding.weight", state["embeddings.token_embedding.weight"]
-    yield f"{prefix}text_projection", state["text_projection.weight"].T
+    if "text_projection.weight" in state:
+        yield f"{prefix}text_projection", state["text_projection.weight"].T
     for kind in ("weight", "bias"):
         yield f"{prefix}ln_final.{kind}", state[f"final_layer_norm.{kind}"]
         for layer in range(encoder.config.num_hidden_layers):
@@ -159,11 +167,17 @@ def open_clip(encoder: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 def sd3_transformer(network: SD3Transformer2DModel) -> Iterator[tuple[str, Tensor]]:
     state, last = dict(network.state_dict()), len(network.transformer_blocks) - 1
+    joined = {
+        "x_block.attn": "attn.to_q attn.to_k attn.to_v",
+        "context_block.attn": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+        "x_block.attn2": "attn2.to_q attn2.to_k attn2.to_v",
+    }
     for block in range(last + 1):
-        for side, names in (("x", "to_q to_k to_v"), ("context", "add_q_proj add_k_proj add_v_proj")):
+        for new, names in joined.items():
             for kind in ("weight", "bias"):
-                parts = [state.pop(f"transformer_blocks.{block}.attn.{name}.{kind}") for name in names.split()]
-                yield f"model.diffusion_model.joint_blocks.{block}.{side}_block.attn.qkv.{kind}", torch.cat(parts)
+                parts = [state.pop(f"transformer_blocks.{block}.{name}.{kind}", None) for name in names.split()]
+                if parts[0] is not None:  # the second attention is SD3.5's, in some blocks
+                    yield f"model.diffusion_model.joint_blocks.{block}.{new}.qkv.{kind}", torch.cat(parts)
     for name, tensor in state.items():
         swapped = name.startswith(("norm_out.linear.", f"transformer_blocks.{last}.norm1_context.linear."))
         if swapped:  # the original has shift before scale
@@ -176,8 +190,3 @@ def _renamed(name: str, names: dict[str, str]) -> str:
     for old, new in names.items():
         name = name.replace(old, new)
     return name
-
-
-def _write(parts: list[tuple[str, Tensor]], path: Path) -> Path:
-    save_file({name: tensor.contiguous().clone() for name, tensor in parts}, path)
-    return path
