@@ -14,6 +14,7 @@ from flashdmd_ray.run.output import outlive_readers
 COMMANDS = {
     "train": ("training.cli:main", "distil a model into a few-step generator, with preference RL beside"),
     "evaluate": ("commands.evaluate:evaluate_command", "compare a run's student with its teacher"),
+    "report": ("commands.report:report_command", "show finished runs on one HTML page, several side by side"),
     "sample": ("commands.sample:sample_command", "draw images of prompts with any pipeline of diffusers"),
     "score": ("commands.score:score_command", "judge folders of images: rewards, distances to real ones, differences"),
     "export": ("commands.export:export_command", "write a student as a diffusers pipeline or a LoRA file"),

@@ -6,7 +6,7 @@ A judge of prompts is never optimised; a reward may be, and then only says how f
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from time import monotonic
 
 import torch
@@ -50,7 +50,8 @@ class Row:
     """One line of the table; None for what was not measured.
 
     nfe: network forwards per sample. diversity: mean distance, in the space of features, between samples of one prompt from different
-    noises.
+    noises. margins: half the width of the 95 % interval, over the prompts, of the accuracy and of each reward. wins: by reward, the share
+    of prompts for which it is higher than for the first sampler, a tie counting half; the first sampler and real images have none.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Row:
     accuracy: float | None
     rewards: Mapping[str, float]
     diversity: float | None
+    margins: Mapping[str, float] = field(default_factory=dict)
+    wins: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class _Evaluation:
         self.seed = seed
         self.batch = batch
         self.say = say
+        self.first: Mapping[str, Tensor] | None = None
+        """Values per image of the first sampler."""
         features = [] if eval_metrics.features is None else [eval_metrics.features(i).cpu() for i in reference.reals]
         self.reals = torch.cat(features) if features else None
         if self.reals is not None and len(self.texts) < 2 * self.reals.shape[1]:
@@ -122,7 +127,9 @@ class _Evaluation:
                 last_line = monotonic()
                 self.say(f"{sampler.name}: {min(number * self.batch, len(self.texts))} of {len(self.texts)} samples")
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return self._row(sampler.name, sampler.nfe, columns, self._diversity(sampler))
+        row = self._row(sampler.name, sampler.nfe, columns, self._diversity(sampler), self.first)
+        self.first = self.first or columns
+        return row
 
     @torch.no_grad()
     def real_row(self, twins: Tensor) -> Row:
@@ -145,18 +152,26 @@ class _Evaluation:
             values[f"reward/{label}"] = reward.score(images, texts).cpu()
         return values
 
-    def _row(self, name: str, nfe: int, columns: Mapping[str, Tensor], diversity: float | None) -> Row:
-        def mean(column: str) -> float | None:
-            return columns[column].mean().item() if column in columns else None
-
+    def _row(
+        self,
+        name: str,
+        nfe: int,
+        columns: Mapping[str, Tensor],
+        diversity: float | None,
+        first: Mapping[str, Tensor] | None = None,
+    ) -> Row:
+        rewards = {label: columns[f"reward/{label}"] for label in self.eval_metrics.rewards or {}}
+        judged = rewards | ({"accuracy": columns["correct"]} if "correct" in columns else {})
         return Row(
             name,
             nfe,
             len(self.texts),
             None if self.reals is None else frechet_distance(self.reals, columns["features"]),
-            mean("correct"),
-            {label: columns[f"reward/{label}"].mean().item() for label in self.eval_metrics.rewards or {}},
+            columns["correct"].mean().item() if "correct" in columns else None,
+            {label: values.mean().item() for label, values in rewards.items()},
             diversity,
+            {key: margin(values) for key, values in judged.items()},
+            {} if first is None else {key: wins(values, first[f"reward/{key}"]) for key, values in rewards.items()},
         )
 
     def _diversity(self, sampler: Sampler) -> float | None:
@@ -171,6 +186,16 @@ class _Evaluation:
 
     def _chunks(self, texts: Sequence[str]) -> list[Sequence[str]]:
         return [texts[start : start + self.batch] for start in range(0, len(texts), self.batch)]
+
+
+def margin(values: Tensor) -> float:
+    """Half the width of the 95 % interval of the mean of `values`, float (N,), N >= 2: 1.96 standard errors."""
+    return (1.96 * values.double().std() / len(values) ** 0.5).item()
+
+
+def wins(values: Tensor, others: Tensor) -> float:
+    """Share of places at which `values` is higher than `others`, float (N,) both; a tie counts half."""
+    return ((values > others).double().mean() + (values == others).double().mean() / 2).item()
 
 
 def mean_pairwise_distance(features: Tensor) -> float:

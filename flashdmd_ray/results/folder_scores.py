@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from flashdmd_ray.results.evaluation import frechet_distance, mean_pairwise_distance
+from flashdmd_ray.results.evaluation import frechet_distance, mean_pairwise_distance, wins
 
 RESAMPLES = 2000
 KID_SUBSETS, KID_SIZE = 100, 1000
@@ -50,9 +50,8 @@ def paired(values: Tensor, others: Tensor) -> Paired:
     """Differences `values` - `others`, float (N,) both, with the p-value of Wilcoxon's signed-rank test (1 where all are equal)."""
     assert values.shape == others.shape
     gaps = (values - others).double()
-    wins = ((gaps > 0).double().mean() + (gaps == 0).double().mean() / 2).item()
     p = 1.0 if bool((gaps == 0).all()) else float(stats.wilcoxon(gaps.numpy()).pvalue)
-    return Paired(bootstrap_mean(gaps), wins, p)
+    return Paired(bootstrap_mean(gaps), wins(values, others), p)
 
 
 def distances(

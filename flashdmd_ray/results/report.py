@@ -1,4 +1,4 @@
-"""The results of a finished run: the table, the picture grid and the export."""
+"""The results of a finished run: the table, the picture grid, the page that shows both, and the export."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from flashdmd_ray.results.evaluation_data import choose_prompts
 from flashdmd_ray.results.export import export_pipeline
 from flashdmd_ray.results.grid import write_grid
 from flashdmd_ray.results.model_card import CardFacts
+from flashdmd_ray.results.run_page import PAGE, REPORT, FinishedRun, write_run_page
 from flashdmd_ray.results.sample_grid import COLUMNS
 from flashdmd_ray.results.student import saved_weights, student_as_trained
 from flashdmd_ray.roles.image_sampling import sample_all_images, seed_of
@@ -58,10 +59,12 @@ def report(config: Config, directory: RunDirectory, tracker: Tracker, say: Say) 
         config.model
     )  # on the CPU: a GPU may have no room for a whole float32 network beside the teacher
     export_pipeline(whole, whole_weights(config, whole, saved), config.sampling.timesteps, directory.export, card)
+    page = write_run_page([FinishedRun(directory.path, facts)], directory.path / PAGE)
     tracker.image("grid", grid, config.steps)
+    tracker.file(page)
     tracker.model(directory.export)
-    write_atomically(directory.path / "report.json", json.dumps(facts, indent=1) + "\n")
-    say(f"table: {directory.path / 'report.json'}   grid: {grid}   pipeline: {directory.export}")
+    write_atomically(directory.path / REPORT, json.dumps(facts, indent=1) + "\n")
+    say(f"report: {page}   grid: {grid}   pipeline: {directory.export}")
 
 
 def hack_monitor(config: Config, training: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -35,6 +35,10 @@ class Destination(Protocol):
         """Set a text that describes the run."""
         ...
 
+    def log_file(self, path: str) -> None:
+        """Keep a file of the run folder, such as its HTML report. Raises LeftOut when it is not there any more."""
+        ...
+
     def log_model(self, export: str) -> None:
         """Log an exported pipeline of the run folder, where models are kept."""
         ...

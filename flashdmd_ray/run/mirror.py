@@ -5,9 +5,9 @@ slow, away or silent, and none of that may delay or end a training. The run fold
 `metrics.jsonl`, so whatever a server missed is sent later, and a (key, step) that is there is not sent twice, also when a run resumes.
 
 MLflow's tracking URI, which may hold a password, comes in the environment variable URI_VARIABLE. Standard input tells the rest, one JSON
-object per line: {"image": [key, path, step]}, {"tag": [key, text]}, {"model": folder}, {"finish": "FINISHED"}. Its end without "finish"
-means that the training died: the run is closed as KILLED. Standard output has one line per sign of life: "ok" after a successful
-transfer, else a text for the user, which begins with LEFT_OUT when it is about one thing that was refused.
+object per line: {"image": [key, path, step]}, {"tag": [key, text]}, {"file": path}, {"model": folder}, {"finish": "FINISHED"}. Its end
+without "finish" means that the training died: the run is closed as KILLED. Standard output has one line per sign of life: "ok" after a
+successful transfer, else a text for the user, which begins with LEFT_OUT when it is about one thing that was refused.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ class Mirror:
                 run.log_image(key, path, step)
             case {"tag": [key, text]}:
                 run.tag(key, text)
+            case {"file": path}:
+                run.log_file(path)
             case {"model": folder}:
                 run.log_model(folder)
             case {"finish": status}:

@@ -198,6 +198,12 @@ class MlflowRun:
         self.client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True)
         self._images.add(label)
 
+    def log_file(self, path: str) -> None:
+        """Log a file of the run folder as an artifact."""
+        if not (self.folder / path).is_file():
+            raise LeftOut(f"{self.folder / path} is not there")
+        self.client.log_artifact(self.run_id, str(self.folder / path))
+
     def log_model(self, export: str) -> None:
         """Log the exported pipeline as a model of this run, and register it as the newest version of a registered model."""
         from mlflow.exceptions import MlflowException

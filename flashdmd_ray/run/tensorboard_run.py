@@ -58,6 +58,9 @@ class TensorBoardRun:
         self._write([{"tag": key, "metadata": kind, "tensor": tensor}], 0)
         self._writer.flush()
 
+    def log_file(self, path: str) -> None:
+        """Do nothing: TensorBoard keeps no files."""
+
     def log_model(self, export: str) -> None:
         """Do nothing: TensorBoard keeps no models."""
 

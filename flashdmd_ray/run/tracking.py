@@ -62,6 +62,10 @@ class Tracker:
         """Show an image file of the run folder under a key such as 'samples'."""
         self._order({"image": [key, self._relative(path), step]})
 
+    def file(self, path: Path) -> None:
+        """Keep a file of the run folder beside the metrics."""
+        self._order({"file": self._relative(path)})
+
     def tag(self, key: str, text: str) -> None:
         """Set a text that describes the run as it is now."""
         self._order({"tag": [key, text]})

@@ -67,6 +67,11 @@ class WandbRun:
     def tag(self, key: str, text: str) -> None:
         self._run.summary[key] = text
 
+    def log_file(self, path: str) -> None:
+        if not (self._folder / path).is_file():
+            raise LeftOut(f"{self._folder / path} is not there")
+        self._run.save(str(self._folder / path), base_path=str(self._folder), policy="now")
+
     def log_model(self, export: str) -> None:
         """Do nothing: gigabytes go to somebody else's machines when the user sends them (`wandb artifact put`)."""
 

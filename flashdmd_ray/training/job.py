@@ -98,7 +98,7 @@ class StillAlone(Observer):
 def what_next(config: Config, directory: RunDirectory) -> str:
     """The last line of a finished run: what to do with its student."""
     adapter = f"; as an adapter: flashdmd export {directory.path} --format lora" if config.lora.networks else ""
-    return f"next: look at {directory.path / 'grid.png'}; serve it: flashdmd serve {directory.path}{adapter}"
+    return f"next: look at {directory.path / 'report.html'}; serve it: flashdmd serve {directory.path}{adapter}"
 
 
 def how_to_go_on(directory: RunDirectory, root: Location) -> str:

@@ -236,7 +236,7 @@ def test_the_table_has_a_column_for_what_was_measured():
         [["sampler", "NFE", "a", "b"], ["student, 4 steps", "4", "1.000", "2.000"]],
     )
     (row,) = as_json(bare)["rows"]
-    assert row.keys() == {"name", "nfe", "samples", "rewards"}, "what was not measured is not there"
+    assert row.keys() == {"name", "nfe", "samples", "rewards", "margins", "wins"}, "what was not measured is not there"
 
 
 @pytest.fixture(scope="module")

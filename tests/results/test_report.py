@@ -57,7 +57,7 @@ def test_data_of_one_s_own_are_judged_by_rewards_and_their_view_of_images(finish
     assert report["optimised"] == ["pickscore"]
     assert [row["name"].split(",")[0] for row in report["rows"]] == ["teacher", "before", "student"]
     for row in report["rows"]:
-        assert row.keys() == {"name", "nfe", "samples", "frechet", "rewards", "diversity"}
+        assert row.keys() == {"name", "nfe", "samples", "frechet", "rewards", "diversity", "margins", "wins"}
         assert row["samples"] == 5
         assert row["rewards"].keys() == {"pickscore"}, "the latent reward does not look at images"
         assert 0 < row["frechet"] < 4, "between vectors of unit length"

@@ -61,6 +61,8 @@ def tracked(tmp_path_factory):
         (run.export / "unet" / "config.json").write_text("{}")
         (run.export / "README.md").write_text("# A student\n")
         (run.export / FACTS).write_text("{}")
+        (run.path / "report.html").write_text("<!doctype html>")
+        tracker.file(run.path / "report.html")
         tracker.model(run.export)
     return run, died
 
@@ -96,8 +98,9 @@ def test_the_configuration_is_logged_and_what_a_resume_changed_is_a_tag(tracked,
     assert data.tags["hack_monitor"] == "step 4: suspicious"
 
 
-def test_grids_are_logged_once(tracked, client):
+def test_grids_are_logged_once_and_the_page_is_an_artifact(tracked, client):
     _, died = tracked
+    assert "report.html" in [item.path for item in client.list_artifacts(died["run_id"])]
     names = [item.path for item in client.list_artifacts(died["run_id"], "images") if item.path.endswith(".png")]
     assert sorted(name.split("+timestamp")[0] for name in names) == ["images/samples+step+2", "images/samples+step+5"]
 
