@@ -196,12 +196,12 @@ class Training:
     def _rows(self, chosen: Sequence[Any], seed: int, samples: int) -> list[dict[str, object]]:
         from flashdmd_ray.results.evaluation import as_record, evaluate
 
-        reference, eval_metrics = self._judges(seed, samples)
+        reference, eval_metrics = self.judges(seed, samples)
         measured = evaluate(self.runtime.generator.family, chosen, reference, eval_metrics, seed, 100)
         return [{"reward": row.rewards["pickscore"]} | as_record(row) for row in measured.rows]
 
     @cache  # noqa: B019 (both live as long as the process)
-    def _judges(self, seed: int, samples: int) -> tuple[Any, Any]:
+    def judges(self, seed: int, samples: int) -> tuple[Any, Any]:
         """Held-out prompts with their images, and the metrics."""
         from flashdmd_ray.results.comparison import build_eval_metrics
         from flashdmd_ray.results.evaluation_data import build_reference

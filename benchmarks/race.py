@@ -2,7 +2,7 @@
 
     python benchmarks/race.py tune [--methods dmd2 flash ...]        # the same small search for each method, on a seed of its own
     python benchmarks/race.py run [--methods ...] [--seeds 1 2 3 4 5]  # then the race, with what the search found
-    python benchmarks/race.py show                                   # the tables, from what is there
+    python benchmarks/race.py show                                   # the tables, from what is there, and a page, race.html
 
 All methods have the same networks, data, batch, student steps, averaged weights and held-out evaluation. Each has its own number of
 generator updates. Every run leaves a JSON file with the figures of each checkpoint; what is there is not computed again.
@@ -26,12 +26,17 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from joint_training import Training, interval
+from safetensors.torch import save_file
+
+from flashdmd_ray.results.page import as_markdown
 
 ROOT = Path(__file__).parents[1]
 TUNING_SEED = 100
@@ -65,6 +70,7 @@ METHODS = {
     "no_coupling": Method("demo", (*FLASH, "score.ema=1"), 150, 10),
     "per_batch": Method("demo", (*FLASH, "matching.timestep_per=batch"), 150, 10),
 }
+PICTURES, PICTURES_SEED = 8, 7
 START = ("generator.lr=3e-5", "score.lr=6e-4", "matching.guidance_scale=1")
 """First settings of the search, for all methods."""
 
@@ -73,7 +79,15 @@ def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.what == "show":
-        print(tables(options.out))
+        from race_page import write_race_page
+
+        found = read_runs(options.out)
+        if not found:
+            sys.exit(f"{options.out} has no finished run; make some first: python benchmarks/race.py run")
+        print(
+            "\n\n".join(as_markdown(table) for table in (final_figures(found), costs_to_reach(found)) if len(table) > 1)
+        )
+        print(f"page: {write_race_page(options.out, found)}")
         return
     seeds = [TUNING_SEED] if options.what == "tune" else options.seeds
     tasks = [(method, seed) for seed in seeds for method in options.methods]
@@ -146,8 +160,22 @@ def record(
         rows.append({"method": name, "seed": seed, "updates": end, "settings": list(settings)} | figures)
         rows[-1] |= {key: end * value for key, value in cost.items()}
         print(f"{name} {seed} at {end}: {figures}", flush=True)
+    draw(training, file.with_suffix(".safetensors"))
     file.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
+
+
+@torch.no_grad()
+def draw(training: Training, file: Path) -> None:
+    """Keep the student's images of the first held-out prompts; prompts and noise are the same for all methods and seeds."""
+    from flashdmd_ray.roles.image_sampling import sample_all_images, student_sampler
+
+    generator, (timesteps,) = training.runtime.generator, training.config.student_timesteps.values()
+    sampler = student_sampler("student", generator.family, generator.engine.module, timesteps)
+    texts = training.judges(PICTURES_SEED, 100)[0].texts[:PICTURES]
+    with nullcontext() if generator.average is None else generator.average.applied():
+        images = sample_all_images(generator.family, sampler, texts, range(PICTURES), PICTURES_SEED, PICTURES)
+    save_file({"images": images}, file, {"prompts": json.dumps(list(texts))})
 
 
 def cost_of_step(training: Training) -> dict[str, float]:
@@ -166,32 +194,40 @@ def cost_of_step(training: Training) -> dict[str, float]:
 
 
 COSTS = ("updates", "samples", "forwards")
+Runs = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
+"""Method -> seed -> figures of each checkpoint, the first before training."""
 
 
-def tables(folder: Path) -> str:
-    """Final figures of each method, then the cost to reach those of DMD2 as a share of what DMD2 took, seed by seed."""
+def read_runs(folder: Path) -> Runs:
+    """Results that are there. Runs of the search are no part of the race."""
     runs: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for name in METHODS:
         for file in sorted(folder.glob(f"{name}-[0-9]*.json")):
             rows = json.loads(file.read_text())
             runs.setdefault(name, {})[rows[0]["seed"]] = rows
-    lines = ["| method | seeds | updates | FD | prompt accuracy | forwards |", "|---|---|---|---|---|---|"]
+    return runs
+
+
+def final_figures(runs: Runs) -> list[list[str]]:
+    """Each method's last checkpoint: means over seeds with 95 % intervals."""
+    table = [["method", "seeds", "updates", "FD", "prompt accuracy", "samples", "forwards"]]
     for name, of in runs.items():
         last = [rows[-1] for rows in of.values()]
         cells = [interval([row[key] for row in last]) for key in ("frechet", "accuracy")]
-        lines.append(f"| {name} | {len(of)} | {last[0]['updates']} | {' | '.join(cells)} | {last[0]['forwards']:.0f} |")
-    lines += [
-        "",
-        "| cost to reach DMD2's last figures | seeds | updates | samples | forwards |",
-        "|---|---|---|---|---|",
-    ]
+        costs = [f"{last[0]['samples']:,}", f"{last[0]['forwards']:,.0f}"]
+        table.append([name, str(len(of)), str(last[0]["updates"]), *cells, *costs])
+    return table
+
+
+def costs_to_reach(runs: Runs) -> list[list[str]]:
+    """Cost to reach the last figures of DMD2, as a share of what DMD2 took, seed by seed: median, lowest and highest."""
+    table = [["to reach DMD2's last figures", "seeds", *COSTS]]
     for name, of in runs.items():
         seeds = sorted(of.keys() & runs.get("dmd2", {}).keys())
         if name != "dmd2" and seeds:
             shares = [share_of_cost(of[seed], runs["dmd2"][seed]) for seed in seeds]
-            cells = [spread([share[cost] for share in shares]) for cost in COSTS]
-            lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            table.append([name, str(len(seeds)), *(spread([share[cost] for share in shares]) for cost in COSTS)])
+    return table
 
 
 def share_of_cost(rows: Sequence[Mapping[str, Any]], rival: Sequence[Mapping[str, Any]]) -> dict[str, float]:

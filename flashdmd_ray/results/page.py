@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from jinja2 import Environment
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from flashdmd_ray.run.files import write_atomically
 
@@ -76,6 +77,10 @@ def plot(title: str, x_label: str, curves: Sequence[Curve], x_scale: str = "line
         axes.set_xlabel(x_label)
         axes.set_xscale(x_scale)
         axes.set_yscale(y_scale)
+        if x_scale == "log":
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         if len({curve.label for curve in curves}) > 1:
             axes.legend(frameon=False, fontsize=8)
         written = io.StringIO()

@@ -1,0 +1,98 @@
+"""The page of a race: final figures, cost to reach the rival's, curves of quality against cost, and samples side by side."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from race import COSTS, METHODS, Runs, costs_to_reach, final_figures
+from safetensors import safe_open
+
+from flashdmd_ray.results.grid import write_grid
+from flashdmd_ray.results.page import Curve, Section, plot, write_page
+
+FIGURES = {"frechet": "Frechet distance", "accuracy": "prompt accuracy"}
+AXES = {
+    "updates": "generator updates",
+    "samples": "samples drawn for training",
+    "forwards": "operations, in forwards of the teacher",
+}
+
+
+def write_race_page(folder: Path, runs: Runs) -> Path:
+    """Write `race.html` and the grid it shows; returns its path."""
+    reach, grid = costs_to_reach(runs), pictures(folder, runs)
+    sections = [
+        Section(
+            "At the end of training", table=final_figures(runs), notes=["Mean over seeds +- half its 95 % interval."]
+        ),
+        Section("Cost to reach DMD2's last figures", table=reach if len(reach) > 1 else (), notes=[REACHING]),
+        Section("Quality against cost", plots=curves(runs), notes=["Median of the seeds; the band is their range."]),
+        Section("The same prompts and noise", pictures=[] if grid is None else [("students of the first seed", grid)]),
+        Section("Settings that the search chose", code=settings(folder, runs)),
+    ]
+    return write_page(folder / "race.html", "Distillation methods on the demo world", lead(runs), sections)
+
+
+REACHING = (
+    "Shares of what DMD2 spent until its last checkpoint: until a checkpoint of the method has DMD2's last Frechet distance and prompt "
+    "accuracy. Median [lowest, highest] of the seeds; inf: some seed did not get there."
+)
+
+
+def lead(runs: Runs) -> list[str]:
+    """What was raced and how it came out, in two sentences."""
+    seeds = {name: len(of) for name, of in runs.items()}
+    raced = ", ".join(f"{name} ({count} seeds)" for name, count in seeds.items())
+    said = [f"One teacher, four-step students, the same networks, data, batch and evaluation: {raced}."]
+    found = {row[0]: row for row in costs_to_reach(runs)[1:]}
+    if "flash" in found:
+        said.append(
+            f"Flash-DMD reaches DMD2's last figures for {found['flash'][4]} of its operations (median [range])."
+        )
+    return said
+
+
+def curves(runs: Runs) -> list[str]:
+    """Each figure against each cost, without the first checkpoint, which has cost nothing."""
+    plots = []
+    for figure, title in FIGURES.items():
+        for cost in COSTS:
+            drawn = [curve(colour, name, of, cost, figure) for colour, (name, of) in enumerate(runs.items())]
+            plots.append(plot(title, AXES[cost], drawn, x_scale="log"))
+    return plots
+
+
+def curve(colour: int, name: str, of: Mapping[int, Sequence[Mapping[str, Any]]], cost: str, figure: str) -> Curve:
+    points = list(zip(*(rows[1:] for rows in of.values()), strict=True))
+    values = [[float(row[figure]) for row in point] for point in points]
+    x = [float(point[0][cost]) for point in points]
+    return Curve(
+        name, x, [statistics.median(v) for v in values], [min(v) for v in values], [max(v) for v in values], colour
+    )
+
+
+def pictures(folder: Path, runs: Runs) -> Path | None:
+    """A grid of the methods' students on the same prompts and noise; None where no method has left images."""
+    rows, texts = [], []
+    for name, of in runs.items():
+        file = folder / f"{name}-{min(of)}.safetensors"
+        if file.is_file():
+            with safe_open(file, "pt") as kept:
+                rows.append((name, kept.get_tensor("images")))
+                texts = json.loads(kept.metadata()["prompts"])
+    return write_grid(folder / "race.png", rows, texts) if rows else None
+
+
+def settings(folder: Path, runs: Runs) -> str:
+    lines = []
+    for name in runs:
+        file = folder / f"tuned-{name}.json"
+        chosen = (
+            json.loads(file.read_text())["chosen"] if file.is_file() else ["the first settings: no search was made"]
+        )
+        lines.append(f"{name}: {METHODS[name].steps} updates, {' '.join((*METHODS[name].settings, *chosen))}")
+    return "\n".join(lines)
