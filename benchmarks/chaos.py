@@ -1,6 +1,6 @@
 """Strike a joint run on Ray with faults drawn from a seed, and compare its weights with those of an undisturbed run.
 
-    python benchmarks/chaos.py OUT [--seeds 0 1 2 3 4] [--faults 10] [--report]
+    python benchmarks/chaos.py OUT [--seeds 0 1 2 3 4] [--faults 10] [--slow 1] [--report]
 
 Each seed is one run of the demo's networks under real processes: SIGKILL or SIGSTOP of a worker of any role, SIGKILL of Ray's raylet or
 its server, SIGKILL or SIGTERM of the driver followed by the same command, a NaN in a gradient, a damaged newest checkpoint before a
@@ -38,11 +38,12 @@ EVERY = 3
 """Steps between checkpoints."""
 PATIENCE_S = 900.0
 """Seconds for a run to make the next step after a fault."""
+DEADLINES = {"call_s": 40, "reward_s": 40, "start_s": 300}
 SETTINGS = [
     *("runtime=ray", "run.name=struck", "batch=2", "checkpoint.keep=2"),
     *("preference.updates=1", "preference.batch=2", "preference.candidates=2", "monitor.enabled=false"),
     *("evaluation.samples=0", "tracking.enabled=false", "tracking.samples_every=1000"),
-    *("deadlines.call_s=40", "deadlines.reward_s=40", "deadlines.attempts=20"),
+    "deadlines.attempts=20",
 ]
 
 
@@ -53,9 +54,13 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=10, help="in each run")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--set", metavar="key=value", nargs="+", default=[], help="further settings of the run")
+    parser.add_argument(
+        "--slow", type=float, default=1.0, metavar="FACTOR", help="for all deadlines, on a busy machine"
+    )
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    options.set += [f"deadlines.{name}={options.slow * seconds:g}" for name, seconds in DEADLINES.items()]
     if not options.report:
         intervals = {seed: 2 + number for number, seed in enumerate(options.seeds)}
         reference = undisturbed(options.out, options.faults * max(intervals.values()) + EVERY, options.set)
@@ -114,6 +119,7 @@ class StruckRun:
         self.seed, self.interval = seed, interval
         self.chance = random.Random(seed)
         self.steps = faults * interval + EVERY - faults * interval % EVERY
+        self.patience_s = PATIENCE_S * options.slow
         self.command = (folder, options.out / f"seed-{seed}.log", self.steps, *options.set)
         self.run = start(*self.command)
         self.exits: list[int] = []
@@ -128,12 +134,12 @@ class StruckRun:
     def strike(self, number: int, kind: str) -> dict[str, Any]:
         """Do a fault at a random moment of its interval and wait for the next step; returns what happened."""
         step = number * self.interval + self.chance.randrange(1, self.interval + 1)
-        while not self.run.wait_for_step(max(1, min(self.steps - 1, step)), PATIENCE_S):
+        while not self.run.wait_for_step(max(1, min(self.steps - 1, step)), self.patience_s):
             self.again()
         self.exits = []
         strike = Strike(kind, self.run, self.chance)
         found = strike.strike() | {"seed": self.seed, "interval": self.interval}
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + self.patience_s
         while not (self.run.stepped_since(strike.at) or self.run.code == 0):
             strike.relieve()
             if self.run.has_ended:
@@ -141,7 +147,7 @@ class StruckRun:
                 strike.relieve(force=True)
                 self.again()
             if time.monotonic() > end:
-                raise SystemExit(f"{kind}: no step within {PATIENCE_S:g} s: {self.run.log}")
+                raise SystemExit(f"{kind}: no step within {self.patience_s:g} s: {self.run.log}")
             time.sleep(0.05)
         strike.relieve(force=True)
         return found | self.run.recovery_since(strike.at) | {"exits": self.exits}

@@ -94,10 +94,10 @@ def marked_processes(place: Path) -> dict[int, str]:
 
 
 def workers(place: Path, role: str) -> list[int]:
-    """The processes that hold a role."""
+    """The processes that hold a role: its own, or the learner's where it lives within."""
     mark, found = f"FLASHDMD_WORKER={role}-".encode(), []
     for pid in marked_processes(place):
         with suppress(OSError):
             if mark in Path(f"/proc/{pid}/environ").read_bytes():
                 found.append(pid)
-    return found
+    return found or (workers(place, "learner") if role != "learner" else [])
