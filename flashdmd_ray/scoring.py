@@ -14,7 +14,7 @@ from torch import Tensor
 from flashdmd_ray.batch import Candidates
 from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.run.messages import one_line
-from flashdmd_ray.runtime.errors import Closed, DeadlineExceeded, RoleFailed, RowsLost, WorkerError
+from flashdmd_ray.runtime.errors import Closed, DeadlineExceeded, RoleFailed, TensorsLost, WorkerError
 from flashdmd_ray.runtime.protocol import Runtime
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _score_chunk(pool: Reward, rewards: tuple[RewardConfig, ...], count: int, ch
         scores = pool.score(chunk)
         if wrong := [label for label in labels if scores[label].shape != (groups, count)]:
             raise ValueError(f"{wrong[0]} answered {tuple(scores[wrong[0]].shape)} for {groups} groups of {count}")
-    except (Closed, RowsLost):
+    except (Closed, TensorsLost):
         raise
     except Exception as error:
         logger.warning(

@@ -27,8 +27,11 @@ class WorkerLost(WorkerError):
     """A worker process is gone: killed, out of memory, or its machine left."""
 
 
-class RowsLost(WorkerLost):
-    """Tensors that a call was to read are gone with the machine that had them. No other worker can read them either."""
+class TensorsLost(WorkerLost):
+    """Tensors that a call was to read are gone with the machine or process that had them.
+
+    No other worker can read them either, so the call is not replayed; the one that noticed is whole.
+    """
 
 
 class DeadlineExceeded(WorkerError):

@@ -8,7 +8,7 @@ from typing import Never
 from ray import exceptions
 
 from flashdmd_ray.run.messages import typed_line
-from flashdmd_ray.runtime.errors import Call, Closed, DeadlineExceeded, RoleFailed, RowsLost, WorkerError, WorkerLost
+from flashdmd_ray.runtime.errors import Call, Closed, DeadlineExceeded, RoleFailed, TensorsLost, WorkerError, WorkerLost
 
 _SURROUNDINGS = (RuntimeError, ConnectionError, TimeoutError, MemoryError)
 _PROGRAM = (NotImplementedError, RecursionError)
@@ -17,7 +17,7 @@ _PROGRAM = (NotImplementedError, RecursionError)
 def translate(
     error: Exception, call: Call, worker: str, deadline_s: float, last_lines: Callable[[], str] = lambda: ""
 ) -> Exception:
-    """Return the error that the driver should see for `error`, which `ray.get` raised for a call on `worker`.
+    """Return the error that the driver should see for `error`, which a call on `worker` raised.
 
     What the role raised about its input or its numbers comes back as it was raised there, with the remote traceback as
     a note. last_lines: reads the end of the worker's log, "" where that cannot be had.
@@ -36,6 +36,9 @@ def _translate(
             f"{call}: {worker} did not answer within {deadline_s:g} s. "
             "It hangs or is too slow: see its log, lower the batch, or raise the limit under deadlines"
         )
+    cause = error.cause if isinstance(error, exceptions.RayTaskError) else error
+    if isinstance(cause, TensorsLost):
+        return TensorsLost(f"{call}: its tensors are gone with the machine or process that had them ({cause})")
     if isinstance(error, exceptions.RayTaskError):
         return _from_role(error, call, worker)
     lines = last_lines()
@@ -58,8 +61,6 @@ def _cause(error: Exception) -> str:
 def _from_role(error: exceptions.RayTaskError, call: Call, worker: str) -> Exception:
     cause = error.cause
     remote = f"raised by {call} on {worker}:\n{error}"
-    if isinstance(cause, RowsLost):
-        return cause
     if not isinstance(cause, Exception) or (isinstance(cause, _SURROUNDINGS) and not isinstance(cause, _PROGRAM)):
         failed = RoleFailed(f"{call}: {worker} failed: {typed_line(cause)}. See its log")
         failed.add_note(remote)
@@ -77,7 +78,7 @@ def most_telling(errors: list[Exception]) -> Exception:
     def importance(error: Exception) -> int:
         if not isinstance(error, WorkerError):
             return 0
-        return [WorkerLost, RowsLost, RoleFailed, DeadlineExceeded, Closed].index(type(error)) + 1
+        return [WorkerLost, RoleFailed, TensorsLost, DeadlineExceeded, Closed].index(type(error)) + 1
 
     return min(errors, key=importance)
 

@@ -18,7 +18,7 @@ from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.autoscale import Demand
 from flashdmd_ray.runtime.call_times import Reply
 from flashdmd_ray.runtime.concurrency import in_thread
-from flashdmd_ray.runtime.errors import Call, Closed, RoleFailed, RowsLost, WorkerError
+from flashdmd_ray.runtime.errors import Call, Closed, RoleFailed, TensorsLost, WorkerError
 from flashdmd_ray.runtime.failures import reraise, translate
 from flashdmd_ray.runtime.gang import Places
 from flashdmd_ray.runtime.members import Member, Members
@@ -147,7 +147,7 @@ class Pool:
                 self._members.give_back(member)
                 return reply
             self._after_failure(member, failure)
-            passing = (isinstance(failure, WorkerError) or is_reward(role)) and not isinstance(failure, RowsLost)
+            passing = (isinstance(failure, WorkerError) or is_reward(role)) and not isinstance(failure, TensorsLost)
             if not passing or replays_left == 0 or not self.is_whole:
                 reraise(failure)
             message = failure if isinstance(failure, WorkerError) else f"{name}: {type(failure).__name__}: {failure}"
@@ -164,7 +164,7 @@ class Pool:
         if not self._ray_is_alive():
             # Another call would have Ray look for the objects of the lost node, and then end this process without a word.
             self._members.close(failure)
-        elif isinstance(failure, WorkerError) and not isinstance(failure, RoleFailed | RowsLost):
+        elif isinstance(failure, WorkerError) and not isinstance(failure, RoleFailed | TensorsLost):
             self._members.replace(member)  # gone, or hanging in a call
         else:
             self._members.give_back(member)

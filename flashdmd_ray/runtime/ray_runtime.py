@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from ray.exceptions import RayError
+
 from flashdmd_ray.batch import PublishedWeights
 from flashdmd_ray.runtime.call_times import CallTimes
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
-from flashdmd_ray.runtime.errors import WorkerLost
+from flashdmd_ray.runtime.errors import Call, TensorsLost, WorkerLost
+from flashdmd_ray.runtime.failures import reraise, translate
 from flashdmd_ray.runtime.gang import Gang
 from flashdmd_ray.runtime.handles import RoleHandle
 from flashdmd_ray.runtime.placement import WorkerGroup, check_placement, check_shares, rewards_of
@@ -120,7 +123,11 @@ class RayRuntime:
         return learner.publish(version, self.times)
 
     def fetch(self, value: T) -> T:
-        found: T = fetch_rows(value, self._deadlines.call_s)
+        limit = self._deadlines.call_s
+        try:
+            found: T = fetch_rows(value, limit)
+        except (RayError, TensorsLost) as error:
+            reraise(translate(error, Call("driver", "fetch", self.step), "the object store", limit))
         return found
 
     def parallel(self, *calls: Callable[[], Any]) -> list[Any]:
@@ -137,10 +144,12 @@ class RayRuntime:
         """End the groups that have lost a rank, and all calls of the attempt; without a checkpoint the others start from nothing too."""
         for lease in self._leases.values():
             lease.end()
-        for group in self._groups.values() if self.is_alive else ():
-            if isinstance(group, StatefulGroup) and not group.is_whole:
+        groups = [group for group in self._groups.values() if isinstance(group, StatefulGroup)]
+        for group in groups if self.is_alive else ():
+            group.notice_lost()
+            if not group.is_whole:
                 group.close()
-            elif isinstance(group, StatefulGroup) and not newest:
+            elif not newest:
                 group.reset()
 
     def _hand_over(self, current_step: Callable[[], int | None]) -> dict[str, StatefulGroup | Pool]:

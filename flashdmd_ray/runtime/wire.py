@@ -20,9 +20,8 @@ from ray.exceptions import GetTimeoutError, RayError
 from torch import Tensor
 
 from flashdmd_ray.batch import PublishedWeights, StoredRows, choose, map_kind, map_tensors
-from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.runtime.call_times import Reply
-from flashdmd_ray.runtime.errors import RowsLost
+from flashdmd_ray.runtime.errors import TensorsLost
 from flashdmd_ray.runtime.shards import SAMPLES, is_large
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -63,7 +62,7 @@ def published(weights: Mapping[str, Tensor], version: int) -> PublishedWeights:
 
 def fetch_weights(published: PublishedWeights, timeout_s: float) -> PublishedWeights:
     """Return the same weights with readable tensors: views of shared memory, to be copied from and never written to."""
-    packed = ray.get(published.tensors, timeout=timeout_s) if published.tensors else {}
+    packed = _stored(published.tensors, timeout_s) if published.tensors else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensors = {name: torch.from_numpy(array).view(dtype) for name, (array, dtype) in packed.items()}
@@ -108,20 +107,25 @@ def together(reply: Reply, store: Sequence[ObjectRef]) -> Reply:
 
 
 def fetch_rows(value: Any, timeout_s: float) -> Any:
-    """Return `value` with tensors in place of StoredRows. Raises RowsLost when the machine that had them is gone."""
+    """Return `value` with tensors in place of StoredRows."""
 
     def fetch(rows: StoredRows) -> Tensor:
-        try:
-            stored = ray.get([reference for reference, *_ in rows.parts], timeout=timeout_s)
-        except GetTimeoutError:
-            raise
-        except RayError as error:
-            raise RowsLost(f"what a worker made is gone with its machine: {one_line(error)}") from None
+        stored = _stored([reference for reference, *_ in rows.parts], timeout_s)
         found = zip(stored, rows.parts, strict=True)
         whole = torch.cat([torch.tensor(arrays[index][first:last]) for arrays, (_, index, first, last) in found])
         return whole if rows.columns is None else choose(whole, rows.columns)
 
     return map_kind(value, StoredRows, fetch)
+
+
+def _stored(references: Any, timeout_s: float) -> Any:
+    """Values in the object store. Raises TensorsLost when the machine that had them is gone, or the process that put them there."""
+    try:
+        return ray.get(references, timeout=timeout_s)
+    except GetTimeoutError:
+        raise
+    except RayError as error:
+        raise TensorsLost(type(error).__name__) from None
 
 
 def with_fetched(

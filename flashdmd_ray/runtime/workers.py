@@ -23,7 +23,7 @@ from flashdmd_ray.runtime.border import CPU, call_role
 from flashdmd_ray.runtime.call_times import CallTimes, Reply, Spent, metered
 from flashdmd_ray.runtime.concurrency import in_thread
 from flashdmd_ray.runtime.environment import limit_threads, on_gpu, uncollected, worker_environment
-from flashdmd_ray.runtime.errors import Call, Closed, WorkerError
+from flashdmd_ray.runtime.errors import Call, Closed, TensorsLost, WorkerError
 from flashdmd_ray.runtime.failures import most_telling, reraise, translate
 from flashdmd_ray.runtime.gang import Places
 from flashdmd_ray.runtime.handles import RoleHandle
@@ -74,9 +74,7 @@ class Worker:
             for path in self._group.roles.values():
                 role_class(path)
         address = ray.util.get_node_ip_address()
-        self._listener = socket.create_server(
-            (address, 0), backlog=1024
-        )  # held, so that nobody takes the port meanwhile
+        self._listener = socket.create_server((address, 0), backlog=1024)  # held, so that nobody takes the port
         return Offer(address, self._listener.getsockname()[1], own_log())
 
     def join(self, offer: Offer) -> None:
@@ -162,7 +160,7 @@ class StatefulGroup:
     """Ranks of one worker group.
 
     Every call goes to all ranks at once and has a deadline. A process that fails, or that does not answer, ends the group; what all ranks
-    raise about their input or their numbers does not.
+    raise about their input or their numbers does not, nor do tensors that were lost before the ranks read them.
     """
 
     def __init__(self, group: WorkerGroup, places: Places, current_step: Callable[[], int | None]) -> None:
@@ -175,14 +173,12 @@ class StatefulGroup:
         self._has_joined = self._is_built = False
         self._offers: list[Offer] = []
         self._places = [(places, places.take()) for _ in range(group.workers)]
-        self._actors = [
-            start_worker(group, rank, places.options(place)) for rank, (_, place) in enumerate(self._places)
-        ]
+        options = [places.options(place) for _, place in self._places]
+        self._actors = [start_worker(group, rank, each) for rank, each in enumerate(options)]
 
     def setup(self) -> None:
         """Bring up all ranks and their roles where they are not; raises what a role raised, or a WorkerError."""
-        timeout = self._deadlines.start_s
-        call = Call(self._group.name, "start")
+        call, timeout = Call(self._group.name, "start"), self._deadlines.start_s
         if not self._has_joined:
             self._offers = self._wait([actor.prepare.remote() for actor in self._actors], call, timeout)
             self._wait([actor.join.remote(self._offers[0]) for actor in self._actors], call, timeout)
@@ -195,6 +191,15 @@ class StatefulGroup:
     def is_whole(self) -> bool:
         """True while all ranks are up and none has failed: they can be loaded from a checkpoint where they are."""
         return self._has_joined and self._failure is None
+
+    def notice_lost(self) -> None:
+        """Fail now, not at the next call, when a process has ended since the last one. One that is busy is not waited for."""
+        refs = [actor.__ray_ready__.remote() for actor in self._actors]
+        answered, _ = ray.wait(refs, num_returns=len(refs), timeout=GRACE_S)
+        try:
+            ray.get(answered)
+        except RayError as error:
+            self._failure = self._failure or self._explain(refs, error, Call(self._group.name, "look"), GRACE_S)
 
     def reset(self) -> None:
         """Have `setup` build the roles anew in the same processes: without a checkpoint nothing else takes back what was trained."""
@@ -266,7 +271,7 @@ class StatefulGroup:
             failure = self._explain(refs, error, call, timeout)
         if isinstance(failure, WorkerError):
             failure.detect_s = noticed - started
-        if silent or isinstance(failure, WorkerError):
+        if silent or (isinstance(failure, WorkerError) and not isinstance(failure, TensorsLost)):
             self._failure = failure
         reraise(failure)
 
@@ -276,10 +281,8 @@ class StatefulGroup:
             try:
                 ray.get(ref, timeout=0)
             except RayError as error:
-                log = self._offers[rank].log if self._offers else ("", "")
-                errors.append(
-                    translate(error, call, worker_name(self._group, rank), timeout, partial(last_lines, *log))
-                )
+                name, log = worker_name(self._group, rank), self._offers[rank].log if self._offers else ("", "")
+                errors.append(translate(error, call, name, timeout, partial(last_lines, *log)))
         return most_telling(errors) if errors else translate(first, call, self._group.name, timeout)
 
     def close(self) -> None:
