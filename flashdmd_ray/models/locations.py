@@ -118,10 +118,8 @@ def fetch(path: str, folder: str, whole: Callable[[Path], object], stem: str | N
 
 def _download_folder(hub: HubPath, folder: str, stem: str | None) -> None:
     """Bring the small files of a folder, and its weights if a stem is given, into the hub's cache."""
-    from huggingface_hub import HfApi
-
     where = PurePosixPath(hub.inside) / folder
-    names = HfApi().list_repo_files(hub.repository, revision=hub.revision)
+    names = _names(hub)
     own = [PurePosixPath(name).name for name in names if PurePosixPath(name).parent == where]
     chosen = [name for name in own if name.endswith(_SMALL)]
     choice = None if stem is None else choose(own, stem, f"{hub.repository}/{where}")
@@ -132,6 +130,15 @@ def _download_folder(hub: HubPath, folder: str, stem: str | None) -> None:
         weights = json.loads((root / where / choice.file).read_text(encoding="utf-8"))["weight_map"]
         _download(hub, [str(where / name) for name in sorted(set(weights.values()))])
         shards(root / where / choice.file)
+
+
+def _names(hub: HubPath) -> list[str]:
+    """Names of a repository's files, by the one request that the library does not try again for half a minute without a network."""
+    from huggingface_hub import HfApi
+
+    return [
+        file.rfilename for file in HfApi().model_info(hub.repository, revision=hub.revision, timeout=10).siblings or ()
+    ]
 
 
 def _download(hub: HubPath, names: Sequence[str]) -> Path:
@@ -155,9 +162,7 @@ def fetch_file(path: str, names: Sequence[str]) -> Path:
     hub = HubPath.parse(path)
     if hub is None or Path(path).exists():
         raise ModelFileError(explain(path).replace("directory", "file or directory"))
-    from huggingface_hub import HfApi
-
-    files = HfApi().list_repo_files(hub.repository, revision=hub.revision)
+    files = _names(hub)
     candidates = [hub.inside, *(str(PurePosixPath(hub.inside) / name) for name in names)]
     name = next((candidate for candidate in candidates if candidate in files), None)
     if name is None:

@@ -23,7 +23,7 @@ from flashdmd_ray.run.messages import one_line
 # A damaged or foreign file can raise any of these from safetensors, json, diffusers and transformers; none of them
 # names the remedy.
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
-_LOADING_PACKAGES = ("safetensors", "safetensors_rust", "huggingface_hub", "diffusers", "httpx")
+_LOADING_PACKAGES = ("safetensors", "safetensors_rust", "huggingface_hub", "diffusers", "httpx", "httpx2")
 KNOWN_UNUSED = r"(^|\.)position_ids$"
 """Names of constants that older versions of the libraries saved with the weights."""
 

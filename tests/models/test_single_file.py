@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from flashdmd_ray.models import family_class
@@ -59,9 +60,11 @@ def check_same(name, directory, file, **settings):
     assert not any(parameter.requires_grad for parameter in ours.teacher.parameters())
 
 
-def test_without_a_hub_the_configuration_must_be_named(written, monkeypatch):
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_hub_the_configuration_must_be_named(written, offline, monkeypatch):
     name, _, file = written
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
     with pytest.raises(ValueError, match=r"model\.teacher_config: null takes the configuration of ") as caught:
         family_class(name).from_pretrained(str(file))
     assert "\n" not in str(caught.value)
