@@ -1,12 +1,13 @@
 """Strike a joint run on Ray with faults drawn from a seed, and compare its weights with those of an undisturbed run.
 
-    python benchmarks/chaos.py OUT [--seeds 0 1 2 3 4] [--faults 10] [--slow 1] [--report]
+    python benchmarks/chaos.py OUT [--seeds 0 1 2 3 4] [--faults 10] [--slow 1] [--interval STEPS] [--small] [--report]
 
 Each seed is one run of the demo's networks under real processes: SIGKILL or SIGSTOP of a worker of any role, SIGKILL of Ray's raylet or
 its server, SIGKILL or SIGTERM of the driver followed by the same command, a NaN in a gradient, a damaged newest checkpoint before a
 rank is lost, a full disk (a small tmpfs: root only). Afterwards the checkpoint must be that of the undisturbed run bit for bit, every
 step recorded once, and no process, socket or shared memory left. OUT/faults.jsonl gets a line for each fault, OUT/runs.jsonl one for each
-run. Seeds that are in OUT/runs.jsonl are not run again. --report only prints the tables.
+run. Seeds that are in OUT/runs.jsonl are not run again. --report only prints the tables. --small trains roles of one small tensor each
+(small_roles.py): the driver's memory over hundreds of steps, its checkpoints and its recoveries in minutes.
 """
 
 from __future__ import annotations
@@ -57,12 +58,18 @@ def main() -> None:
     parser.add_argument(
         "--slow", type=float, default=1.0, metavar="FACTOR", help="for all deadlines, on a busy machine"
     )
+    parser.add_argument(
+        "--interval", type=int, metavar="STEPS", help="between faults; default: 2 for the first seed, 3, ..."
+    )
+    parser.add_argument("--small", action="store_true", help="train small_roles.py")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.set += [f"deadlines.{name}={options.slow * seconds:g}" for name, seconds in DEADLINES.items()]
     if not options.report:
-        intervals = {seed: 2 + number for number, seed in enumerate(options.seeds)}
+        if options.small:
+            os.environ["FLASHDMD_CHAOS_SMALL"] = "1"
+        intervals = {seed: options.interval or 2 + number for number, seed in enumerate(options.seeds)}
         reference = undisturbed(options.out, options.faults * max(intervals.values()) + EVERY, options.set)
         done = {run["seed"] for run in read(options.out / "runs.jsonl")}
         for seed, interval in intervals.items():

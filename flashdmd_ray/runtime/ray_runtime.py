@@ -146,7 +146,8 @@ class RayRuntime:
             lease.end()
         groups = [group for group in self._groups.values() if isinstance(group, StatefulGroup)]
         for group in groups if self.is_alive else ():
-            group.notice_lost()
+            if group.is_whole:
+                group.notice_lost()
             if not group.is_whole:
                 group.close()
             elif not newest:

@@ -14,6 +14,8 @@ from flashdmd_ray.run.messages import one_line
 READ_S = 3.0
 """For a machine to answer with the lines of a worker that it has lost."""
 LINES, BYTES, LONGEST_LINE = 3, 4096, 160
+MARKS = (":job_id:", ":actor_name:", ":task_name:")
+"""Starts of lines by which Ray tells the writers of a log apart."""
 
 
 def own_log() -> tuple[str, str]:
@@ -26,6 +28,8 @@ def own_log() -> tuple[str, str]:
 
 def last_lines(node: str, path: str) -> str:
     """The end of that log in one line; "" where it cannot be read. Does not raise, and waits READ_S at most."""
+    if not path:  # it ended before it could say where
+        return ""
     try:
         if node == ray.get_runtime_context().get_node_id():
             return tail(path)
@@ -37,10 +41,10 @@ def last_lines(node: str, path: str) -> str:
 
 
 def tail(path: str) -> str:
-    """The last lines of a file that are not empty, joined by a bar; "" where there is none."""
+    """The last lines of a file that say something, joined by a bar; "" where there is none."""
     try:
         data = Path(path).read_bytes()[-BYTES:]
     except OSError:
         return ""
-    lines = [line for line in data.decode(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in data.decode(errors="replace").splitlines() if line.strip() and not line.startswith(MARKS)]
     return " | ".join(one_line(line, LONGEST_LINE) for line in lines[-LINES:])
