@@ -22,7 +22,9 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
         epilog="Started again with the same options, it draws what is missing. See docs/evaluation.md.",
     )
     parser.add_argument("model", metavar="MODEL", help="directory or hub id of a text-to-image pipeline, or an export")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt, .jsonl or .parquet")
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help=".txt, .jsonl or .parquet; dpg: a folder of .txt"
+    )
     parser.add_argument("--out", required=True, type=path_argument, metavar="FOLDER")
     parser.add_argument("--lora", metavar="FILE", help="adapters to load into MODEL")
     parser.add_argument(
@@ -41,9 +43,10 @@ def sample_command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4, help="images at a time (default: %(default)s)")
     parser.add_argument(
         "--layout",
-        choices=["pairs", "geneval"],
+        choices=["pairs", "geneval", "dpg"],
         default="pairs",
-        help="pairs: NNNNNN.png and its prompt. geneval: the folders GenEval's own tool reads, of its .jsonl file",
+        help="pairs: NNNNNN.png and its prompt. geneval: the folders GenEval's own tool reads, of its .jsonl file. "
+        "dpg: also grids/ID.png for DPG-Bench, of its folder of prompts",
     )
     add_workplace(parser)
     options = parser.parse_args(arguments)
@@ -82,7 +85,9 @@ def _name(steps: int | None, guidance: float | None) -> str:
 
 
 def _prompts(options: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
-    """The prompts, and for GenEval the lines of the file they are in."""
+    """The prompts, and for GenEval the lines of the file they are in, for DPG-Bench the names of theirs."""
+    if options.layout == "dpg":
+        return _prompts_of_folder(options)
     from flashdmd_ray.config import DataConfig
     from flashdmd_ray.data.datasets import open_indexed
     from flashdmd_ray.data.formats import Columns, open_prompts
@@ -98,3 +103,16 @@ def _prompts(options: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]
             raise ValueError("--layout geneval: --prompts must be GenEval's evaluation_metadata.jsonl")
         metadata = [line for line in Path(options.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
     return index.captions(range(count)), metadata
+
+
+def _prompts_of_folder(options: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
+    """A prompt from each .txt of a folder, and the files' names."""
+    files = sorted(Path(options.prompts).glob("*.txt"))[: options.limit]
+    if not files:
+        raise ValueError("--layout dpg: --prompts must be DPG-Bench's folder of prompts, a .txt for each")
+    if options.per_prompt not in (1, 4):
+        raise ValueError(f"--layout dpg: --per-prompt {options.per_prompt}: DPG-Bench reads 4 images of a prompt, or 1")
+    prompts = [file.read_text(encoding="utf-8").strip() for file in files]
+    if empty := [str(file) for file, prompt in zip(files, prompts, strict=True) if not prompt]:
+        raise ValueError(f"--prompts: {empty[0]} is empty")
+    return prompts, [file.stem for file in files]

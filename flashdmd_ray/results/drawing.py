@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 
 from flashdmd_ray.data.executor import Executor, ranges
 from flashdmd_ray.results.export import few_step_scheduler
@@ -20,7 +21,7 @@ from flashdmd_ray.run.files import write_atomically
 
 KEY = "drawing.json"
 """Says in a folder how its images are drawn."""
-Layout = Literal["pairs", "geneval"]
+Layout = Literal["pairs", "geneval", "dpg"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class Order:
     """Which images are drawn, `per_prompt` of every prompt, and how they lie in a folder.
 
     pairs: 000000.png with its prompt in 000000.txt, which training, `flashdmd score` and others read. geneval: GenEval's
-    00000/metadata.jsonl, a line of `metadata` for each prompt, and 00000/samples/0000.png.
+    00000/metadata.jsonl, a line of `metadata` for each prompt, and 00000/samples/0000.png. dpg: besides pairs, grids/ID.png for
+    DPG-Bench, which has the images of a prompt in two rows; `metadata` are the IDs.
     """
 
     prompts: Sequence[str]
@@ -108,7 +110,7 @@ class Order:
     def has(self, out: Path, index: int) -> bool:
         """Return True when image `index` is in the folder. Raises ValueError for one of another prompt."""
         image, (file, text) = self._image(out, index), self._text(out, index)
-        if not image.is_file():
+        if not image.is_file() or (self._completes(index) and not self._grid(out, index).is_file()):
             return False
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
             raise ValueError(f"--out: {image} was drawn of another prompt; name another folder")
@@ -120,9 +122,29 @@ class Order:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(*self._text(out, index))
         write_atomically(file, image)
+        if self._completes(index):
+            self._write_grid(out, index)
+
+    def _completes(self, index: int) -> bool:
+        """Return True when image `index` is the last of a grid."""
+        return self.layout == "dpg" and (index + 1) % self.per_prompt == 0
+
+    def _grid(self, out: Path, index: int) -> Path:
+        return out / "grids" / f"{self.metadata[index // self.per_prompt]}.png"
+
+    def _write_grid(self, out: Path, last: int) -> None:
+        """Two by two images of a prompt in one, or its only image: what DPG-Bench cuts up again."""
+        images = [Image.open(self._image(out, index)) for index in range(last + 1 - self.per_prompt, last + 1)]
+        columns, (width, height) = (1 if self.per_prompt == 1 else 2), images[0].size
+        grid = Image.new("RGB", (columns * width, columns * height))
+        for number, image in enumerate(images):
+            grid.paste(image, (number % columns * width, number // columns * height))
+        file = self._grid(out, last)
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, _png(grid))
 
     def _image(self, out: Path, index: int) -> Path:
-        if self.layout == "pairs":
+        if self.layout != "geneval":
             return out / f"{index:06}.png"
         prompt, sample = divmod(index, self.per_prompt)
         return out / f"{prompt:05}" / "samples" / f"{sample:04}.png"
@@ -130,7 +152,7 @@ class Order:
     def _text(self, out: Path, index: int) -> tuple[Path, str]:
         """The file beside an image, and what it holds."""
         image = self._image(out, index)
-        if self.layout == "pairs":
+        if self.layout != "geneval":
             return image.with_suffix(".txt"), self.prompt(index) + "\n"
         return image.parents[1] / "metadata.jsonl", self.metadata[index // self.per_prompt] + "\n"
 

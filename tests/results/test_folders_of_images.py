@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from flashdmd_ray.__main__ import main
@@ -123,6 +124,32 @@ def test_genevals_layout(export: Path, tmp_path: Path) -> None:
     samples = [f"0000{n}/{name}" for n in (0, 1) for name in ("metadata.jsonl", "samples/0000.png", "samples/0001.png")]
     assert found == [*samples, "drawing.json"]
     assert json.loads((tmp_path / "out" / "00001" / "metadata.jsonl").read_text())["prompt"] == PROMPTS[1]
+
+
+def test_dpg_benchs_grids(export: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for name, prompt in zip(("COCOval_7", "partiprompts12"), PROMPTS, strict=False):
+        (folder / f"{name}.txt").write_text(prompt)
+    arguments = ["sample", str(export), "--prompts", str(folder), "--out", str(tmp_path / "out"), "--layout", "dpg"]
+    assert main([*arguments, "--per-prompt", "4", "--batch", "3"]) == 0
+    out = tmp_path / "out"
+    assert sorted(file.name for file in (out / "grids").iterdir()) == ["COCOval_7.png", "partiprompts12.png"]
+    grid, last = Image.open(out / "grids" / "partiprompts12.png"), Image.open(out / "000007.png")
+    assert grid.size == (2 * last.width, 2 * last.height)
+    quarter = grid.crop((last.width, last.height, 2 * last.width, 2 * last.height))
+    assert quarter.tobytes() == last.tobytes()
+    assert (out / "000007.txt").read_text() == PROMPTS[1] + "\n"
+    (out / "grids" / "COCOval_7.png").unlink()
+    capsys.readouterr()
+    assert main([*arguments, "--per-prompt", "4"]) == 0
+    assert "1 images drawn, 7 were there" in capsys.readouterr().out
+    assert (out / "grids" / "COCOval_7.png").is_file()
+    assert main([*arguments, "--per-prompt", "3"]) == 2
+    assert main([*arguments[:3], str(tmp_path / "out"), *arguments[4:]]) == 2
+    said = capsys.readouterr().err
+    assert "DPG-Bench reads 4 images of a prompt, or 1" in said
+    assert "--prompts must be DPG-Bench's folder of prompts" in said
 
 
 def test_judging_goes_on_where_it_was_and_notices_another_image(folder: Path, tmp_path: Path) -> None:
