@@ -150,7 +150,7 @@ def _unshared(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def refuse_overflow(weights: Mapping[str, Tensor], dtype: torch.dtype, where: str = "") -> None:
-    """Raises ValueError for a value that is too large for dtype."""
+    """Check that dtype can hold all values. Raises ValueError for one that is too large."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and tensor.abs().max() > torch.finfo(dtype).max:
             raise ValueError(

@@ -16,7 +16,7 @@ SLOWEST = 2**17
 
 
 def check_account(repository: str) -> None:
-    """Raises ValueError when nothing can be pushed: a bad name, no login, or a hub that cannot be reached or refuses the token."""
+    """Check that a push can work. Raises ValueError for a bad name, no login, or a hub that cannot be reached or refuses the token."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -44,7 +44,7 @@ def push_folder(folder: Path, repository: str, private: bool) -> None:
 
 
 def _call_hub(deadline: float, *arguments: str) -> str:
-    """Why a call of `main` in a process of its own failed, or "": the library waits without end for a hub that falls silent."""
+    """Call `main` in a process of its own, since the library waits without end for a silent hub; returns why it failed, or ""."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
     command = [sys.executable, "-m", __name__, *arguments]
     try:
