@@ -37,6 +37,8 @@ ANSWER_S = 10.0
 FORGET_S, LOOK_S, ACCEPT_S = 60.0, 0.5, 3.0
 """Seconds for Ray to notice that a machine is gone, which takes it some 15; between two looks; for a machine to accept a connection."""
 
+GONE = "a process of the private Ray is gone: killed, or ended by the system for want of memory"
+
 SYSTEM_CONFIG = {
     # Workers with settings of their own are never taken from Ray's stock, which would be 256 idle processes.
     "prestart_worker_first_driver": False,

@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from flashdmd_ray.batch import PublishedWeights
 from flashdmd_ray.runtime.call_times import CallTimes
-from flashdmd_ray.runtime.cluster import Cluster
+from flashdmd_ray.runtime.cluster import GONE, Cluster
 from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
 from flashdmd_ray.runtime.errors import Call, TensorsLost, WorkerLost
 from flashdmd_ray.runtime.failures import reraise, translate
@@ -89,9 +89,7 @@ class RayRuntime:
     def step(self, step: int | None) -> None:
         self._step = step
         if not self.is_alive:
-            raise WorkerLost(
-                f"step {step}: a process of the private Ray is gone: killed, or ended by the system for want of memory"
-            )
+            raise WorkerLost(f"step {step}: {GONE}")
 
     def _attach_pools(self, groups: Sequence[WorkerGroup]) -> dict[str, Pool]:
         pools = {name: pool for name, pool in self._groups.items() if isinstance(pool, Pool)}

@@ -29,6 +29,8 @@ from flashdmd_ray.serving.settings import ServeSettings, parse_settings
 APPLICATION = "flashdmd_ray"
 SERVE_LOGS = {"enable_access_log": False}
 """Log settings of Serve. Requests have a line of ours in the log; its own would be a second one."""
+LOOK_S = 1.0
+"""Between two looks at the private Ray: without it no replica is replaced, and later none answers."""
 CONTROLLER_LOGS = {"log_level": "CRITICAL"}
 """Log settings of Serve's controller: it would add a traceback to the one line that a replica which cannot start logs itself."""
 
@@ -128,7 +130,8 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
 
     from ray import serve
 
-    from flashdmd_ray.runtime.cluster import Cluster
+    from flashdmd_ray.runtime.cluster import GONE, Cluster
+    from flashdmd_ray.runtime.errors import WorkerLost
     from flashdmd_ray.serving.app import api_over, build_replicas, on_gpus
 
     print(f"starting Ray and loading {', '.join(settings.models)}", flush=True)
@@ -156,7 +159,9 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         bounds = default_bounds(settings.limits.connections, settings.limits.connections_per_address)
         with running_server(api_over(generator, settings), listener, stop, settings.replica.drain_s, bounds):
             print(f"ready: http://{host}:{port}/", flush=True)
-            stop.wait()
+            while not stop.wait(LOOK_S):
+                if not cluster.is_alive():
+                    raise WorkerLost(GONE)
             print("stopping: requests that are here are finished", flush=True)
     return 0
 
