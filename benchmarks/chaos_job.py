@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
+from small_roles import ROLES, nan_is_due
 from torch import Tensor
 
 from flashdmd_ray.batch import Latents, Metrics
 from flashdmd_ray.roles.score_estimator import ScoreEstimator
 
-FOLDER = "FLASHDMD_CHAOS"
-"""Environment variable: the folder of the request, and what marks every process of the run."""
 SMALL = "FLASHDMD_CHAOS_SMALL"
 """Environment variable: train small_roles.py instead of the demo's networks, and draw nothing of them."""
-
-
-def nan_is_due() -> bool:
-    """Return True once for each file `nan`."""
-    request = Path(os.environ[FOLDER]) / "nan"
-    if due := request.exists():
-        request.unlink()
-    return due
 
 
 class StruckScoreEstimator(ScoreEstimator):
@@ -38,8 +28,6 @@ class StruckScoreEstimator(ScoreEstimator):
 
 def train_small_roles() -> None:
     """Let the job train small roles and end with an empty report."""
-    from small_roles import ROLES
-
     from flashdmd_ray.results import report
     from flashdmd_ray.runtime import build
     from flashdmd_ray.training.sample_grids import SampleGrids

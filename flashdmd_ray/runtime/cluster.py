@@ -37,8 +37,6 @@ ANSWER_S = 10.0
 FORGET_S, LOOK_S, ACCEPT_S = 60.0, 0.5, 3.0
 """Seconds for Ray to notice that a machine is gone, which takes it some 15; between two looks; for a machine to accept a connection."""
 
-GONE = "a process of the private Ray is gone: killed, or ended by the system for want of memory"
-
 SYSTEM_CONFIG = {
     # Workers with settings of their own are never taken from Ray's stock, which would be 256 idle processes.
     "prestart_worker_first_driver": False,
@@ -104,6 +102,12 @@ class Cluster:
             return not self.private or {"raylet", "gcs_server"} <= {child.name() for child in _running(self.processes)}
         except psutil.NoSuchProcess:  # it ended just now
             return False
+
+    def check(self, where: str = "") -> None:
+        """Raise WorkerLost, with `where` before its text, when it cannot be used any more."""
+        if not self.is_alive():
+            gone = "a process of the private Ray is gone: killed, or ended by the system for want of memory"
+            raise WorkerLost(f"{where}{gone}")
 
     def leave(self) -> None:
         """Disconnect from a cluster that `join` connected to; a private one ends, to its last process."""

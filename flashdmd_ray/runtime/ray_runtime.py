@@ -12,9 +12,9 @@ from ray.exceptions import RayError
 
 from flashdmd_ray.batch import PublishedWeights
 from flashdmd_ray.runtime.call_times import CallTimes
-from flashdmd_ray.runtime.cluster import GONE, Cluster
+from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
-from flashdmd_ray.runtime.errors import Call, TensorsLost, WorkerLost
+from flashdmd_ray.runtime.errors import Call, TensorsLost
 from flashdmd_ray.runtime.failures import reraise, translate
 from flashdmd_ray.runtime.gang import Gang
 from flashdmd_ray.runtime.handles import RoleHandle
@@ -88,8 +88,7 @@ class RayRuntime:
     @step.setter
     def step(self, step: int | None) -> None:
         self._step = step
-        if not self.is_alive:
-            raise WorkerLost(f"step {step}: {GONE}")
+        self._cluster.check(f"step {step}: ")
 
     def _attach_pools(self, groups: Sequence[WorkerGroup]) -> dict[str, Pool]:
         pools = {name: pool for name, pool in self._groups.items() if isinstance(pool, Pool)}

@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashdmd_ray.config import apply_override, local_path
 from flashdmd_ray.run.command_line import add_set, run_command
@@ -25,6 +25,9 @@ from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.api_keys import VARIABLE, ApiKeys, is_loopback, read_keys
 from flashdmd_ray.serving.model_sources import open_source
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
+
+if TYPE_CHECKING:
+    from flashdmd_ray.runtime.cluster import Cluster
 
 APPLICATION = "flashdmd_ray"
 SERVE_LOGS = {"enable_access_log": False}
@@ -130,8 +133,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
 
     from ray import serve
 
-    from flashdmd_ray.runtime.cluster import GONE, Cluster
-    from flashdmd_ray.runtime.errors import WorkerLost
+    from flashdmd_ray.runtime.cluster import Cluster
     from flashdmd_ray.serving.app import api_over, build_replicas, on_gpus
 
     print(f"starting Ray and loading {', '.join(settings.models)}", flush=True)
@@ -159,11 +161,15 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         bounds = default_bounds(settings.limits.connections, settings.limits.connections_per_address)
         with running_server(api_over(generator, settings), listener, stop, settings.replica.drain_s, bounds):
             print(f"ready: http://{host}:{port}/", flush=True)
-            while not stop.wait(LOOK_S):
-                if not cluster.is_alive():
-                    raise WorkerLost(GONE)
+            wait_while_alive(stop, cluster)
             print("stopping: requests that are here are finished", flush=True)
     return 0
+
+
+def wait_while_alive(stop: threading.Event, cluster: Cluster) -> None:
+    """Wait until `stop` is set. Raises WorkerLost when a private Ray has lost a process: nothing would bring it back."""
+    while not stop.wait(LOOK_S):
+        cluster.check()
 
 
 def _withdraw() -> None:

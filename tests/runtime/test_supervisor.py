@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from toy_roles import SHAPE, TOYS, toy_config
 
 from flashdmd_ray.runtime import DeadlineExceeded, RoleFailed, Runtime, Supervisor, WorkerLost, build_runtime
 from flashdmd_ray.runtime import supervisor as supervisor_module
+from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.errors import Closed, NoRoom
+from flashdmd_ray.serving.command import wait_while_alive
 from flashdmd_ray.training.checkpoint_saver import CheckpointError
 
 STEPS, EVERY, DIE_AT = 6, 2, 3
@@ -198,3 +205,17 @@ def test_a_job_that_is_asked_to_stop_is_not_rebuilt() -> None:
     script = Script((3, WorkerLost("struck")))
     assert Supervisor(toy_config().deadlines, is_stopping=lambda: True).run(script.attempt, script.build) is None
     assert len(script.built) == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_service_whose_private_ray_lost_a_process_ends(tmp_path: Path) -> None:
+    with ExitStack() as ends:
+        processes = []
+        for name in ("raylet", "gcs_server"):
+            shutil.copy("/bin/sleep", tmp_path / name)
+            processes.append(ends.enter_context(subprocess.Popen([tmp_path / name, "60"])))
+            ends.callback(processes[-1].kill)
+        cluster = Cluster(joined=True, private=True, processes=tuple(psutil.Process(p.pid) for p in processes))
+        threading.Timer(0.2, processes[1].kill).start()
+        with pytest.raises(WorkerLost, match="a process of the private Ray is gone"):
+            wait_while_alive(threading.Event(), cluster)
