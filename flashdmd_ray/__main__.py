@@ -17,7 +17,7 @@ COMMANDS = {
     "report": ("commands.report:report_command", "show finished runs on one HTML page, several side by side"),
     "sample": ("commands.sample:sample_command", "draw images of prompts with any pipeline of diffusers"),
     "score": ("commands.score:score_command", "judge folders of images: rewards, distances to real ones, differences"),
-    "export": ("commands.export:export_command", "write a student as a diffusers pipeline or a LoRA file"),
+    "export": ("commands.export:export_command", "write a student as a diffusers pipeline, a single file or a LoRA"),
     "serve": ("serving.command:serve_command", "serve students: an images API and a page"),
     "data": ("commands.prepare_data:prepare_data_command", "check a data set, or precompute embeddings and latents"),
     "reward": {

@@ -1,4 +1,4 @@
-"""Export a run's student: `python jobs/export.py RUN [--format pipeline|lora|kohya] [--checkpoint STEP] [--out DIRECTORY]`."""
+"""Export a run's student: `python jobs/export.py RUN [--format pipeline|single-file|lora|kohya] [--checkpoint STEP] [--out DIRECTORY]`."""
 
 import sys
 

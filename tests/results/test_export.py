@@ -62,7 +62,6 @@ def family(request, tmp_path_factory):
         ("epsilon", (999, 749, 499, 249)),
         ("v_prediction", (999, 749, 499, 249)),
         ("epsilon", (999,)),
-        ("epsilon", (999, 499)),
         ("epsilon", tuple(range(999, 0, -125))),
         ("epsilon", (999, 600, 100)),
     ],

@@ -11,7 +11,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 from huggingface_hub import ModelCard
@@ -24,15 +23,14 @@ from flashdmd_ray.results.lora_export import FILES, LoraFormat, export_lora
 from flashdmd_ray.results.model_card import CardFacts
 from flashdmd_ray.roles.image_sampling import SampleNoise, seed_of
 from flashdmd_ray.roles.networks import load_family, trained_network, x0_predictor
-from tests.tiny import save_sd3, save_sd15, save_sdxl
+from tests.tiny import save_sd3, save_sdxl
 
 TEXTS = ["a red 4", "two 7s", "a blue 1"]
 TIMESTEPS = (999, 749, 499, 249)
 FACTS = CardFacts("tiny-lora", "someone/base", "openrail++", {"generator updates": 2}, [], examples=[("a red 4", 17)])
-SAVED = {"sdxl": save_sdxl, "sd15": save_sd15, "sd3": save_sd3}
+SAVED = {"sdxl": save_sdxl, "sd3": save_sd3}
 STOCK = {
     "sdxl": (StableDiffusionXLPipeline, LCMScheduler),
-    "sd15": (StableDiffusionPipeline, LCMScheduler),
     "sd3": (StableDiffusion3Pipeline, FlowMatchEulerDiscreteScheduler),
 }
 
@@ -58,7 +56,7 @@ def our_latents(network: torch.nn.Module, family: Family) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize(("name", "form"), [("sdxl", "lora"), ("sdxl", "kohya"), ("sd15", "kohya"), ("sd3", "lora")])
+@pytest.mark.parametrize(("name", "form"), [("sdxl", "lora"), ("sdxl", "kohya"), ("sd3", "lora")])
 def test_the_teacher_with_the_file_draws_our_samples(name: str, form: LoraFormat, tmp_path: Path) -> None:
     config = settings(name, tmp_path)
     family = load_family(config.model)
