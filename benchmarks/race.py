@@ -41,7 +41,7 @@ from flashdmd_ray.results.page import as_markdown
 ROOT = Path(__file__).parents[1]
 TUNING_SEED = 100
 COMMON = (
-    *("runtime=local", "batch=32", "preference.updates=0", "monitor.enabled=false"),
+    *("runtime=local", "preference.updates=0", "monitor.enabled=false"),
     *("evaluation.student_steps=[4]", "evaluation.ema=0.95"),
 )
 SEARCH = ("generator.lr=1e-4", "score.lr=1e-4", "matching.guidance_scale=1.5")
@@ -101,6 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["dmd2", "dmd2_ttur1", "flash", "flash_ttur2"], choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--samples", type=int, default=1000, help="held-out prompts per checkpoint")
+    parser.add_argument("--batch", type=int, default=32, help="samples of an update")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "race")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
@@ -111,7 +112,7 @@ def in_process(options: argparse.Namespace, task: tuple[str, int]) -> None:
     """One method and seed, in a process of its own."""
     method, seed = task
     command = [sys.executable, __file__, options.what, "--here", "--methods", method, "--seeds", str(seed)]
-    command += ["--samples", str(options.samples), "--out", str(options.out)]
+    command += ["--samples", str(options.samples), "--batch", str(options.batch), "--out", str(options.out)]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
@@ -151,7 +152,7 @@ def record(
         rows: list[dict[str, Any]] = json.loads(file.read_text())
         return rows
     decay = [f"generator.decay={method.steps}", "generator.floor=0.1", f"steps={method.steps}"]
-    settings_of_run = [*COMMON, *method.settings, *settings, *decay, f"seed={seed}"]
+    settings_of_run = [f"batch={options.batch}", *COMMON, *method.settings, *settings, *decay, f"seed={seed}"]
     cost, rows = cost_of_step(Training(settings_of_run, method.preset)), []
     training = Training(settings_of_run, method.preset)
     for end in range(0, method.steps + 1, method.every):
