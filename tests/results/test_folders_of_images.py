@@ -146,7 +146,7 @@ def test_dpg_benchs_grids(export: Path, tmp_path: Path, capsys) -> None:
     assert "1 images drawn, 7 were there" in capsys.readouterr().out
     assert (out / "grids" / "COCOval_7.png").is_file()
     assert main([*arguments, "--per-prompt", "3"]) == 2
-    assert main([*arguments[:3], str(tmp_path / "out"), *arguments[4:]]) == 2
+    assert main([*arguments[:3], str(out / "grids"), *arguments[4:]]) == 2
     said = capsys.readouterr().err
     assert "DPG-Bench reads 4 images of a prompt, or 1" in said
     assert "--prompts must be DPG-Bench's folder of prompts" in said
