@@ -80,7 +80,7 @@ def _lead(label: str, run: FinishedRun) -> str:
         compared = [
             f"{name} {_cell(student, key)} against the teacher's {_cell(teacher, key)}"
             for key, name in _columns([run]).items()
-            if _value(student, key) is not None and key != "diversity"
+            if None not in (_value(student, key), _value(teacher, key)) and key != "diversity"
         ]
         said += f" With {student['nfe']} forwards, where the teacher takes {teacher['nfe']}: {', '.join(compared)}."
     verdict = run.facts.get("hack_monitor")

@@ -90,6 +90,7 @@ def test_a_page_stands_alone_and_shows_what_was_measured(tmp_path, capsys):
     ]
     assert "30 generator updates on 1,200 samples and 60 preference updates, 1 h 2 min" in page.text
     assert "With 4 forwards, where the teacher takes 50: Frechet distance 19.8 against the teacher's 21.4" in page.text
+    assert "pickscore* 27.800 ± 0.050 against the teacher's 27.600. Hack monitor: healthy." in page.text
     assert "held-out <scenes>" in page.text
     assert "generator: {lr: 3.0e-05}" in page.text
     assert written.count("<svg") == 2, "of the reward and of the score estimator's loss"
