@@ -2,7 +2,7 @@
 
     python benchmarks/race.py tune [--methods dmd2 flash ...]        # the same small search for each method, on a seed of its own
     python benchmarks/race.py run [--methods ...] [--seeds 1 2 3 4 5]  # then the race, with what the search found
-    python benchmarks/race.py show                                   # the tables, from what is there, and a page, race.html
+    python benchmarks/race.py show                                   # the tables, from what is there; race_page.py draws them
 
 All methods have the same networks, data, batch, student steps, averaged weights and held-out evaluation. Each has its own number of
 generator updates. Every run leaves a JSON file with the figures of each checkpoint; what is there is not computed again.
@@ -79,15 +79,10 @@ def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.what == "show":
-        from race_page import write_race_page
-
         found = read_runs(options.out)
-        if not found:
-            sys.exit(f"{options.out} has no finished run; make some first: python benchmarks/race.py run")
         print(
             "\n\n".join(as_markdown(table) for table in (final_figures(found), costs_to_reach(found)) if len(table) > 1)
         )
-        print(f"page: {write_race_page(options.out, found)}")
         return
     seeds = [TUNING_SEED] if options.what == "tune" else options.seeds
     tasks = [(method, seed) for seed in seeds for method in options.methods]
@@ -200,12 +195,14 @@ Runs = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
 
 
 def read_runs(folder: Path) -> Runs:
-    """Results that are there. Runs of the search are no part of the race."""
+    """Results of `run` in a folder; exits with a line when there is none."""
     runs: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for name in METHODS:
         for file in sorted(folder.glob(f"{name}-[0-9]*.json")):
             rows = json.loads(file.read_text())
             runs.setdefault(name, {})[rows[0]["seed"]] = rows
+    if not runs:
+        sys.exit(f"{folder} has no finished run; make some first: python benchmarks/race.py run")
     return runs
 
 

@@ -1,14 +1,18 @@
-"""The page of a race: final figures, cost to reach the rival's, curves of quality against cost, and samples side by side."""
+"""Page of a race, `race.html`: final figures, cost to reach the rival's, curves of quality against cost, samples side by side.
+
+python benchmarks/race_page.py [FOLDER]      # where benchmarks/race.py has left its results
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from race import COSTS, METHODS, Runs, costs_to_reach, final_figures
+from race import COSTS, METHODS, ROOT, Runs, costs_to_reach, final_figures, read_runs
 from safetensors import safe_open
 
 from flashdmd_ray.results.grid import write_grid
@@ -44,7 +48,7 @@ REACHING = (
 
 
 def lead(runs: Runs) -> list[str]:
-    """What was raced and how it came out, in two sentences."""
+    """Two sentences: the methods of the race, and how Flash-DMD came out."""
     seeds = {name: len(of) for name, of in runs.items()}
     raced = ", ".join(f"{name} ({count} seeds)" for name, count in seeds.items())
     said = [f"One teacher, four-step students, the same networks, data, batch and evaluation: {raced}."]
@@ -96,3 +100,8 @@ def settings(folder: Path, runs: Runs) -> str:
         )
         lines.append(f"{name}: {METHODS[name].steps} updates, {' '.join((*METHODS[name].settings, *chosen))}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "race"
+    print(f"page: {write_race_page(folder, read_runs(folder))}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashdmd_ray.catalog.families import FamilyEntry
 
 OPEN_CLIP = ("conditioner.embedders.1.",)
-"""How the weights start of text encoders that are always an OpenCLIP, whose attention projections are one matrix."""
+"""Prefixes of text encoders that are always an OpenCLIP, whose three attention projections are one matrix."""
 UNET_NAMES = {
     "time_embedding.linear_1.": "time_embed.0.",
     "time_embedding.linear_2.": "time_embed.2.",
@@ -80,11 +80,11 @@ def original_weights(pipeline: Any, family: FamilyEntry) -> Iterator[tuple[str, 
     Raises ValueError for a text projection that has no place there.
     """
     network = getattr(pipeline, family.denoiser)
-    yield from unet(network) if family.denoiser == "unet" else sd3_transformer(network)
-    yield from vae(pipeline.vae)
+    yield from _unet(network) if family.denoiser == "unet" else _sd3_transformer(network)
+    yield from _vae(pipeline.vae)
     for folder, start in {**family.text_encoders, **family.optional_encoders}.items():
         if (encoder := getattr(pipeline, folder)) is not None:
-            yield from text_encoder(encoder, start)
+            yield from _text_encoder(encoder, start)
     stated = pipeline.scheduler.config
     for marker, key, value in (
         ("v_pred", "prediction_type", "v_prediction"),
@@ -94,10 +94,10 @@ def original_weights(pipeline: Any, family: FamilyEntry) -> Iterator[tuple[str, 
             yield marker, torch.zeros(1)
 
 
-def text_encoder(encoder: Any, start: str) -> Iterator[tuple[str, Tensor]]:
+def _text_encoder(encoder: Any, start: str) -> Iterator[tuple[str, Tensor]]:
     """SDXL's second encoder and that of 2.1 have OpenCLIP's names, which tell its activation; the others those of transformers."""
     if start in OPEN_CLIP or (start == "cond_stage_model." and encoder.config.hidden_act == "gelu"):
-        yield from open_clip(encoder, f"{start}model.")
+        yield from _open_clip(encoder, f"{start}model.")
         return
     for name, tensor in encoder.state_dict().items():
         if start == "text_encoders.clip_l." and name == "text_projection.weight":
@@ -110,7 +110,7 @@ def text_encoder(encoder: Any, start: str) -> Iterator[tuple[str, Tensor]]:
         yield f"{start}transformer.{'' if outside else 'text_model.'}{name}", tensor
 
 
-def unet(network: UNet2DConditionModel) -> Iterator[tuple[str, Tensor]]:
+def _unet(network: UNet2DConditionModel) -> Iterator[tuple[str, Tensor]]:
     step = network.config.layers_per_block + 1
     with_attention = [hasattr(block, "attentions") for block in network.up_blocks]
     for name, tensor in network.state_dict().items():
@@ -132,7 +132,7 @@ def unet(network: UNet2DConditionModel) -> Iterator[tuple[str, Tensor]]:
         yield f"model.diffusion_model.{new}", tensor
 
 
-def vae(network: AutoencoderKL) -> Iterator[tuple[str, Tensor]]:
+def _vae(network: AutoencoderKL) -> Iterator[tuple[str, Tensor]]:
     count = len(network.config.block_out_channels)
     for name, tensor in network.state_dict().items():
         new = _renamed(name, VAE_NAMES)
@@ -143,7 +143,7 @@ def vae(network: AutoencoderKL) -> Iterator[tuple[str, Tensor]]:
         yield f"first_stage_model.{new.replace('resnets', 'block')}", tensor
 
 
-def open_clip(encoder: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _open_clip(encoder: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     state = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
     yield f"{prefix}positional_embedding", state["embeddings.position_embedding.weight"]
     yield f"{prefix}token_embedding.weight", state["embeddings.token_embedding.weight"]
@@ -165,7 +165,7 @@ def open_clip(encoder: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
                 yield f"{new}{original}.{kind}", state[f"{old}{name}.{kind}"]
 
 
-def sd3_transformer(network: SD3Transformer2DModel) -> Iterator[tuple[str, Tensor]]:
+def _sd3_transformer(network: SD3Transformer2DModel) -> Iterator[tuple[str, Tensor]]:
     state, last = dict(network.state_dict()), len(network.transformer_blocks) - 1
     joined = {
         "x_block.attn": "attn.to_q attn.to_k attn.to_v",

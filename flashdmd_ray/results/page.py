@@ -44,7 +44,6 @@ class Curve:
     high: Sequence[float] = ()
     colour: int = 0
     faint: bool = False
-    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class Section:
     notes: Sequence[str] = ()
 
 
-def plot(title: str, x_label: str, curves: Sequence[Curve], x_scale: str = "linear", y_scale: str = "linear") -> str:
-    """SVG of some curves; x_scale and y_scale as in matplotlib. The same curves give the same text."""
+def plot(title: str, x_label: str, curves: Sequence[Curve], x_scale: str = "linear") -> str:
+    """SVG of some curves; x_scale: "linear" or "log". The same curves give the same text."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -69,14 +68,12 @@ def plot(title: str, x_label: str, curves: Sequence[Curve], x_scale: str = "line
             colour = PALETTE[curve.colour % len(PALETTE)]
             width, alpha = (0.8, 0.3) if curve.faint else (1.6, 1.0)
             label = None if curve.faint else curve.label
-            style = "--" if curve.dashed else "-"
-            axes.plot(curve.x, curve.y, style, color=colour, linewidth=width, alpha=alpha, label=label)
+            axes.plot(curve.x, curve.y, color=colour, linewidth=width, alpha=alpha, label=label)
             if curve.low:
                 axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(title, loc="left", fontsize=10, color="#1d2733")
         axes.set_xlabel(x_label)
         axes.set_xscale(x_scale)
-        axes.set_yscale(y_scale)
         if x_scale == "log":
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))

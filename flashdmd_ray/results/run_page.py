@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def write_run_page(runs: Sequence[FinishedRun], path: Path) -> Path:
 
 
 def _lead(label: str, run: FinishedRun) -> str:
-    """What was trained, at which cost, and how the student compares with its teacher."""
+    """Sentences on what was trained, its cost, and the student beside its teacher."""
     training, rows = run.facts["training"], run.facts["rows"]
     counters = training["counters"]
     cost = f"{counters['generator_updates']:,} generator updates on {counters['samples']:,} samples"
@@ -117,7 +117,7 @@ def _table(runs: Mapping[str, FinishedRun]) -> Section | None:
     return Section("Teacher and student", table=[["", "forwards", *columns.values()], *rows], notes=about)
 
 
-def _columns(runs: Sequence[FinishedRun] | Any) -> dict[str, str]:
+def _columns(runs: Collection[FinishedRun]) -> dict[str, str]:
     """Key of a figure -> heading, for all that some row has."""
     rows = [row for run in runs for row in run.facts["rows"]]
     optimised = {label for run in runs for label in run.facts.get("optimised", ())}

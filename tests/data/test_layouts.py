@@ -1,66 +1,24 @@
 """Data as people have it: every image is good, bad for a reason, or ignored for a reason; none is lost and none gets another's caption."""
 
-import csv
 import gzip
 import io
 import json
 import os
-import tarfile
 import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from scenes_on_disk import write_tar
 
 from flashdmd_ray.config import DataConfig, load_config
 from flashdmd_ray.data.build import build_images, open_reals
-from flashdmd_ray.data.datasets import accepted_index, image_format
 from flashdmd_ray.data.formats import Columns, open_images, open_prompts
 from flashdmd_ray.data.formats.folder import NO_NAME
 from flashdmd_ray.data.formats.names import ABSENT_SHARD, NO_CAPTION, OTHER_LIST
-from flashdmd_ray.data.index import scan_here
 from flashdmd_ray.data.pixels import FURTHER_FRAME, decode
-from flashdmd_ray.data.sample import AFTER_END, NOT_UTF8, NULS, SYSTEM_FILE
-from flashdmd_ray.data.tally import Tally
-
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def picture(shade=0, **options):
-    file = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), shade % 256, np.uint8)).save(file, "PNG", **options)
-    return file.getvalue()
-
-
-IMAGE = picture()
-
-
-def judge(path, columns=None, opened=open_images):
-    """({key: caption}, tally) of a data set."""
-    captions, tally = {}, Tally()
-    for samples, counts in scan_here(opened(str(path), columns or Columns())):
-        tally.merge(counts)
-        captions |= {sample.key: sample.caption for sample in samples}
-    assert tally.good == len(captions), "keys are unique"
-    return captions, tally
-
-
-def counts(kind):
-    return {reason: named.count for reason, named in kind.items()}
-
-
-def folder(root, **files):
-    return write_files(root, {name.replace("__", "."): content for name, content in files.items()})
-
-
-def write_files(root, files):
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
+from flashdmd_ray.data.sample import NOT_UTF8, NULS, SYSTEM_FILE
+from tests.data.layouts import IMAGE, SYSTEM, counts, folder, judge, picture, write_files
 
 
 def test_dots_in_names_join_nothing(tmp_path):
@@ -73,79 +31,6 @@ def test_dots_in_names_join_nothing(tmp_path):
         write_tar(tmp_path / "b.tar", [*((f"shot.{n}.png", IMAGE) for n in range(20)), ("shot.txt", b"x")])
     )
     assert (tally.good, tally.bad_count) == (0, 20)
-
-
-def test_members_of_a_webdataset_sample(tmp_path):
-    text = json.dumps({"caption": None, "text": "a mask"}).encode()
-    path = write_tar(
-        tmp_path / "a.tar",
-        [
-            *(("x.seg.png", IMAGE), ("x.cls", b"3"), ("x.JPG", IMAGE), ("x.json", text)),
-            *(("y.seg.png", IMAGE), ("y.json", b'{"caption": ["one", "two"]}')),
-            *(("z.png", IMAGE), ("z.jpg", IMAGE), ("z.txt", b"which?")),
-            *(("deep.png", IMAGE), ("deep.json", b"[" * 50_000)),
-            ("z.late.txt", b"nothing's"),
-        ],
-    )
-    captions, tally = judge(path)
-    assert captions == {"a.tar:x": "a mask", "a.tar:y": "one"}
-    assert sorted(counts(tally.bad).values()) == [1, 1, 2]
-    assert counts(tally.ignored) == {"further image of a sample": 1, "neither image nor caption (.cls)": 1}
-    assert [note.split(",")[0] for note in tally.notes] == ["list of captions"]
-    captions, _ = judge(path, Columns(image="jpg"))
-    assert captions == {"a.tar:x": "a mask", "a.tar:z": "which?"}
-
-
-def test_members_in_any_order(tmp_path):
-    members = [*((f"{n}.txt", f"text {n}".encode()) for n in range(4)), *((f"{n}.png", IMAGE) for n in range(4))]
-    captions, tally = judge(write_tar(tmp_path / "a.tar", members))
-    assert captions == {f"a.tar:{n}": f"text {n}" for n in range(4)}
-    assert not tally.bad
-
-
-def tar_bytes(tmp_path, prefix, count):
-    return write_tar(
-        tmp_path / "one" / "part.tar",
-        [(f"{prefix}{n}.{s}", c) for n in range(count) for s, c in (("png", IMAGE), ("txt", b"t"))],
-    ).read_bytes()
-
-
-def test_archives_joined_into_one_file_are_all_read(tmp_path):
-    (tmp_path / "cat.tar").write_bytes(b"".join(tar_bytes(tmp_path, prefix, 3) for prefix in "abc"))
-    assert judge(tmp_path / "cat.tar")[1].good == 9
-
-
-def test_bytes_after_the_end_are_refused_whatever_their_share(tmp_path):
-    path = tmp_path / "rest.tar"
-    path.write_bytes(tar_bytes(tmp_path, "a", 3) + b"no archive" * 100)
-    _, tally = judge(path)
-    assert (tally.good, counts(tally.bad)) == (3, {AFTER_END: 1})
-    config = DataConfig(source=str(path), cache=tmp_path / "cache", max_bad_fraction=1.0)
-    with pytest.raises(ValueError, match="nobody knows how much is lost"):
-        accepted_index(config, "source", image_format(config))
-
-
-def test_a_packed_archive_under_a_plain_name_is_called_so(tmp_path):
-    (tmp_path / "a.tar").write_bytes(gzip.compress(tar_bytes(tmp_path, "a", 3)))
-    assert list(judge(tmp_path / "a.tar")[1].bad) == ["gzip file called .tar; unpack it to a plain .tar"]
-
-
-def test_absurd_sizes_in_an_archive_are_a_cut(tmp_path):
-    info = tarfile.TarInfo("x.png")
-    info.size = 2**62
-    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    assert counts(judge(tmp_path / "a.tar")[1].bad) == {"archive cut short": 1}
-
-
-SYSTEM = [
-    ".DS_Store",
-    "._0.png",
-    "sub/._0.txt",
-    "__MACOSX/0.png",
-    "Thumbs.db",
-    "desktop.ini",
-    ".ipynb_checkpoints/0.png",
-]
 
 
 def test_files_of_operating_systems_are_no_samples(tmp_path):
@@ -460,105 +345,3 @@ def test_packed_prompts_are_read_whole_or_refused(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="cut short or damaged"):
             judge(path, opened=open_prompts)
-
-
-STEMS = st.sampled_from(["0", "1", "a.b", "a.c", "a", "sub/0", "x.y.z", "é"])
-SUFFIXES = st.sampled_from(["png", "PNG", "heic", "jpg", "seg.png", "txt", "caption", "json", "cls", "JSON"])
-NAMES = st.builds("{}.{}".format, STEMS, SUFFIXES) | st.sampled_from(SYSTEM)
-IMAGES = (".png", ".jpg", ".heic")
-
-
-@given(names=st.lists(NAMES, max_size=12, unique_by=str.lower), optional=st.booleans())
-@quick
-def test_every_image_is_counted_once_in_archives_and_folders(tmp_path_factory, names, optional):
-    """Whatever files lie together, in an archive and in a folder: the same samples, and each image in one of three counts."""
-    root = tmp_path_factory.mktemp("any")
-    contents = {n: IMAGE if n.lower().endswith(IMAGES) else json.dumps({"text": n}) for n in names}
-    archive = write_tar(root / "a.tar", [(n, c if isinstance(c, bytes) else c.encode()) for n, c in contents.items()])
-    in_archive, tally = judge(archive, Columns(captionless=optional))
-    images = sum(n.lower().endswith(IMAGES) for n in names)
-    lone = counts(tally.bad).get("missing image", 0)
-    others = sum(count for reason, count in counts(tally.ignored).items() if reason.startswith("neither"))
-    system = sum(n in SYSTEM and not n.endswith(IMAGES) for n in names)
-    assert tally.good + tally.bad_count - lone + sum(counts(tally.ignored).values()) - others - system == images
-    texts = {caption for caption in in_archive.values() if caption}
-    used = {
-        json.loads(text)["text"].rpartition(".")[0] if text.startswith("{") else text.rpartition(".")[0]
-        for text in texts
-    }
-    written = {
-        n.rpartition(".")[0] for n in names if n.lower().endswith((".txt", ".caption", ".json")) and n not in SYSTEM
-    }
-    assert lone <= len(written - used), "a caption that is used is not left over"
-    assert len(texts) == sum(bool(caption) for caption in in_archive.values()), "no caption is used twice"
-    if any(n.lower().endswith(IMAGES) and n not in SYSTEM for n in names):
-        in_folder, _ = judge(write_files(root / "f", contents), Columns(captionless=optional))
-        assert sorted(in_folder.values()) == sorted(in_archive.values())
-
-
-FIELDS = st.sampled_from([100, 124, 135, 136, 148, 156])  # of a header: mode, size, time, checksum, type
-HEADERS = st.builds(lambda member, byte: 1024 * member + byte, st.integers(0, 7), FIELDS)
-FLIPS = st.lists(st.tuples(st.integers(0, 8000) | HEADERS, st.sampled_from([0x55, 0xB0, 0xCF])), max_size=4)
-
-
-@given(
-    cut=st.integers(0, 8300) | st.just(10_240), junk=st.just(b"") | st.binary(max_size=700), flips=st.just([]) | FLIPS
-)
-@example(cut=10_240, junk=b"", flips=[(1024 + 124, 0xB0), (1024 + 156, 0x7C)])  # a long name of 88 bits
-@quick
-def test_a_damaged_archive_never_ends_in_a_traceback_or_in_silence(tmp_path_factory, cut, junk, flips):
-    root = tmp_path_factory.mktemp("any")
-    data = bytearray(tar_bytes(root, "a", 4))
-    with tarfile.open(root / "one" / "part.tar") as archive:
-        ends = [member.offset_data + member.size for member in archive][1::2]
-    for position, change in flips:
-        data[position] ^= change
-    for start in range(0, 8 * 1024, 1024):  # else a wrong checksum hides what a header says
-        data[start + 148 : start + 156] = b" " * 8
-        data[start + 148 : start + 155] = b"%06o\0" % sum(data[start : start + 512])
-    (root / "a.tar").write_bytes(bytes(data[:cut]) + junk)
-    _, tally = judge(root / "a.tar")
-    assert tally.good + tally.bad_count + sum(counts(tally.ignored).values()) > 0
-    if not flips and not junk:
-        assert tally.good == sum(end <= cut for end in ends)
-        assert (tally.bad_count > 0) == (cut < -(-ends[-1] // 512) * 512 + 512), (
-            "without the block of zeros at its end, something may be gone"
-        )
-    elif not flips and cut >= len(data):
-        assert tally.good >= 4
-        assert tally.samples > 4 or not junk.strip(b"\0"), "bytes after the end are named"
-
-
-CELLS = st.text(st.sampled_from('ab ,;"\n\r\t\\ü\x00#'), max_size=8)
-
-
-@given(
-    rows=st.lists(st.tuples(CELLS, CELLS), max_size=6),
-    raw=st.binary(max_size=60),
-    kind=st.sampled_from(["csv", "jsonl"]),
-)
-@quick
-def test_any_metadata_file_is_read_or_named(tmp_path_factory, rows, raw, kind):
-    """What a correct writer wrote comes back; after that any bytes may follow, and every image is still counted."""
-    root = tmp_path_factory.mktemp("any")
-    names = [f"{n}.png" for n in range(len(rows) + 1)]
-    write_files(root, dict.fromkeys(names, IMAGE))
-    text = io.StringIO(newline="")
-    if kind == "csv":
-        csv.writer(text).writerows([("file_name", "text"), *((f"{n}.png", row[0]) for n, row in enumerate(rows))])
-    else:
-        text.write("".join(json.dumps({"file_name": f"{n}.png", "text": row[0]}) + "\n" for n, row in enumerate(rows)))
-    path = root / f"metadata.{kind}"
-    path.write_bytes(text.getvalue().encode())
-    captions, tally = judge(root)
-    expected = {f"{n}.png": row[0].strip() for n, row in enumerate(rows) if row[0].strip() and "\0" not in row[0]}
-    assert captions == expected
-    assert tally.samples == len(names)
-    path.write_bytes(path.read_bytes() + raw)
-    lines = [line for line in io.TextIOWrapper(io.BytesIO(raw), "utf-8", "surrogateescape") if line.strip()]
-    exact = kind == "jsonl" and bool(rows)
-    try:
-        found = judge(root)[1].samples - exact * len(lines)
-    except ValueError as error:  # in one line, where the header or the caption's name cannot be told any more
-        found = len(names) * (path.name in str(error) and "\n" not in str(error))
-    assert found == len(names) if exact else found >= len(names)

@@ -48,6 +48,8 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
                 tracker.metrics(step, {"score/loss": step / 4, "reward": 1.0})
             tracker.image("samples", grid, 2)
             tracker.tag("hack_monitor", "step 4: suspicious")
+            (run.path / "report.html").write_text("<!doctype html>")
+            tracker.file(run.path / "report.html")
     return run
 
 
@@ -92,6 +94,8 @@ def test_wandb_has_every_step_once_the_grid_and_the_configuration(tracked: RunDi
     assert [(h["step"], h["score/loss"]) for h in history if "score/loss" in h] == [(s, s / 4) for s in (1, 2, 3, 4)]
     assert [h["step"] for h in history if any(key.startswith("samples") for key in h)] == [2]
     assert len(list(tracked.path.glob("wandb/offline-run-*/files/media/images/*.png"))) == 1
+    (page,) = tracked.path.glob("wandb/offline-run-*/files/report.html")
+    assert page.read_text() == "<!doctype html>"
     config = {k: v for r in records if r.HasField("config") for k, v in items(r.config.update).items()}
     assert config["score.ema"] == 0.98
     summary = {k: v for r in records if r.HasField("summary") for k, v in items(r.summary.update).items()}
