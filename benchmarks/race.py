@@ -141,8 +141,9 @@ def tune(options: argparse.Namespace, name: str) -> None:
 def record(
     options: argparse.Namespace, name: str, seed: int, settings: Sequence[str], file: Path
 ) -> list[dict[str, Any]]:
-    """Train a method, with figures at each checkpoint. A file that is there is read instead."""
+    """Train a method, with figures at each checkpoint (tuning: at the start and the end). A file that is there is read instead."""
     method = METHODS[name]
+    every = method.steps if options.what == "tune" else method.every
     if file.exists():
         rows: list[dict[str, Any]] = json.loads(file.read_text())
         return rows
@@ -150,8 +151,8 @@ def record(
     settings_of_run = [f"batch={options.batch}", *COMMON, *method.settings, *settings, *decay, f"seed={seed}"]
     cost, rows = cost_of_step(Training(settings_of_run, method.preset)), []
     training = Training(settings_of_run, method.preset)
-    for end in range(0, method.steps + 1, method.every):
-        training.run(max(end - method.every, 0), end)
+    for end in range(0, method.steps + 1, every):
+        training.run(max(end - every, 0), end)
         (figures,) = [row for row in training.figures(seed, options.samples) if row["name"] != "real images"]
         rows.append({"method": name, "seed": seed, "updates": end, "settings": list(settings)} | figures)
         rows[-1] |= {key: end * value for key, value in cost.items()}
