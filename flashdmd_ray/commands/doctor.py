@@ -28,6 +28,7 @@ EXTRAS = {
     "bitsandbytes": "adamw_8bit",
     "datasets": "data of the hub",
     "torch_fidelity": "FID of flashdmd score",
+    "lpips": "LPIPS of flashdmd score",
 }
 """Optional package -> what it is for."""
 LEAST_SHARED = 0.5

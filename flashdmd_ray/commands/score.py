@@ -49,8 +49,12 @@ def score_command(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--inception", metavar="FILE", help="weights of FID's Inception network, as torch-fidelity publishes them"
     )
+    parser.add_argument("--lpips", metavar="FILE", help="torchvision's AlexNet: LPIPS between images of one prompt")
     parser.add_argument(
-        "--resize", type=int, metavar="PIXELS", help="before Inception: DMD2 takes 512 for SDXL, 256 for SD1.5"
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="before Inception and LPIPS: DMD2 takes 512 for SDXL, 256 for SD1.5",
     )
     parser.add_argument("--patches", action="store_true", help="patch FID too, of the centre in full resolution")
     parser.add_argument(
@@ -66,7 +70,7 @@ def score_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    from flashdmd_ray.results.judging import Images, judged
+    from flashdmd_ray.results.judging import Images, LpipsJudge, judged
 
     device = device_of(options)
     judges = _judges(options, device)
@@ -75,12 +79,14 @@ def _score(options: argparse.Namespace) -> int:
     real = None if options.real is None else replace(Images.read(options.real), prompts=())  # distances alone
     with workplace(options.runtime, gpus=0 if device == "cpu" else 1) as executor:
 
-        def columns(images: Images) -> Columns:
+        def columns(images: Images, by: Sequence[Judge]) -> Columns:
             arguments = (images, options.cache, executor, options.batch, options.workers, announce)
-            return {judge.name: judged(judge, *arguments) for judge in judges}
+            return {judge.name: judged(judge, *arguments) for judge in by}
 
-        found = [columns(images) for images in folders]
-        reals = None if real is None else columns(real)
+        found = [columns(images, judges) for images in folders]
+        reals = (
+            None if real is None else columns(real, [judge for judge in judges if not isinstance(judge, LpipsJudge)])
+        )
     figures = _figures(folders, found, reals)
     print("\n".join(_table(figures)))
     if options.out is not None:
@@ -90,7 +96,7 @@ def _score(options: argparse.Namespace) -> int:
 
 def _judges(options: argparse.Namespace, device: str) -> list[Judge]:
     from flashdmd_ray.models.trial_loading import try_loading
-    from flashdmd_ray.results.judging import InceptionJudge, RewardJudge
+    from flashdmd_ray.results.judging import InceptionJudge, LpipsJudge, RewardJudge
 
     rewards = [_reward(text) for text in options.reward]
     if double := [
@@ -99,18 +105,22 @@ def _judges(options: argparse.Namespace, device: str) -> list[Judge]:
         raise ValueError(f"--reward: '{double[0]}' is there twice; give one a name: NAME:KIND=PATH")
     try_loading(load_config("demo").model_copy(update={"rewards": tuple(rewards)}), rewards)
     judges: list[Judge] = [RewardJudge(reward, device) for reward in rewards]
+    for option, package in (("inception", "torch_fidelity"), ("lpips", "lpips")):
+        if file := getattr(options, option):
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"--{option}: needs {package}; pip install 'flashdmd-ray[{option}]'")
+            if not Path(file).is_file():
+                raise ValueError(f"--{option}: there is no file {file}")
+    if options.lpips is not None:
+        judges.append(LpipsJudge(options.lpips, options.resize, device))
     if options.inception is not None:
         if options.real is None:
             raise ValueError(
                 "--inception: its features are compared with those of real images; name their folder with --real"
             )
-        if importlib.util.find_spec("torch_fidelity") is None:
-            raise ValueError("--inception: needs torch-fidelity; pip install 'flashdmd-ray[inception]'")
-        if not Path(options.inception).is_file():
-            raise ValueError(f"--inception: there is no file {options.inception}")
         judges.append(InceptionJudge(options.inception, options.resize, options.patches, device))
     if not judges:
-        raise ValueError("nothing judges: name a --reward, or --inception with --real")
+        raise ValueError("nothing judges: name a --reward, --lpips, or --inception with --real")
     return judges
 
 
@@ -128,9 +138,9 @@ def _check(options: argparse.Namespace, folders: Sequence[Images]) -> None:
     """Folders can be compared: each has a prompt for every image, and they have the same ones. Raises ValueError."""
     first = folders[0]
     for images in folders:
-        if options.reward and not images.prompts:
+        if (options.reward or options.lpips) and not images.prompts:
             raise ValueError(
-                f"{images.folder}: rewards need the prompt of each image in a .txt of the same name; one is missing"
+                f"{images.folder}: rewards and LPIPS need the prompt of each image in a .txt of the same name; one is missing"
             )
         if len(images.files) != len(first.files):
             raise ValueError(
@@ -152,9 +162,9 @@ def _figures(folders: Sequence[Images], found: Sequence[Columns], reals: Columns
         record["scores"] = {judge: asdict(mean) for judge, mean in scores.means(columns).items()}
         record["distances"] = {} if reals is None else scores.distances(columns, reals)
         record["diversity"] = {
-            judge: scores.diversity(mine["features"], images.prompts)
+            judge: scores.diversity(mine, images.prompts)
             for judge, mine in columns.items()
-            if "features" in mine
+            if "features" in mine or "diversity" in mine
         }
         if columns is not found[0]:
             record["against the first"] = {
@@ -168,11 +178,13 @@ def _figures(folders: Sequence[Images], found: Sequence[Columns], reals: Columns
 
 def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The records as Markdown. A distance of too few samples is "-"."""
-    scores, distances = list(records[0]["scores"]), list(records[0]["distances"])
-    lines = [_row(["folder", "images", *scores, *distances]), _row(["---"] * (2 + len(scores) + len(distances)))]
+    varied = [judge for judge in records[0]["diversity"] if any(record["diversity"][judge] for record in records)]
+    head = [*records[0]["scores"], *records[0]["distances"], *(f"diversity ({judge})" for judge in varied)]
+    lines = [_row(["folder", "images", *head]), _row(["---"] * (2 + len(head)))]
     for record in records:
         cells = [f"{v['mean']:.4g} [{v['low']:.4g}, {v['high']:.4g}]" for v in record["scores"].values()]
-        cells += ["-" if value is None else f"{value:.4g}" for value in record["distances"].values()]
+        values = [*record["distances"].values(), *(record["diversity"][judge] for judge in varied)]
+        cells += ["-" if value is None else f"{value:.4g}" for value in values]
         lines.append(_row([record["folder"], str(record["images"]), *cells]))
     for record in records[1:]:
         for judge, found in record["against the first"].items():

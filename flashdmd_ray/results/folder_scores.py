@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,8 +63,8 @@ def distances(
     FID, patch FID and KID of Inception features, CMMD of the embeddings of each reward that has such.
     """
     found: dict[str, float | None] = {}
-    for judge, mine in columns.items():
-        theirs = reals[judge]
+    for judge, theirs in reals.items():
+        mine = columns[judge]
         if judge != "inception":
             if "features" in mine:
                 found[f"CMMD ({judge})"] = cmmd(mine["features"], theirs["features"])
@@ -115,8 +116,12 @@ def means(columns: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Interval]:
     return {judge: bootstrap_mean(mine["score"]) for judge, mine in columns.items() if "score" in mine}
 
 
-def diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
-    """Mean distance between the embeddings of images of one prompt; None when no prompt has two images."""
+def diversity(mine: Mapping[str, Tensor], prompts: Sequence[str]) -> float | None:
+    """Mean distance between images of one prompt, by LPIPS or by embeddings; None when no prompt has two images."""
+    if "diversity" in mine:
+        found = mine["diversity"].nanmean().item()
+        return None if math.isnan(found) else found
+    features = mine["features"]
     groups: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(number)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +30,9 @@ from flashdmd_ray.run.files import new_file
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PATCH = 299
 """Pixels of the centre that patch FID looks at, without resizing: the size that Inception takes."""
+
+LPIPS_PIXELS = 32
+"""Below 31 pixels AlexNet's last layers have nothing to look at."""
 
 Item = tuple[Sequence[str], Sequence[str]]
 """Files of images and their prompts, empty where there are none."""
@@ -139,6 +144,62 @@ def _inception(network: Any, judge: InceptionJudge, item: Item) -> Mapping[str, 
     return {name: torch.cat(parts).float().cpu() for name, parts in columns.items()}
 
 
+@dataclass(frozen=True)
+class LpipsJudge:
+    """LPIPS (arXiv 1801.03924) on AlexNet: column `diversity` (B,), an image's mean distance to the others of its prompt, else NaN.
+
+    weights: torchvision's file of AlexNet. resize: as for `InceptionJudge`.
+    """
+
+    weights: str
+    resize: int | None
+    device: str
+    name: str = "lpips"
+
+    def make(self) -> Callable[[Item], Mapping[str, Tensor]]:
+        from lpips import LPIPS
+
+        with warnings.catch_warnings(action="ignore"):  # torchvision deprecated how the package asks it for the network
+            network = LPIPS(net="alex", pnet_rand=True, verbose=False)  # it comes with the linear layers only
+        state = torch.load(self.weights, weights_only=True, map_location="cpu")
+        layers = {name.split(".", 1)[1]: value for name, value in network.net.state_dict().items()}
+        wrong = [name for name, value in layers.items() if _shape(state.get(f"features.{name}")) != value.shape]
+        if wrong:
+            raise ValueError(
+                f"--lpips {self.weights}: not torchvision's AlexNet (features.{wrong[0]}); its file is alexnet-owt-7be5be79.pth"
+            )
+        for name, value in layers.items():
+            value.copy_(state[f"features.{name}"])
+        return partial(_lpips, network.to(self.device), self)
+
+
+def _shape(value: Any) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
+
+
+@torch.inference_mode()
+def _lpips(network: Any, judge: LpipsJudge, item: Item) -> Mapping[str, Tensor]:
+    files, prompts = item
+    means: list[Tensor] = []
+    for _, numbers in itertools.groupby(range(len(files)), lambda number: prompts[number]):
+        names = [files[number] for number in numbers]
+        images = [read_image(name) for name in names]
+        if judge.resize is not None:
+            images = [ImageOps.fit(image, (judge.resize,) * 2, _LANCZOS) for image in images]
+        if min(min(image.size) for image in images) < LPIPS_PIXELS or len({image.size for image in images}) > 1:
+            raise ValueError(
+                f"{names[0]}: LPIPS needs images of one size and {LPIPS_PIXELS} pixels or more: add --resize 64"
+            )
+        pixels = torch.stack([_pixels(image) for image in images]).to(judge.device).float() / 127.5 - 1
+        sums = torch.zeros(len(images))
+        for row in range(len(images) - 1):
+            distances = network(pixels[row].expand_as(pixels[row + 1 :]), pixels[row + 1 :]).flatten().cpu()
+            sums[row] += distances.sum()
+            sums[row + 1 :] += distances
+        means.append(sums / (len(images) - 1 or math.nan))
+    return {"diversity": torch.cat(means)}
+
+
 _LANCZOS = Image.Resampling.LANCZOS
 
 
@@ -172,7 +233,7 @@ def judged(
     """The judge's columns for all images. Each batch is a file below `cache`; those that are there are read."""
     folder = cache / f"{judge.name}-{_key(judge, images)}"
     folder.mkdir(parents=True, exist_ok=True)
-    parts = ranges(len(images.files), batch)
+    parts = _batches(images, batch)
     files = [folder / f"{start:06}-{stop:06}.safetensors" for start, stop in parts]
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     items = [_item(images, *parts[number]) for number in missing]
@@ -183,6 +244,21 @@ def judged(
         say(f"{judge.name}: {parts[number][1]:,} of {len(images.files):,} images of {images.folder}")
     read = [load_file(file) for file in files]
     return {name: torch.cat([part[name] for part in read]) for name in read[0]}
+
+
+def _batches(images: Images, batch: int) -> list[tuple[int, int]]:
+    """Parts (start, stop) of at most `batch` images, or of one prompt: neighbours of one prompt are never parted."""
+    if not images.prompts:
+        return ranges(len(images.files), batch)
+    parts: list[tuple[int, int]] = []
+    stop = 0
+    for _, neighbours in itertools.groupby(images.prompts):
+        start, stop = stop, stop + len(list(neighbours))
+        if parts and stop - parts[-1][0] <= batch:
+            parts[-1] = (parts[-1][0], stop)
+        else:
+            parts.append((start, stop))
+    return parts
 
 
 def _item(images: Images, start: int, stop: int) -> Item:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from lpips import LPIPS
+from PIL import Image, ImageOps
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from flashdmd_ray.__main__ import main
@@ -24,7 +27,7 @@ from flashdmd_ray.results.drawing import Drawing, Order, draw
 from flashdmd_ray.results.evaluation import frechet_distance
 from flashdmd_ray.results.export import export_pipeline
 from flashdmd_ray.results.folder_scores import bootstrap_mean, cmmd, diversity, fid, kid, paired
-from flashdmd_ray.results.judging import Images, InceptionJudge, RewardJudge, judged
+from flashdmd_ray.results.judging import Images, InceptionJudge, LpipsJudge, RewardJudge, judged
 from flashdmd_ray.roles.image_sampling import seed_of
 from flashdmd_ray.runtime.data_stream import on_ray
 from tests.results.test_export import FACTS, trained
@@ -198,6 +201,29 @@ def test_inception_features_are_the_librarys(folder: Path, inception: Path, tmp_
         judged(InceptionJudge(str(inception), None, True, "cpu"), images, tmp_path, in_threads)
 
 
+def test_lpips_is_the_librarys_and_prompts_are_never_parted(folder: Path, tmp_path: Path) -> None:
+    network = LPIPS(net="alex", pnet_rand=True, verbose=False)
+    torch.save(
+        {f"features.{k.split('.', 1)[1]}": v for k, v in network.net.state_dict().items()}, tmp_path / "alex.pth"
+    )
+    images, judge = Images.read(folder), LpipsJudge(str(tmp_path / "alex.pth"), 64, "cpu")
+    found = judged(judge, images, tmp_path, in_threads, batch=3)["diversity"]
+    first, second = (
+        torch.from_numpy(np.array(ImageOps.fit(Image.open(file), (64, 64), Image.Resampling.LANCZOS))).permute(2, 0, 1)
+        for file in images.files[2:4]
+    )
+    expected = network(first[None] / 127.5 - 1, second[None] / 127.5 - 1).item()
+    assert expected > 0
+    torch.testing.assert_close(found[2:4], torch.full((2,), expected))
+    single = replace(images, files=images.files[:1], prompts=images.prompts[:1])
+    assert diversity(judged(judge, single, tmp_path, in_threads), single.prompts) is None
+    with pytest.raises(ValueError, match="add --resize 64"):
+        judged(replace(judge, resize=None), images, tmp_path, in_threads)
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not torchvision's AlexNet"):
+        judged(replace(judge, weights=str(tmp_path / "other.pth")), images, tmp_path, in_threads)
+
+
 def test_the_command_compares_folders(
     export: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +247,7 @@ def test_the_command_compares_folders(
         (["score", "{folder}", "--reward", "pickscore={empty}"], "config.json is missing"),
         (["score", "{folder}", "{few}", "--reward", "pickscore"], "draw what is missing"),
         (["score", "{folder}", "--inception", "{empty}/x.pth", "--real", "{folder}"], "there is no file"),
+        (["score", "{folder}", "--lpips", "{empty}/x.pth"], "there is no file"),
         (["score", "{empty}", "--reward", "pickscore"], "there are no images"),
         (["score", "{folder}"], "nothing judges"),
         (["sample", "{empty}", "--prompts", "{empty}/p.txt", "--out", "{empty}/x"], "not a pipeline of diffusers"),
@@ -250,8 +277,8 @@ def test_distances_in_closed_form() -> None:
     assert fid(x, y) == frechet_distance(x, y)
     assert fid(x[:8], y) is None
     assert kid(x, y) is None
-    assert diversity(torch.tensor([[0.0], [2.0], [5.0]]), ["p", "p", "q"]) == 2
-    assert diversity(x[:2], ["p", "q"]) is None
+    assert diversity({"features": torch.tensor([[0.0], [2.0], [5.0]])}, ["p", "p", "q"]) == 2
+    assert diversity({"features": x[:2]}, ["p", "q"]) is None
 
 
 @settings(max_examples=10, deadline=None)
