@@ -91,7 +91,8 @@ class Toy:
             os.environ.get("MALLOC_TRIM_THRESHOLD_", ""),
         )
 
-    def pids(self) -> Tensor:
+    def pids(self, seconds: float = 0.0) -> Tensor:
+        time.sleep(seconds)
         return torch.tensor([os.getpid()])
 
     def raises(self, kind: type[Exception], only_rank: int | None = None) -> None:
