@@ -37,6 +37,9 @@ ANSWER_S = 10.0
 FORGET_S, LOOK_S, ACCEPT_S = 60.0, 0.5, 3.0
 """Seconds for Ray to notice that a machine is gone, which takes it some 15; between two looks; for a machine to accept a connection."""
 
+SERVERS = frozenset({"raylet", "gcs_server"})
+"""The two processes of a private cluster that it cannot do without."""
+
 SYSTEM_CONFIG = {
     # Workers with settings of their own are never taken from Ray's stock, which would be 256 idle processes.
     "prestart_worker_first_driver": False,
@@ -99,7 +102,7 @@ class Cluster:
         if not ray.is_initialized():
             return False
         try:
-            return not self.private or {"raylet", "gcs_server"} <= {child.name() for child in _running(self.processes)}
+            return not self.private or {child.name() for child in _running(self.processes)} >= SERVERS
         except psutil.NoSuchProcess:  # it ended just now
             return False
 
@@ -113,8 +116,8 @@ class Cluster:
         """Disconnect from a cluster that `join` connected to; a private one ends, to its last process."""
         if self.joined and ray.is_initialized():
             tree = {below for process in _running(self.processes) for below in _tree(process)}
-            if not self.is_alive():
-                _end(tree)
+            # Ray ends its processes one after the other and waits a second for each: not for those that nothing depends on.
+            _end(set(_running(self.processes, SERVERS)) if self.is_alive() else tree)
             ray.shutdown()
             _end(tree)
 
@@ -199,11 +202,11 @@ def _start_private() -> None:
                 ) from None
 
 
-def _running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+def _running(processes: Iterable[psutil.Process], but: frozenset[str] = frozenset()) -> list[psutil.Process]:
     running = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE and process.name() not in but:
                 running.append(process)
     return running
 
