@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from flashdmd_ray.engine.processes import free_port, init_process_group
 from flashdmd_ray.run.messages import one_line
-from flashdmd_ray.run.variables import prepare_environment
+from flashdmd_ray.run.variables import prepare_environment, ray_address
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.environment import worker_environment
 from flashdmd_ray.runtime.errors import WorkerLost
@@ -119,6 +119,8 @@ def _prepare_environment(settings: TrainSettings) -> None:
     os.environ.setdefault(
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"
     )  # every report waits for the next look at the workers
+    if ray_address(os.environ) is None:  # nobody takes away the machine of a private Ray: no process to watch for it
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(settings.start_s))
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(settings.collective_s))
     os.environ.setdefault(
@@ -128,7 +130,7 @@ def _prepare_environment(settings: TrainSettings) -> None:
 
 def _trainer(work: Callable[[RayTrainContext], None], settings: TrainSettings) -> TorchTrainer:
     resources = {"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {})
-    return TorchTrainer(
+    return _Trainer(
         _on_rank,
         train_loop_config={"work": work, "storage": settings.storage},
         torch_config=_Group(timeout_s=int(settings.collective_s)),
@@ -143,6 +145,20 @@ def _trainer(work: Callable[[RayTrainContext], None], settings: TrainSettings) -
             worker_runtime_env={"env_vars": worker_environment(settings.threads, settings.gpus)},
         ),
     )
+
+
+class _Trainer(TorchTrainer):
+    """A trainer without two processes of Ray Train's: one for data sets, which are not used, and one that frees what a dead job holds.
+
+    A private Ray ends with its job, so only a shared one gets the second; without a dashboard it would warn every second. The method is a
+    private one of Ray: should it go, both are started again.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = ["DatasetsCallback"]
+        if ray_address(os.environ) is None:
+            unused.append("PlacementGroupCleanerCallback")
+        return [one for one in super()._create_default_callbacks() if type(one).__name__ not in unused]
 
 
 def _on_rank(config: dict[str, Any]) -> None:
