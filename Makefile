@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 # Test files are spread over two processes of one thread each: most of a test on Ray is waiting, and torch on many
-# threads makes small models slower. On a larger machine: make test TEST_PROCESSES=8
+# threads makes small models slower. In the order of tests/conftest.py. On a larger machine: make test TEST_PROCESSES=8
 TEST_PROCESSES ?= 2
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
@@ -35,7 +35,7 @@ serve: install ## what `make demo` made, as an image API with a page at http://1
 	$(BIN)/flashdmd serve runs/demo
 
 test: install ## all tests
-	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: install docs ## style, types, import rules, declared dependencies, links of the documentation
 	$(BIN)/ruff check .
