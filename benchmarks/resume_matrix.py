@@ -14,6 +14,7 @@ stage of whole networks and for adapters at stage 3, locally. The networks are r
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import sys
@@ -207,11 +208,13 @@ def run_local(cells: Cells, teacher: Path, root: Path) -> None:
     import_module(
         "deepspeed.runtime.zero.muon.muon_optimizer"
     )  # by the first engine otherwise: seconds for each process
+    gc.freeze()  # else the processes' collections walk, and so copy, all that was imported
     context = multiprocessing.get_context("fork")
     arguments = [(rank, ranks, port) for ranks, port in ((1, 0), (2, free_port())) for rank in range(ranks)]
     processes = [context.Process(target=live_as_rank, args=(cells, *a, teacher, root)) for a in arguments]
     for process in processes:
         process.start()
+    gc.unfreeze()
     try:
         while any(process.is_alive() for process in processes) and all(p.exitcode in (None, 0) for p in processes):
             time.sleep(0.1)

@@ -42,7 +42,9 @@ def test_decoding_on_ray_is_bit_identical(tmp_path):
     threads = torch.get_num_threads()
     try:
         here, mine, one = run("runtime=local")
-        there, theirs, two = run("runtime=ray", "data.decode=ray", "deadlines.start_s=600")
+        there, theirs, two = run(
+            "runtime=ray", "data.decode=ray", "placement.discriminator.within=learner", "deadlines.start_s=600"
+        )
     finally:
         torch.set_num_threads(threads)
     assert here == there

@@ -8,6 +8,7 @@ each (check, kind) as a test of its own.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -109,11 +110,14 @@ def forking() -> Forking:
 
 def serve() -> None:
     """Import what ranks need, then fork the ranks of each order that comes in, and wait for them."""
+    gc.disable()  # collections during imports take a fifth of their time
     from flashdmd_ray.engine.deepspeed_engine import import_deepspeed
 
     import_deepspeed(torch.device("cpu"))
     for name in LATER:
         importlib.import_module(name)
+    gc.enable()
+    gc.freeze()  # else the ranks' collections walk, and so copy, all that was imported
     for line in sys.stdin:
         order = json.loads(line)
         children = []

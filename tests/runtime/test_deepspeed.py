@@ -29,7 +29,13 @@ SMALL = [
     "score.warmup=0",
     "deadlines.start_s=1200",
 ]
-ZERO = ["runtime=ray", "placement.learner.workers=2", "engine.kind=deepspeed", "engine.zero_stage=2"]
+ZERO = [
+    "runtime=ray",
+    "placement.learner.workers=2",
+    "placement.discriminator.within=learner",
+    "engine.kind=deepspeed",
+    "engine.zero_stage=2",
+]
 
 
 class Steps:
