@@ -53,8 +53,6 @@ def evaluate_run(run: Path, samples: int, seed: int | None) -> Mapping[str, obje
         data = config.data.model_copy(update={"embeddings": None, "latents": None})  # read by training alone
         if faults := data_faults(config.model_copy(update={"data": data})):
             raise ValueError("\n".join(faults))
-    import torch
-
     from flashdmd_ray.results.comparison import compare, judging_family, pixel_rewards
     from flashdmd_ray.results.evaluation import as_json, print_table
     from flashdmd_ray.results.student import find_student, read_student
@@ -64,7 +62,6 @@ def evaluate_run(run: Path, samples: int, seed: int | None) -> Mapping[str, obje
     judging = config.model_copy(update={"rewards": tuple(pixel_rewards(config))})
     try_loading(judging, judging.rewards)
 
-    torch.set_num_threads(config.placement.threads)
     print(f"evaluating {source}", flush=True)
     family = judging_family(config)
     student = load_student(family, read_student(source, config, family))

@@ -7,6 +7,7 @@ prompts become conditioning, and how its modules make a diffusers pipeline again
 from __future__ import annotations
 
 import copy
+import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,8 @@ from flashdmd_ray.models.stock_modules import load_config, load_module, load_par
 from flashdmd_ray.models.weight_reading import weights_device
 
 PARTS = ("denoiser", "vae", "text")
+_ENCODING = threading.Lock()
+"""Tokenizers, and the cache of embeddings, are for one thread at a time."""
 
 
 class TextTowers(nn.Module, ABC):
@@ -57,14 +60,15 @@ class TextTowers(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
-        """The embeddings of `encode_group` as float32 (B, ...), without gradients; cached per text."""
-        self._fill([text for text in dict.fromkeys(texts) if text not in self._cache])
-        for text in texts:
-            self._cache.move_to_end(text)
-        rows = [self._cache[text] for text in texts]
-        room = max(1, self.CACHE_BYTES // sum(tensor.nbytes for tensor in rows[0]))
-        while len(self._cache) > room:
-            self._cache.popitem(last=False)
+        """The embeddings of `encode_group` as float32 (B, ...), without gradients; cached per text. Safe for threads."""
+        with _ENCODING:
+            self._fill([text for text in dict.fromkeys(texts) if text not in self._cache])
+            for text in texts:
+                self._cache.move_to_end(text)
+            rows = [self._cache[text] for text in texts]
+            room = max(1, self.CACHE_BYTES // sum(tensor.nbytes for tensor in rows[0]))
+            while len(self._cache) > room:
+                self._cache.popitem(last=False)
         return tuple(torch.stack(column).float() for column in zip(*rows, strict=True))
 
     def _fill(self, texts: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from flashdmd_ray.config import Config, validated
+from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.plan.fit import GIB, check_fit
 from flashdmd_ray.plan.models import models_of
 from flashdmd_ray.plan.parts import parts_of_models
@@ -37,6 +38,7 @@ USUAL = {
     "sd15": Usual("stable-diffusion-v1-5/stable-diffusion-v1-5", "", 7.5),
 }
 SAM = "models/sam_vit_b_01ec64.pth"
+SAM_URL = "https://github.com/facebookresearch/segment-anything"
 DRAWN = "teacher_images"
 """Folder of images that the teacher draws where there are none."""
 LADDER = ((None, 8, 4), (None, 4, 1), (768, 4, 1), (512, 4, 1))
@@ -59,7 +61,13 @@ def new_command(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--teacher", help="a diffusers folder, a .safetensors file or a hub id (default: the published)"
     )
-    parser.add_argument("--sam", default=SAM, help="Segment Anything's weights (default: %(default)s)")
+    parser.add_argument(
+        "--teacher-config", help="of a .safetensors file: a pipeline of the same model (default: asked of the hub)"
+    )
+    parser.add_argument(
+        "--sam",
+        help=f"Segment Anything's weights (default: {SAM} if it is there, else the discriminator reads latents)",
+    )
     parser.add_argument("--gpus", type=int, help="how many GPUs to use (default: those of this machine)")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU (default: as found, or 24)")
     parser.add_argument("--out", type=Path, help="the file to write (default: my_FAMILY.yaml)")
@@ -76,6 +84,8 @@ def _write(options: argparse.Namespace) -> int:
     for name, path in (("--images", options.images), ("--prompts", options.prompts)):
         if path is not None and not path.startswith("hf:") and not Path(path).exists():
             raise ValueError(f"{name}: {path} does not exist")
+    if options.sam is None and Path(SAM).is_file():
+        options.sam = SAM
     from flashdmd_ray.plan.measure.device import gpu_memories
 
     here = [size / GIB for size in gpu_memories()]
@@ -83,7 +93,13 @@ def _write(options: argparse.Namespace) -> int:
     if gpus < 0:
         raise ValueError(f"--gpus {gpus}: must not be negative")
     memory = options.gpu_memory or (min(here) if here else 24.0)
-    write_atomically(out, first_that_fits(options, out.stem, gpus, round(memory - 0.5, 1)))
+    text = first_that_fits(options, out.stem, gpus, round(memory - 0.5, 1))
+    _try_loading_teacher(validated(Config, yaml.safe_load(text)))
+    write_atomically(out, text)
+    if options.sam is None:
+        print(
+            f"{SAM} is not there, so the discriminator reads latents, as in DMD2. With it ({SAM_URL}), write the file anew"
+        )
     where = f"{gpus} GPU{'s' if gpus > 1 else ''} of {memory:g} GiB" if gpus else "no GPU: on the CPU, for small models"
     following = f"flashdmd train {out} --dry-run"
     if options.images is None:
@@ -92,6 +108,16 @@ def _write(options: argparse.Namespace) -> int:
         )
     print(f"{out} is written for {where}; next: {following}")
     return 0
+
+
+def _try_loading_teacher(config: Config) -> None:
+    """Raises ValueError, naming the option, for a teacher that cannot be loaded: one file has no JSON files and tokenizers of its own."""
+    try:
+        try_loading(config)
+    except ValueError as error:
+        raise ValueError(
+            str(error).replace("model.teacher_config", "--teacher-config").replace("model.", "--")
+        ) from None
 
 
 def first_that_fits(options: argparse.Namespace, name: str, gpus: int, room: float) -> str:
@@ -131,15 +157,23 @@ def _lines(
     yield f"  dtype: {number}"
     if side is not None:
         yield f"  resolution: [{side}, {side}]   # null is the teacher's own size, which would not fit"
-    yield f"  sam: {_text(options.sam)}   # from https://github.com/facebookresearch/segment-anything"
+    if options.teacher_config:
+        yield f"  teacher_config: {_text(options.teacher_config)}   # JSON files and tokenizers for that one file"
+    if options.sam:
+        yield f"  sam: {_text(options.sam)}   # from {SAM_URL}"
     yield "data:"
     yield f"  source: {_text(options.images or DRAWN + '/images')}"
     if options.prompts:
         yield f"  prompts: {_text(options.prompts)}"
     yield "generator: {lr: 1.0e-5, warmup: 100}   # adapters take 10 to 20 times the rates of whole networks"
-    yield "score: {lr: 1.0e-4, warmup: 100}       # ten times the generator's: it must follow it"
+    coupling = "" if options.sam else ", ema: 1.0"
+    yield f"score: {{lr: 1.0e-4, warmup: 100{coupling}}}       # ten times the generator's: it must follow it"
     yield f"matching: {{guidance_scale: {usual.guidance}}}        # the teacher's: more is more saturated and less diverse"
-    yield "adversarial: {balance: 0.5}"
+    if options.sam:
+        yield "adversarial: {balance: 0.5}"
+    else:
+        yield f"# DMD2's discriminator: Flash-DMD's needs Segment Anything, which was not there. See {SAM_URL}"
+        yield "adversarial: {space: latent, loss: non_saturating, weight: 5.0e-3, score_weight: 1.0e-2}"
     yield "preference:          # updates: 0 is distillation alone"
     yield "  start_step: 700    # distillation alone before"
     yield "  updates: 5"

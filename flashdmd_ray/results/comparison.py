@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from flashdmd_ray.batch import derive_seed
 from flashdmd_ray.config import Config, RewardConfig
 from flashdmd_ray.demo.checker import PromptChecker
@@ -21,7 +23,11 @@ Say = Callable[[str], None]
 
 
 def judging_family(config: Config) -> Family:
-    """The teacher family for sampling and judging after training: on the GPU that this process sees, else on the CPU."""
+    """The teacher family for sampling and judging after training: on the GPU that this process sees, else on the CPU.
+
+    Sets torch's threads in this process, on which the last digits of sums depend, as they are in training.
+    """
+    torch.set_num_threads(config.placement.threads)
     return load_family(config.model, device=local_device())
 
 

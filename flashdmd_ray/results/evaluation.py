@@ -5,9 +5,9 @@ A judge of prompts is never optimised; a reward may be, and then only says how f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from time import monotonic
 
 import torch
 from rich import box
@@ -20,10 +20,11 @@ from flashdmd_ray.models.family import Family
 from flashdmd_ray.models.rewards import PixelReward
 from flashdmd_ray.results.evaluation_data import Reference
 from flashdmd_ray.roles.image_sampling import Sampler, sample_images
+from flashdmd_ray.run.progress import still
 
 DIVERSITY_PROMPTS, DIVERSITY_NOISES = 32, 4
-QUIET_S = 30.0
-"""Between two lines about a row that is being measured."""
+MOST_AT_ONCE = 8
+"""Batches that are drawn side by side: each needs memory of its own."""
 
 Say = Callable[[str], None]
 Features = Callable[[Tensor], Tensor]
@@ -112,22 +113,33 @@ class _Evaluation:
         self.say = say
         self.first: Mapping[str, Tensor] | None = None
         """Values per image of the first sampler."""
-        features = [] if eval_metrics.features is None else [eval_metrics.features(i).cpu() for i in reference.reals]
+        measured = eval_metrics.features is not None
+        self.repeated = [t for t in self.texts[:DIVERSITY_PROMPTS] for _ in range(DIVERSITY_NOISES) if measured]
+        features = [self._features(images) for images in reference.reals] if measured else []
         self.reals = torch.cat(features) if features else None
         if self.reals is not None and len(self.texts) < 2 * self.reals.shape[1]:
             say(f"Frechet distances of {len(self.texts)} samples in {self.reals.shape[1]} dimensions are mostly noise")
 
     @torch.no_grad()
     def row(self, sampler: Sampler) -> Row:
-        batches = sample_images(self.family, sampler, self.texts, range(len(self.texts)), self.seed, self.batch)
-        parts, last_line = [], monotonic()
-        for number, (images, texts) in enumerate(zip(batches, self._chunks(self.texts), strict=True), 1):
-            parts.append(self._judge(images, texts))
-            if monotonic() - last_line > QUIET_S:
-                last_line = monotonic()
-                self.say(f"{sampler.name}: {min(number * self.batch, len(self.texts))} of {len(self.texts)} samples")
+        """Draw and judge a sample of each text, and measure the diversity of several for each of the first texts, whose noises follow."""
+        texts = [*self.texts, *self.repeated]
+        batches = sample_images(
+            self.family, sampler, texts, range(len(texts)), self.seed, self.batch, _batches_at_once(self.family)
+        )
+        parts, repeated, done = [], [], 0
+        with still(self.say, lambda: f"{sampler.name}: {done} of {len(texts)} samples"):
+            for images in batches:
+                judged = self.texts[done : done + len(images)]
+                if judged:
+                    parts.append(self._judge(images[: len(judged)], judged))
+                if len(judged) < len(images):
+                    repeated.append(self._features(images[len(judged) :]))
+                done += len(images)
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        row = self._row(sampler.name, sampler.nfe, columns, self._diversity(sampler), self.first)
+        groups = torch.cat(repeated).unflatten(0, (-1, DIVERSITY_NOISES)) if repeated else None
+        diversity = None if groups is None else mean_pairwise_distance(groups)
+        row = self._row(sampler.name, sampler.nfe, columns, diversity, self.first)
         self.first = self.first or columns
         return row
 
@@ -145,7 +157,7 @@ class _Evaluation:
         """Values per image, by column."""
         eval_metrics, values = self.eval_metrics, {}
         if eval_metrics.features is not None:
-            values["features"] = eval_metrics.features(images).cpu()
+            values["features"] = self._features(images)
         if eval_metrics.correct is not None:
             values["correct"] = eval_metrics.correct(images, list(texts)).float()
         for label, reward in (eval_metrics.rewards or {}).items():
@@ -174,18 +186,19 @@ class _Evaluation:
             {} if first is None else {key: wins(values, first[f"reward/{key}"]) for key, values in rewards.items()},
         )
 
-    def _diversity(self, sampler: Sampler) -> float | None:
-        """Several noises for each of the first prompts; their noise indices follow those of the table's samples."""
-        if self.eval_metrics.features is None:
-            return None
-        repeated = [text for text in self.texts[:DIVERSITY_PROMPTS] for _ in range(DIVERSITY_NOISES)]
-        indices = range(len(self.texts), len(self.texts) + len(repeated))
-        batches = sample_images(self.family, sampler, repeated, indices, self.seed, self.batch)
-        features = torch.cat([self.eval_metrics.features(images).cpu() for images in batches])
-        return mean_pairwise_distance(features.unflatten(0, (-1, DIVERSITY_NOISES)))
+    def _features(self, images: Tensor) -> Tensor:
+        assert self.eval_metrics.features is not None
+        return self.eval_metrics.features(images).cpu()
 
     def _chunks(self, texts: Sequence[str]) -> list[Sequence[str]]:
         return [texts[start : start + self.batch] for start in range(0, len(texts), self.batch)]
+
+
+def _batches_at_once(family: Family) -> int:
+    """Batches that the cores of this machine draw side by side; a GPU draws one after the other."""
+    if family.device.type != "cpu":
+        return 1
+    return max(1, min(MOST_AT_ONCE, len(os.sched_getaffinity(0)) // torch.get_num_threads()))
 
 
 def margin(values: Tensor) -> float:

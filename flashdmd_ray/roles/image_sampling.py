@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashdmd_ray.batch import derive_seed
+from flashdmd_ray.data.executor import in_threads
 from flashdmd_ray.diffusion.sampling import NoiseSampler, ddim_sample, few_step_sample, guided
 from flashdmd_ray.models.denoiser import Conditioning
 from flashdmd_ray.models.family import Family
@@ -82,16 +83,29 @@ def student_sampler(name: str, family: Family, network: Callable[..., Tensor], t
     return Sampler(student_label(name, timesteps), len(timesteps), sample)
 
 
-@torch.no_grad()
 def sample_images(
-    family: Family, sampler: Sampler, texts: Sequence[str], indices: Sequence[int], seed: int, batch: int
+    family: Family,
+    sampler: Sampler,
+    texts: Sequence[str],
+    indices: Sequence[int],
+    seed: int,
+    batch: int,
+    at_once: int = 1,
 ) -> Iterator[Tensor]:
-    """Images float32 (<= batch, 3, H, W) in [-1, 1], on the CPU, batch after batch; sample i uses noise `indices[i]`."""
-    for start in range(0, len(texts), batch):
+    """Images float32 (<= batch, 3, H, W) in [-1, 1], on the CPU, batch after batch; sample i uses noise `indices[i]`.
+
+    at_once: batches that are drawn at the same time, each in a thread; their images are the same.
+    """
+
+    @torch.no_grad()
+    def draw(start: int) -> Tensor:
         chunk = slice(start, start + batch)
         noise_sampler = SampleNoise(indices[chunk], family.latent_shape, seed, family.device)
         latents = sampler.sample(family.encode(texts[chunk]), noise_sampler)
-        yield family.decode(latents).clamp(-1, 1).cpu()
+        return family.decode(latents).clamp(-1, 1).cpu()
+
+    starts = range(0, len(texts), batch)
+    return map(draw, starts) if at_once == 1 else in_threads(lambda: draw, starts, at_once)
 
 
 def sample_all_images(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import Event, Thread
 from time import monotonic
 from types import TracebackType
 from typing import Self, TextIO
@@ -19,6 +21,8 @@ from flashdmd_ray.run.output import write_directly
 SHORTEST_S, LONGEST_S = 5.0, 60.0
 """Between two plain lines: at most one in 5 s, at least one a minute (once a step has ended), else one every LINE_SHARE of the run."""
 LINE_SHARE = 0.05
+QUIET_S = 10.0
+"""Longest silence while something takes long."""
 SMOOTHING = 0.1
 """Weight of the newest step in the running seconds per step, once there are ten of them."""
 
@@ -158,6 +162,24 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._display.close()
+
+
+@contextmanager
+def still(say: Callable[[str], None], text: Callable[[], str]) -> Iterator[None]:
+    """Say `text()` every QUIET_S seconds until the block ends, so that nobody takes a slow program for a dead one."""
+    ended = Event()
+
+    def speak() -> None:
+        while not ended.wait(QUIET_S):
+            say(text())
+
+    speaker = Thread(target=speak, daemon=True, name="flashdmd-still")
+    speaker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        speaker.join()
 
 
 def figures(metrics: Mapping[str, float]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from ray.exceptions import RayError
 
 from flashdmd_ray.batch import PublishedWeights
+from flashdmd_ray.run.progress import still
 from flashdmd_ray.runtime.call_times import CallTimes
 from flashdmd_ray.runtime.cluster import Cluster
 from flashdmd_ray.runtime.concurrency import in_thread, run_parallel
@@ -50,7 +51,8 @@ class RayRuntime:
         workers = ", ".join(f"{group.workers} {group.name}" for group in groups)
         say("starting Ray" if previous is None else "starting anew what was lost")
         lives_on = previous if previous is not None and previous.is_alive else None
-        self._cluster = _cluster_after(previous)
+        with still(say, lambda: f"still starting Ray ({time.monotonic() - started:.0f} s)"):
+            self._cluster = _cluster_after(previous)
         try:
             owner = lives_on or self
             owner._gang = owner._gang or _reserve(groups, self._cluster)
@@ -68,7 +70,7 @@ class RayRuntime:
             for group in groups:
                 self._groups[group.name] = whole.get(group.name) or self._start(group)
             self.pools: Mapping[str, ScalablePool] = self._attach_pools(groups)
-            run_parallel([functools.partial(self._setup, name, say, started) for name in self._groups])
+            self._wait_until_ready(say, started)
         except BaseException:
             self.close()
             raise
@@ -107,9 +109,16 @@ class RayRuntime:
         owner = group if isinstance(group, StatefulGroup) else self._leases[name]
         return RoleHandle(owner, name, role, self.times)
 
-    def _setup(self, name: str, say: Callable[[str], None], started: float) -> None:
-        self._groups[name].setup()
-        say(f"{name} is ready ({time.monotonic() - started:.0f} s)")
+    def _wait_until_ready(self, say: Callable[[str], None], started: float) -> None:
+        loading = list(self._groups)
+
+        def setup(name: str) -> None:
+            self._groups[name].setup()
+            loading.remove(name)
+            say(f"{name} is ready ({time.monotonic() - started:.0f} s)")
+
+        with still(say, lambda: f"loading models: {', '.join(loading)} ({time.monotonic() - started:.0f} s)"):
+            run_parallel([functools.partial(setup, name) for name in self._groups])
 
     def publish(self, version: int) -> Task[PublishedWeights]:
         """The learner puts one copy into the object store, which workers read in place. It is kept as long as the result lives."""

@@ -13,6 +13,7 @@ from flashdmd_ray.config import Config, dump_changes, load_config
 from flashdmd_ray.plan import GPUS, check, fit_micro_batches, gpu_of, preview, sections, use_gpus
 from flashdmd_ray.run.command_line import prepare_process, refuse, run_training, training_parser
 from flashdmd_ray.run.folder import RunDirectory
+from flashdmd_ray.run.progress import still
 from flashdmd_ray.run.storage import checkpoint_root
 
 
@@ -61,6 +62,7 @@ def _print_settings(config: Config) -> None:
 
 def _train(config: Config, run: RunDirectory) -> int:
     print(f"{run.path}: {'opening' if run.exists else 'new run'}, loading libraries and models", flush=True)
-    from flashdmd_ray.training.job import run_job
+    with still(lambda text: print(text, flush=True), lambda: "still loading libraries"):
+        from flashdmd_ray.training.job import run_job
 
     return run_job(config)
