@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ EXTRAS = {
     "lpips": "LPIPS of flashdmd score",
 }
 """Optional package -> what it is for."""
+PORTS = {8000: "flashdmd serve", 5000: "mlflow ui", 8265: "Ray's dashboard"}
+"""Usual port -> who listens there."""
 LEAST_SHARED = 0.5
 """GiB of shared memory below which a private Ray keeps its objects on the disk."""
 
@@ -75,7 +78,7 @@ def software() -> Iterator[Line]:
 
 
 def machine(config: Config) -> Iterator[Line]:
-    """Processors, memory, GPUs and disks."""
+    """Processors, memory, GPUs, disks and ports."""
     memory = psutil.virtual_memory()
     yield "CPU cores", str(psutil.cpu_count()), ""
     yield "memory", f"{memory.total / GIB:.0f} GiB, {memory.available / GIB:.0f} free", ""
@@ -89,6 +92,10 @@ def machine(config: Config) -> Iterator[Line]:
     for label, folder in (("disk of runs", config.run.dir), ("disk of the hub", _hub_cache())):
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
         yield label, f"{shutil.disk_usage(there).free / GIB:.0f} GiB free ({folder})", ""
+    for port, user in PORTS.items():
+        with socket.socket() as caller:
+            taken = caller.connect_ex(("127.0.0.1", port)) == 0
+        yield f"port {port}", f"{'taken' if taken else 'free'} ({user})", ""
 
 
 def _gpus() -> Iterator[Line]:
@@ -128,10 +135,20 @@ def accounts() -> Iterator[Line]:
     address = ray_address(os.environ)
     try:
         check_ray_address(os.environ)
+        yield "Ray", f"joins {address}: {_cluster(address)}" if address else "a private one for each job", ""
     except ValueError as error:
         yield "Ray", "does not answer", str(error)
-    else:
-        yield "Ray", f"joins {address}" if address else "a private one for each job", ""
+
+
+def _cluster(address: str) -> str:
+    from flashdmd_ray.runtime.environment import use_loopback
+
+    use_loopback(os.environ)
+    from flashdmd_ray.runtime.cluster import machines_of_cluster
+
+    machines = machines_of_cluster(address)
+    amounts = (f"{sum(machine.get(kind, 0) for machine in machines):g} {kind}s" for kind in ("CPU", "GPU"))
+    return ", ".join((f"{len(machines)} machines", *amounts))
 
 
 def lacking(config: Config) -> list[str]:

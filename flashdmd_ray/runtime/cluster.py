@@ -124,12 +124,16 @@ class Cluster:
 
 def gpus_of_cluster(address: str) -> list[str]:
     """The type of each GPU of a running cluster, such as "H100", or "" where Ray does not know it. Raises NoRoom like `join_running`."""
+    return [_gpu_type(machine) for machine in machines_of_cluster(address) for _ in range(int(machine.get("GPU", 0)))]
+
+
+def machines_of_cluster(address: str) -> list[dict[str, float]]:
+    """Ray's total resources of each living machine of a running cluster. Raises NoRoom like `join_running`."""
     join_running(address)
     try:
-        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:
         ray.shutdown()
-    return [_gpu_type(node) for node in resources for _ in range(int(node.get("GPU", 0)))]
 
 
 def _gpu_type(resources: dict[str, float]) -> str:

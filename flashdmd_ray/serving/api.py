@@ -234,6 +234,7 @@ def model_object(model: ModelInfo) -> dict[str, Any]:
         "kind": model.kind,
         "base": model.base,
         "aliases": list(model.aliases),
+        "examples": list(model.examples),
         "sizes": [size_text(size) for size in model.sizes],
         "num_inference_steps": sorted(model.steps),
         "default_num_inference_steps": model.steps[0],

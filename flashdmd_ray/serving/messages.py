@@ -74,6 +74,8 @@ class ModelInfo:
     cost_per_step: float
     """Forwards of one step of an image, as a share of those of a student's image in its trained number of steps."""
     aliases: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    """Prompts of the kind that it was trained for."""
     refused: str | None = None
     """Reason why a newer version of its source is not served; None when there is no such version."""
 

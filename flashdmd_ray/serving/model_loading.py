@@ -121,6 +121,7 @@ class ModelLoader:
             cost_per_step=sampler.forwards_per_step / len(facts["timesteps"]),
             guidance_scale=sampler.guidance_scale if isinstance(sampler, TeacherSampler) else None,
             aliases=tuple(alias for alias, target in settings.aliases.items() if target == model),
+            examples=tuple(str(example["prompt"]) for example in facts.get("examples", ())),
         )
 
 

@@ -140,6 +140,7 @@ SCHEMAS: Mapping[str, Any] = {
             "kind": {"enum": ["student", "teacher"]},
             "base": _TEXT,
             "aliases": {"type": "array", "items": _TEXT},
+            "examples": {"type": "array", "items": _TEXT},
             "sizes": {"type": "array", "items": _SIZE, "minItems": 1},
             "num_inference_steps": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1},
             "default_num_inference_steps": {"type": "integer", "minimum": 1},

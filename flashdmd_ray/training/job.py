@@ -98,7 +98,8 @@ class StillAlone(Observer):
 def what_next(config: Config, directory: RunDirectory) -> str:
     """The last line of a finished run: what to do with its student."""
     adapter = f"; as an adapter: flashdmd export {directory.path} --format lora" if config.lora.networks else ""
-    return f"next: look at {directory.path / 'report.html'}; serve it: flashdmd serve {directory.path}{adapter}"
+    elsewhere = adapter or f"; for ComfyUI: flashdmd export {directory.path} --single-file"
+    return f"next: look at {directory.path / 'report.html'}; serve it: flashdmd serve {directory.path}{elsewhere}"
 
 
 def how_to_go_on(directory: RunDirectory, root: Location) -> str:

@@ -128,6 +128,8 @@ def test_samples_depend_on_seed_and_position_and_not_on_the_batch(tmp_path):
 
     whole = sample(0, 5)
     torch.testing.assert_close(sample(0, 2), whole, rtol=0, atol=1e-5)
+    side_by_side = sample_images(family, sampler, texts, range(5), 0, 2, at_once=3)
+    assert torch.equal(torch.cat(list(side_by_side)), sample(0, 2))
     assert (whole[0] - whole[2]).abs().max() > 0.01, "the same prompt at another position has other noise"
     assert (sample(1, 5) - whole).abs().amax(dim=(1, 2, 3)).min() > 0.01
     assert whole.abs().max() <= 1

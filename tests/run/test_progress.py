@@ -6,9 +6,10 @@ import pty
 import re
 import subprocess
 import sys
+from queue import Queue
 
 from flashdmd_ray.run import progress
-from flashdmd_ray.run.progress import Pace, Progress, clock
+from flashdmd_ray.run.progress import Pace, Progress, clock, still
 
 
 def test_lines_first_step_at_once_then_by_share_and_last_step(monkeypatch):
@@ -99,3 +100,10 @@ def _read(descriptor):
         return os.read(descriptor, 65536)
     except OSError:  # the other side was closed
         return b""
+
+
+def test_something_slow_says_that_it_goes_on(monkeypatch):
+    monkeypatch.setattr("flashdmd_ray.run.progress.QUIET_S", 0.01)
+    said: Queue[str] = Queue()
+    with still(said.put, lambda: "still loading"):
+        assert said.get(timeout=60) == "still loading"

@@ -6,12 +6,7 @@ const OFFERED_STEPS = [1, 2, 4, 8];
 const LARGEST_SEED = 2 ** 32; // exact in JavaScript and accepted by the server
 const TEACHER = ":teacher";
 
-const SCENES = [
-  "a red 4 left of a green 7 on a gray background",
-  "a cyan 6 on a black background",
-  "a yellow 5 above a blue 2 on a black background",
-  "a green 0 below a yellow 8 on a gray background",
-];
+// For a model whose export names no prompts of its own.
 const PICTURES = [
   "a lighthouse on a cliff at dusk, oil painting",
   "a red fox in fresh snow, photograph",
@@ -44,7 +39,8 @@ export function showSelected() {
   if (model.sizes.includes(size)) find("size").value = size;
   showSteps(model);
   find("teacher-field").hidden = teacherOf(model) === null;
-  showExamples(Number.parseInt(model.sizes[0], 10) <= 64 ? SCENES : PICTURES);
+  showExamples(model.examples.length ? model.examples : PICTURES);
+  find("base").textContent = `It draws what its teacher draws: ${model.base}.`;
 }
 
 function showSteps(model) {
