@@ -22,7 +22,7 @@ COMMANDS = {
     "data": ("commands.prepare_data:prepare_data_command", "check a data set, or precompute embeddings and latents"),
     "reward": {
         "train": ("reward_training.cli:train_latent_reward_command", "train a latent reward"),
-        "serve": ("serving.reward_server:reward_serve_command", "serve a reward for jobs elsewhere"),
+        "serve": ("serving.reward_command:reward_serve_command", "serve a reward for jobs elsewhere"),
     },
     "config": (
         "reference.command:config_command",

@@ -1,7 +1,4 @@
-"""The command `flashdmd reward serve`: a reward model behind HTTP, which jobs elsewhere use as `kind: remote`. Imports no Ray.
-
-It speaks the protocol of docs/rewards.md in both encodings. Exit codes: 0 stopped by a signal, 2 an option or the model is wrong.
-"""
+"""A reward model behind HTTP, which jobs elsewhere use as `kind: remote`, in both encodings of docs/rewards.md. Imports no Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import io
 import json
 import os
 import threading
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,7 +26,6 @@ from torch import Tensor
 from flashdmd_ray.batch import from_uint8
 from flashdmd_ray.config import RewardConfig, validated
 from flashdmd_ray.models.rewards import PixelReward, reward_model
-from flashdmd_ray.run.command_line import run_command
 from flashdmd_ray.run.http_server import Bounds, listen_on, running_server
 from flashdmd_ray.run.messages import one_line
 from flashdmd_ray.serving.api_keys import is_loopback
@@ -45,25 +40,8 @@ DRAIN_S = 30.0
 PICTURES = f"images must be PNG files in base64, all of one size, of at most {MOST_PIXELS} pixels together"
 
 
-def reward_serve_command(arguments: Sequence[str] | None = None) -> int:
-    """`flashdmd reward serve KIND PATH ...`: answer until a signal comes; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="flashdmd reward serve",
-        description="Serve a reward on images over HTTP, for rewards of kind 'remote'.",
-        epilog="A job uses it with: {kind: remote, path: http://HOST:PORT/score}",
-    )
-    parser.add_argument("kind", help="pickscore, hpsv2.1, imagereward, ..., or custom")
-    parser.add_argument("path", help="its weights, or module:Class of a class of your own; `demo`: the packaged reward")
-    parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8100, help="0: any that is free (default: %(default)s)")
-    parser.add_argument("--token-env", metavar="NAME", help="variable with the bearer token that clients must send")
-    return run_command(lambda: _serve(parser.parse_args(arguments)))
-
-
-def _serve(options: argparse.Namespace) -> int:
+def serve_reward(options: argparse.Namespace) -> int:
+    """Answer until a signal comes; returns the exit code. Raises ValueError for options and models that are wrong."""
     token = os.environ.get(options.token_env, "") if options.token_env else None
     if token == "":
         raise ValueError(f"--token-env: {options.token_env} is not set in this process")
