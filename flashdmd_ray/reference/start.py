@@ -115,9 +115,8 @@ def _try_loading_teacher(config: Config) -> None:
     try:
         try_loading(config)
     except ValueError as error:
-        raise ValueError(
-            str(error).replace("model.teacher_config", "--teacher-config").replace("model.", "--")
-        ) from None
+        text = str(error).replace("model.teacher_config:", "--teacher-config:").replace("model.teacher:", "--teacher:")
+        raise ValueError(text) from None
 
 
 def first_that_fits(options: argparse.Namespace, name: str, gpus: int, room: float) -> str:
