@@ -61,9 +61,7 @@ def test_a_new_configuration_without_images_reads_those_that_the_teacher_draws(t
     drawn = re.search(r"flashdmd data .* --teacher-images 2000 --config \S+ --out (\S+),", capsys.readouterr().out)[1]
     config = load_config(out)
     assert (config.data.source, config.data.prompts) == (f"{drawn}/images", str(prompts))
-    command = ["config", "new", "sd15", "--prompts", str(prompts), "--gpus", "1", "--out", str(tmp_path / "sam.yaml")]
-    assert main([*command, "--sam", "sam_vit_b_01ec64.pth"]) == 0
-    assert load_config(tmp_path / "sam.yaml").adversarial.space == "pixel"
+    assert config.adversarial.space == "latent", "Segment Anything is not here"
     assert main(["config", "new", "sd15", "--gpus", "1"]) == 2, "neither images nor prompts"
 
 
@@ -76,9 +74,10 @@ def test_a_new_configuration_fits_the_gpus_it_is_written_for(family, gpus, memor
     (tmp_path / "photos").mkdir()
     out = tmp_path / "new.yaml"
     command = ["config", "new", family, "--images", str(tmp_path / "photos"), "--out", str(out)]
+    command += ["--sam", "sam_vit_b_01ec64.pth"]
     assert main([*command, "--gpus", str(gpus), "--gpu-memory", str(memory)]) == 0
     config = load_config(out)
     assert config.model.resolution == side
     assert config.placement.learner.workers == ranks
-    assert config.adversarial.space == "latent", "Segment Anything is not here"
+    assert config.adversarial.space == "pixel"
     assert config.placement.learner.gpu_memory_gib == memory - 0.5
