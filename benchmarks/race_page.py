@@ -36,7 +36,7 @@ def write_race_page(folder: Path, runs: Runs) -> Path:
         Section("Cost to reach DMD2's last figures", table=reach if len(reach) > 1 else (), notes=[REACHING]),
         Section("Quality against cost", plots=curves(runs), notes=["Median of the seeds; the band is their range."]),
         Section("The same prompts and noise", pictures=[] if grid is None else [("students of the first seed", grid)]),
-        Section("Settings that the search chose", code=settings(folder, runs)),
+        Section("Settings that the search chose", code=settings(runs)),
     ]
     return write_page(folder / "race.html", "Distillation methods on the demo world", lead(runs), sections)
 
@@ -91,14 +91,14 @@ def pictures(folder: Path, runs: Runs) -> Path | None:
     return write_grid(folder / "race.png", rows, texts) if rows else None
 
 
-def settings(folder: Path, runs: Runs) -> str:
+def settings(runs: Runs) -> str:
+    """A line for each method: what its runs set."""
     lines = []
-    for name in runs:
-        file = folder / f"tuned-{name}.json"
-        chosen = (
-            json.loads(file.read_text())["chosen"] if file.is_file() else ["the first settings: no search was made"]
+    for name, of in runs.items():
+        first = next(iter(of.values()))
+        lines.append(
+            f"{name}: {first[-1]['updates']} updates, {' '.join((*METHODS[name].settings, *first[0]['settings']))}"
         )
-        lines.append(f"{name}: {METHODS[name].steps} updates, {' '.join((*METHODS[name].settings, *chosen))}")
     return "\n".join(lines)
 
 
