@@ -137,7 +137,8 @@ def tune(options: argparse.Namespace, name: str) -> None:
     file = options.out / f"tuned-{name}.json"
     if file.exists():
         return
-    chosen, best, trials = list(START), {}, []
+    chosen, trials = list(START), []
+    best: Mapping[str, Any] = {}
     for trial, change in enumerate(("", *search(METHODS[name].ttur))):
         settings = list((by_key(chosen) | by_key(change.split())).values())
         runs = options.out / f"trial-{name}-{trial}.json"
