@@ -192,8 +192,12 @@ def draw(training: Training, file: Path) -> None:
     save_file({"images": images}, file, {"prompts": json.dumps(list(texts))})
 
 
+COUNTED_STEPS = 4
+"""A step costs what the timesteps it draws ask for, so its operations are a mean."""
+
+
 def cost_of_step(training: Training) -> dict[str, float]:
-    """Samples that a step generates, and its operations in forwards of the teacher's network for one image. Makes the first step."""
+    """Samples that a step generates, and its operations in forwards of the teacher's network for one image. Makes the first steps."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from flashdmd_ray.roles.image_sampling import SampleNoise, teacher_sampler
@@ -202,9 +206,10 @@ def cost_of_step(training: Training) -> dict[str, float]:
     conditioning = family.encode(["one prompt"])
     with FlopCounterMode(display=False) as forward:
         teacher_sampler(family, 1, 1.0).sample(conditioning, SampleNoise([0], family.latent_shape, 0, family.device))
-    with FlopCounterMode(display=False) as step:
-        training.run(0, 1)
-    return {"samples": config.batch * config.ttur, "forwards": step.get_total_flops() / forward.get_total_flops()}
+    with FlopCounterMode(display=False) as steps:
+        training.run(0, COUNTED_STEPS)
+    forwards = steps.get_total_flops() / forward.get_total_flops() / COUNTED_STEPS
+    return {"samples": config.batch * config.ttur, "forwards": forwards}
 
 
 COSTS = ("updates", "samples", "forwards")
