@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from flashdmd_ray.config.section import PathOrName, PositiveInt, Section
+from flashdmd_ray.config.section import Count, PathOrName, PositiveInt, Section
 
 
 class EvaluationConfig(Section):
     prompts: PathOrName | None = None
     """Prompts of sample grids and table: a .txt, .jsonl or .parquet file, from its first line on. null: held-out digit scenes for
     the demo source; for other data its own prompts in the order of a stream of its own, which are prompts of training."""
-    samples: Literal[0] | Annotated[int, Field(strict=True, ge=2)] = 500
+    samples: Count = 500
     """Samples per row of the final table, and real images they are compared with; from 2, or 0 for no table. Prompts are used again, with
     other noise, when there are fewer."""
     batch: PositiveInt = 8
@@ -29,3 +29,10 @@ class EvaluationConfig(Section):
     student_steps: tuple[PositiveInt, ...] | None = None
     """Few-step rows of the table: each divides the number of denoising timesteps and uses every so many of them.
     null: 1, 2, 4 and 8 where they do."""
+
+    @field_validator("samples")
+    @classmethod
+    def _none_or_enough(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("a distance between distributions needs at least 2 samples; 0 leaves the table out")
+        return value

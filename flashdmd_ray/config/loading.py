@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +18,6 @@ from flashdmd_ray.config.yaml_text import read_tree
 
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))}
 """Name -> file of the configurations that the package brings."""
-UNION_MEMBER = re.compile(r"literal\[.*\]|constrained-\w+")
-"""pydantic's names of the alternatives of one key, which stand in an error's location as if they were keys."""
 _Section = TypeVar("_Section", bound=Section)
 
 
@@ -80,7 +77,7 @@ def validated(section: type[_Section], tree: Mapping[str, Any]) -> _Section:
 
 
 def _describe(section: type[Section], detail: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in detail["loc"] if not UNION_MEMBER.fullmatch(str(part)))
+    where = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         parents, key = detail["loc"][:-1], str(detail["loc"][-1])
         return f"{where}: unknown key{suggestion(key, _keys_at(section, parents))}"

@@ -90,8 +90,10 @@ def test_a_job_spreads_over_machines_and_lives_on_when_they_come_and_go() -> Non
         waits = line_of(driver, "waiting for room")
         assert "learner 1 x (0 GPUs, 3 CPUs)" in waits
         assert "free are 0 of 0 GPUs and 0 of 0 CPUs on 1 machine" in waits
-        nodes = [ends.enter_context(node(port, "--num-cpus=4", "--num-gpus=1")) for _ in range(2)]
-        raylets = [raylet(each).pid for each in nodes]
+        nodes, raylets = [], []
+        for _ in range(2):  # one after the other: Ray looks for free ports some time before it takes them
+            nodes.append(ends.enter_context(node(port, "--num-cpus=4", "--num-gpus=1")))
+            raylets.append(raylet(nodes[-1]).pid)
         learner, rollout = homes(driver, "workers")
         assert sorted([learner, rollout]) == sorted(raylets)
         assert int(line_of(driver, "spilled").split()[1]) > STORE
