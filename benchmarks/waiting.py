@@ -28,12 +28,7 @@ def main() -> None:
         run = start(folder, Path(log.name), 1000, f"deadlines.call_s={10 * seconds:g}", "deadlines.start_s=600")
         try:
             assert run.wait_for_step(10, 600), "the job has ended"
-            names = {
-                pid: name
-                for role in ("discriminator", "rollout", "reward")
-                for pid in workers(folder, role)
-                for name in [role]
-            }
+            names = {pid: role for role in ("discriminator", "rollout", "reward") for pid in workers(folder, role)}
             (learner,) = workers(folder, "learner")
             os.kill(learner, signal.SIGSTOP)
             time.sleep(5)
