@@ -48,8 +48,10 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Method:
-    """A method of the race. steps: generator updates, where the search has found no better number. every: of these, from one
-    checkpoint to the next. tuned: whose search it takes.
+    """A method of the race.
+
+    steps: generator updates, unless the search sets another number. every: of these, from one checkpoint to the next. tuned: the method
+    whose search it takes.
     """
 
     preset: str
@@ -71,6 +73,7 @@ METHODS = {
     "no_coupling": Method("demo", 1, 150, 10, ("score.ema=1",)),
     "per_batch": Method("demo", 1, 150, 10, ("matching.timestep_per=batch",)),
 }
+PICTURES, PICTURES_SEED = 8, 7
 START = ("generator.lr=3e-5", "score.lr=6e-4", "matching.guidance_scale=1")
 """First settings of the search, for all methods."""
 
@@ -82,9 +85,6 @@ def search(ttur: int) -> tuple[str, ...]:
     """
     fast = f"steps=60 generator.lr=4e-5 score.lr=6e-4 score.warmup={5 * ttur} score.decay={60 * ttur} score.floor=0.15"
     return ("generator.lr=1e-4", "score.lr=1e-4", "matching.guidance_scale=1.5", fast)
-
-
-PICTURES, PICTURES_SEED = 8, 7
 
 
 def main() -> None:
@@ -140,7 +140,7 @@ def tune(options: argparse.Namespace, name: str) -> None:
         return
     chosen, trials = list(START), []
     for trial, change in enumerate(("", *search(METHODS[name].ttur))):
-        settings = list((by_key(chosen) | by_key(change.split())).values())
+        settings = [f"{key}={value}" for key, value in (by_key(chosen) | by_key(change.split())).items()]
         runs = options.out / f"trial-{name}-{trial}.json"
         last = record(options, name, TUNING_SEED, settings, runs)[-1]
         trials.append({"settings": settings, "frechet": last["frechet"], "accuracy": last["accuracy"]})
@@ -150,8 +150,8 @@ def tune(options: argparse.Namespace, name: str) -> None:
 
 
 def by_key(settings: Sequence[str]) -> dict[str, str]:
-    """Settings key=value by their keys."""
-    return {setting.partition("=")[0]: setting for setting in settings}
+    """Values of settings key=value by their keys."""
+    return dict(setting.split("=", 1) for setting in settings)
 
 
 def record(
@@ -159,11 +159,11 @@ def record(
 ) -> list[dict[str, Any]]:
     """Train a method, with figures at each checkpoint (tuning: at the start and the end). A file that is there is read instead."""
     method = METHODS[name]
-    steps = int(by_key(settings).get("steps", f"steps={method.steps}").removeprefix("steps="))
-    every = steps if options.what == "tune" else method.every
     if file.exists():
         rows: list[dict[str, Any]] = json.loads(file.read_text())
         return rows
+    steps = int(by_key(settings).get("steps", method.steps))
+    every = steps if options.what == "tune" else method.every
     decay = [f"generator.decay={steps}", "generator.floor=0.1", f"steps={steps}", f"ttur={method.ttur}"]
     settings_of_run = [f"batch={options.batch}", *COMMON, *method.settings, *settings, *decay, f"seed={seed}"]
     cost, rows = cost_of_step(Training(settings_of_run, method.preset)), []

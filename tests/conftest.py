@@ -41,6 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
 
     A file with few tests has long ones, mostly; they come first, so that at the end no process waits minutes for the last file of another.
     """
+    # Those with the fixture `launches` do not count: a file has many, and they only look at what its one start of ranks has found.
     tests = Counter(item.path for item in items if "launches" not in item.fixturenames)
     items.sort(key=lambda item: (tests[item.path], item.path))
     for mark, is_there in (("gpu", has_gpu), ("browser", has_browser), ("prometheus", has_prometheus)):

@@ -148,18 +148,7 @@ def _lines(
     yield "ttur: 1"
     yield f"runtime: {'ray' if gpus > 1 else 'local'}       # local: one process. ray: one for each GPU here"
     yield f"run: {{name: {_text(name)}}}   # the same name again resumes the run"
-    yield "model:"
-    yield f"  family: {options.family}"
-    yield f"  teacher: {_text(options.teacher or usual.teacher)}"
-    if usual.vae and not options.teacher and gpus:
-        yield f"  vae: {usual.vae}   # the teacher's own overflows below float32"
-    yield f"  dtype: {number}"
-    if side is not None:
-        yield f"  resolution: [{side}, {side}]   # null is the teacher's own size, which would not fit"
-    if options.teacher_config:
-        yield f"  teacher_config: {_text(options.teacher_config)}   # JSON files and tokenizers for that one file"
-    if options.sam:
-        yield f"  sam: {_text(options.sam)}   # from {SAM_URL}"
+    yield from _model(options, number, side)
     yield "data:"
     yield f"  source: {_text(options.images or DRAWN + '/images')}"
     if options.prompts:
@@ -196,6 +185,22 @@ def _lines(
     yield "checkpoint: {every: 250}"
     yield "tracking: {samples_every: 100}"
     yield f"evaluation: {{batch: 2, guidance_scale: {usual.guidance}, ema: 0.95}}"
+
+
+def _model(options: argparse.Namespace, number: str, side: int | None) -> Iterator[str]:
+    usual = USUAL[options.family]
+    yield "model:"
+    yield f"  family: {options.family}"
+    yield f"  teacher: {_text(options.teacher or usual.teacher)}"
+    if usual.vae and not options.teacher and number == "bfloat16":
+        yield f"  vae: {usual.vae}   # the teacher's own overflows below float32"
+    yield f"  dtype: {number}"
+    if side is not None:
+        yield f"  resolution: [{side}, {side}]   # null is the teacher's own size, which would not fit"
+    if options.teacher_config:
+        yield f"  teacher_config: {_text(options.teacher_config)}   # JSON files and tokenizers for that one file"
+    if options.sam:
+        yield f"  sam: {_text(options.sam)}   # from {SAM_URL}"
 
 
 def _placement(gpus: int, room: float) -> Iterator[str]:

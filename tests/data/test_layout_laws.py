@@ -91,7 +91,7 @@ CELLS = st.text(st.sampled_from('ab ,;"\n\r\t\\ü\x00#'), max_size=8)
 )
 @quick
 def test_any_metadata_file_is_read_or_named(tmp_path_factory, rows, raw, kind):
-    """What a correct writer wrote comes back; after that any bytes may follow, and every image is still counted."""
+    """A correct file is read back as written. When any bytes follow it, every image is still counted."""
     root = tmp_path_factory.mktemp("any")
     names = [f"{n}.png" for n in range(len(rows) + 1)]
     write_files(root, dict.fromkeys(names, IMAGE))

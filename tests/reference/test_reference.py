@@ -5,12 +5,14 @@ import re
 import jsonschema
 import pytest
 import yaml
+from diffusers import StableDiffusionXLPipeline
 
 from flashdmd_ray.__main__ import main
 from flashdmd_ray.config import PRESETS, Config, load_config
 from flashdmd_ray.reference.pages import SCHEMAS, files, schema
 from flashdmd_ray.reference.settings import JOBS, settings_of
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
+from tests.tiny import save_sdxl, write_single_file
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.name)
@@ -63,6 +65,20 @@ def test_a_new_configuration_without_images_reads_those_that_the_teacher_draws(t
     assert (config.data.source, config.data.prompts) == (f"{drawn}/images", str(prompts))
     assert config.adversarial.space == "latent", "Segment Anything is not here"
     assert main(["config", "new", "sd15", "--gpus", "1"]) == 2, "neither images nor prompts"
+
+
+def test_a_teacher_of_one_file_needs_a_pipeline_of_the_same_model_where_no_hub_is(tmp_path, capsys):
+    whole, out = save_sdxl(tmp_path / "whole"), tmp_path / "new.yaml"
+    pipeline = StableDiffusionXLPipeline.from_pretrained(whole, use_safetensors=True)
+    file = write_single_file(pipeline, "sdxl", tmp_path / "model.safetensors")
+    (tmp_path / "photos").mkdir()
+    command = ["config", "new", "sdxl", "--images", str(tmp_path / "photos"), "--teacher", str(file), "--gpus", "0"]
+    command += ["--out", str(out)]
+    assert main(command) == 2
+    assert "error: --teacher-config: " in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*command, "--teacher-config", str(whole)]) == 0
+    assert load_config(out).model.teacher_config == str(whole)
 
 
 @pytest.mark.parametrize(

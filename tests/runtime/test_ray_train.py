@@ -80,7 +80,7 @@ def trains_and_refuses(config: RewardTrainingConfig, source: str, folder: Path, 
 
 
 def test_a_job_that_is_stopped_and_loses_a_rank_ends_with_the_same_model_to_the_bit(on_ray, monkeypatch) -> None:
-    """As one that neither happened to; what was wrong with a worker of that one, after its training, comes back as it was raised."""
+    """A job that was stopped and lost a rank equals an undisturbed one. A worker's error comes back from that one as it was raised."""
     whole, hurt = on_ray("whole"), on_ray("hurt")
     with monkeypatch.context() as patch:
         patch.setattr(job, "run_worker", trains_and_refuses)
