@@ -259,8 +259,12 @@ def share_of_cost(rows: Sequence[Mapping[str, Any]], rival: Sequence[Mapping[str
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, and the lowest and highest."""
-    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+    """Median, and the lowest and highest; a cost that was not reached is `never`."""
+    middle, low, high = (
+        "never" if value == float("inf") else f"{value:.2f}"
+        for value in (statistics.median(values), min(values), max(values))
+    )
+    return middle if low == high else f"{middle} [{low}, {high}]"
 
 
 if __name__ == "__main__":

@@ -36,26 +36,26 @@ def write_race_page(folder: Path, runs: Runs) -> Path:
         Section("Cost to reach DMD2's last figures", table=reach if len(reach) > 1 else (), notes=[REACHING]),
         Section("Quality against cost", plots=curves(runs), notes=["Median of the seeds; the band is their range."]),
         Section("The same prompts and noise", pictures=[] if grid is None else [("students of the first seed", grid)]),
-        Section("Settings that the search chose", code=settings(runs)),
+        Section("Settings", code=settings(runs)),
     ]
     return write_page(folder / "race.html", "Distillation methods on the demo world", lead(runs), sections)
 
 
 REACHING = (
     "Shares of what DMD2 spent until its last checkpoint: until a checkpoint of the method has DMD2's last Frechet distance and prompt "
-    "accuracy. Median [lowest, highest] of the seeds; inf: some seed did not get there."
+    "accuracy. Median [lowest, highest] of the seeds; never: a seed did not get there."
 )
 
 
 def lead(runs: Runs) -> list[str]:
     """Two sentences: the methods of the race, and how Flash-DMD came out."""
     seeds = {name: len(of) for name, of in runs.items()}
-    raced = ", ".join(f"{name} ({count} seeds)" for name, count in seeds.items())
+    raced = ", ".join(f"{name} (seeds: {count})" for name, count in seeds.items())
     said = [f"One teacher, four-step students, the same networks, data, batch and evaluation: {raced}."]
     found = {row[0]: row for row in costs_to_reach(runs)[1:]}
     if "flash" in found:
         said.append(
-            f"Flash-DMD reaches DMD2's last figures for {found['flash'][4]} of its operations (median [range])."
+            f"Share of DMD2's operations until Flash-DMD has its last figures, median and range: {found['flash'][4]}."
         )
     return said
 
