@@ -36,6 +36,7 @@ def report(config: Config, directory: RunDirectory, tracker: Tracker, say: Say) 
     """Measure, picture and export the newest checkpoint of a finished run. `report.json` is written last."""
     checkpoint = latest_checkpoint(checkpoint_root(config, directory.path))
     assert checkpoint is not None, "a finished run has a checkpoint"
+    say("loading the teacher, the student and what judges their images")
     family = judging_family(config)
     saved = saved_weights(checkpoint)
     network = student_as_trained(config, family, saved)

@@ -101,10 +101,20 @@ class MlflowRun:
     def _create(self, shown_uri: str) -> str:
         from mlflow.tracking.context.registry import resolve_tags  # the user, and the commit of a checkout
 
-        tags = resolve_tags({"mlflow.source.name": f"flashdmd_ray {__version__}"})
+        tags = resolve_tags({"mlflow.source.name": f"flashdmd_ray {__version__}", "mlflow.note.content": self._note()})
         run_id = str(self.client.create_run(self.experiment_id, tags=tags, run_name=self.folder.name).info.run_id)
         write_atomically(self.folder / "mlflow.json", json.dumps({"uri": shown_uri, "run_id": run_id}) + "\n")
         return run_id
+
+    def _note(self) -> str:
+        """The run's description on MLflow's page, as markdown."""
+        import yaml
+
+        config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        return (
+            f"A few-step student of {config['model']['teacher']} ({config['model']['family']}), started for {config['steps']} steps "
+            f"of batch {config['batch']}.\n\nFolder: `{self.folder}`. Resume: `flashdmd train {self.folder / 'config.yaml'}`."
+        )
 
     def refuses(self, error: Exception) -> bool:
         if getattr(error, "error_code", None) not in REFUSALS:

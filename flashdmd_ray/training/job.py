@@ -12,7 +12,7 @@ from flashdmd_ray.driver import train
 from flashdmd_ray.run.folder import RunDirectory
 from flashdmd_ray.run.interruption import Interruption
 from flashdmd_ray.run.lock import Lock, hold_run
-from flashdmd_ray.run.progress import Progress
+from flashdmd_ray.run.progress import Progress, still
 from flashdmd_ray.run.storage import Location, checkpoint_root
 from flashdmd_ray.run.tracking import Tracker
 from flashdmd_ray.runtime.build import build_runtime
@@ -77,8 +77,10 @@ def _train(config: Config, directory: RunDirectory, root: Location, lock: Lock) 
             if hacked:
                 progress.say(how_to_go_on(directory, root))
             return STOPPED_BY_MONITOR if hacked else stop.exit_code
+        progress.say("all steps are done: loading libraries for the results")
         # Until here the workers alone need diffusers and transformers, and importing them would delay the first step.
-        from flashdmd_ray.results.report import report
+        with still(progress.say, lambda: "still loading libraries"):
+            from flashdmd_ray.results.report import report
 
         report(config, directory, tracker, progress.say)
         progress.say(what_next(config, directory))

@@ -6,7 +6,9 @@ import subprocess
 from typing import Any
 
 import pytest
+import yaml
 from compose_file import ROOT, read
+from ray.dashboard.modules.metrics import metrics_head
 
 SERVICES = read()["services"]
 RAY = ("ray-head", "ray-worker")
@@ -52,10 +54,28 @@ def test_the_public_service_neither_holds_nor_reaches_what_runs_code() -> None:
 
 def test_jobs_write_runs_and_the_hub_cache_and_read_data() -> None:
     for name in RAY:
-        assert mounts(SERVICES[name]) == {"/runs": True, "/hub": True, "/data": False}
+        boards = {"/boards": True} if name == "ray-head" else {}
+        assert mounts(SERVICES[name]) == {"/runs": True, "/hub": True, "/data": False} | boards
         assert SERVICES[name]["environment"]["HF_HOME"] == "/hub"
     (data,) = (v for v in read(FLASHDMD_DATA="/elsewhere")["services"]["serve"]["volumes"] if v["target"] == "/data")
     assert data["source"] == "/elsewhere"
+
+
+def test_ray_s_dashboard_finds_prometheus_grafana_and_its_own_boards_there() -> None:
+    names, grafana = SERVICES["ray-head"]["environment"], SERVICES["grafana"]
+    (source,) = yaml.safe_load((ROOT / "deploy/metrics/grafana/datasources/prometheus.yml").read_text())["datasources"]
+    assert (names[metrics_head.PROMETHEUS_NAME_ENV_VAR], names[metrics_head.PROMETHEUS_HOST_ENV_VAR]) == (
+        source["name"],
+        source["url"],
+    )
+    assert names[metrics_head.GRAFANA_HOST_ENV_VAR] == "http://grafana:3000"
+    assert names[metrics_head.GRAFANA_IFRAME_HOST_ENV_VAR] == "http://{}:{}".format(*published(grafana)[0])
+    boards = names[metrics_head.GRAFANA_DASHBOARD_OUTPUT_DIR_ENV_VAR]
+    providers = yaml.safe_load((ROOT / "deploy/metrics/grafana/dashboards/flashdmd.yml").read_text())["providers"]
+    assert boards in [provider["options"]["path"] for provider in providers]
+    assert (mounts(SERVICES["ray-head"])["/boards"], mounts(grafana)["/boards"]) == (True, False)
+    for name in ("prometheus", "grafana"):
+        assert set(SERVICES[name]["networks"]) & set(SERVICES["ray-head"]["networks"])
 
 
 def test_ray_asks_for_the_token_everywhere_and_no_secret_is_in_an_environment() -> None:

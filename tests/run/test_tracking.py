@@ -96,6 +96,8 @@ def test_the_configuration_is_logged_and_what_a_resume_changed_is_a_tag(tracked,
     assert data.params["steps"] == "4"
     assert data.tags["resumed.steps"] == "5"
     assert data.tags["hack_monitor"] == "step 4: suspicious"
+    assert "student of demo (sdxl), started for 4 steps" in data.tags["mlflow.note.content"]
+    assert f"`flashdmd train {tracked[0].path / 'config.yaml'}`" in data.tags["mlflow.note.content"]
 
 
 def test_grids_are_logged_once_and_the_page_is_an_artifact(tracked, client):
