@@ -31,6 +31,8 @@ import psutil
 from serve_load import Service, client, export_demo, median, percentile, running_service
 
 PERIOD_S = 2.0
+BEFORE_S = 4.0
+"""From a moment that nothing happens at to a kill. The slowest of many requests is longer than the median without any fault."""
 LEFT = -1
 """Status of a request whose client did not wait for the answer."""
 SHARES = {"draw": 14, "slow": 3, "leave": 3, "list": 20, "refused": 60}
@@ -172,14 +174,17 @@ def report(answers: list[Seen], killer: Killer, memory: Memory) -> None:
     draws = [answer for answer in answers if answer.kind == "draw" and answer.status == 200]
     under_way = [[a for a in draws if a.sent <= kill <= a.sent + a.seconds] for kill in killer.kills]
     touched = {id(answer) for answers in under_way for answer in answers}
-    others = [answer.seconds for answer in draws if id(answer) not in touched]
-    print(f"latency: median {median(others):.2f} s, p99 {percentile(others, 0.99):.2f} s, longest {max(others):.2f} s")
+    others = [answer for answer in draws if id(answer) not in touched]
+    usual = [answer.seconds for answer in others]
+    print(f"latency: median {median(usual):.2f} s, p99 {percentile(usual, 0.99):.2f} s, longest {max(usual):.2f} s")
     print(
         f"{len(killer.kills)} kills of replicas, {killer.controllers} of the controller, {len(touched)} draws under way"
     )
-    slowest = sorted(max(answer.seconds for answer in answers) for answers in under_way if answers)
-    more = ", ".join(f"{seconds - median(others):.2f}" for seconds in slowest)
-    print(f"the slowest of each kill was longer than the median by {more} s (bar: 1)")
+    before = [[a for a in others if a.sent <= kill - BEFORE_S <= a.sent + a.seconds] for kill in killer.kills]
+    for found, moments in (("of each kill", under_way), (f"{BEFORE_S:g} s before each, without one,", before)):
+        slowest = sorted(max(answer.seconds for answer in answers) for answers in moments if answers)
+        more = ", ".join(f"{seconds - median(usual):.2f}" for seconds in slowest)
+        print(f"the slowest under way {found} was longer than the median by {more} s (bar for a kill: 1)")
     start, end = memory.seen[len(memory.seen) // 10], memory.seen[-1]
     for kind in ("command", "Ray"):
         growth = end[kind] / start[kind] - 1
