@@ -97,14 +97,19 @@ def trained_engine(config: Config, family: Family, role: NetworkName, settings: 
 
 
 def load_student(family: Family, weights: Mapping[str, Tensor]) -> Denoiser:
-    """A whole network around `weights`, those of `whole_weights`, which are not copied where they are float32 and on the family's device.
+    """A whole network around `weights`, those of `whole_weights`: not copied where they are float32, aligned and on the family's device.
 
     Frozen, on that device. Raises ValueError when they do not fit.
     """
     network = skeleton(family.teacher)
     assert isinstance(network, Denoiser)
-    values = {name: tensor.to(family.device, torch.float32) for name, tensor in weights.items()}
+    values = {name: _aligned(tensor.to(family.device, torch.float32)) for name, tensor in weights.items()}
     return _frozen(network, values, f"the denoiser of {family.path}", assign=True)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor at an address as torch allocates it. Weights in a file may lie anywhere, and some CPUs' kernels then round otherwise."""
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
 def student_network(config: Config, family: Family, weights: Mapping[str, Tensor]) -> Denoiser:

@@ -1,4 +1,4 @@
-"""Where trained networks start."""
+"""Where trained networks start, and a student's weights lie."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashdmd_ray.config import load_config
-from flashdmd_ray.roles.networks import load_parts, trained_engine
+from flashdmd_ray.roles.networks import load_parts, load_student, trained_engine
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -20,3 +20,14 @@ def test_masters_are_the_files_float32_whatever_the_frozen_parts_are_kept_in(pre
         masters = trained_engine(config, family, role, settings, role).weights()
         assert masters.keys() == exact.keys()
         assert all(torch.equal(value, exact[name]) for name, value in masters.items())
+
+
+def test_a_student_lies_aligned_wherever_its_file_had_the_weights() -> None:
+    family = load_parts(load_config().model, ("denoiser",))
+    weights = {}
+    for name, value in family.teacher.state_dict().items():
+        buffer = torch.empty(value.numel() + 1)
+        weights[name] = buffer[1:].view_as(value).copy_(value)
+    student = load_student(family, weights)
+    assert all(value.data_ptr() % 64 == 0 for value in student.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
