@@ -50,8 +50,7 @@ COMMON = (
 class Method:
     """A method of the race.
 
-    steps: generator updates, unless the search sets another number. every: of these, from one checkpoint to the next. tuned: the method
-    whose search it takes.
+    steps: generator updates. every: of these, from one checkpoint to the next. tuned: the method whose search it takes.
     """
 
     preset: str
@@ -78,12 +77,12 @@ START = ("generator.lr=3e-5", "score.lr=1e-4", "matching.guidance_scale=1")
 """First settings of the search, for all methods."""
 
 
-def search(ttur: int) -> tuple[str, ...]:
+def search(method: Method) -> tuple[str, ...]:
     """Changes that tuning tries one after the other. One that lowers the mean Frechet distance of the checkpoints is kept: speed counts.
 
     The last lets the score estimator learn fast before the generator does: its rate rises first, and both fall together.
     """
-    lead = f"score.lr=8e-4 score.warmup={2 * ttur} score.decay={60 * ttur} score.floor=0.1"
+    lead = f"score.lr=8e-4 score.warmup={2 * method.ttur} score.decay={method.steps * method.ttur} score.floor=0.1"
     return ("score.lr=3e-4", "generator.lr=6e-5 score.lr=3e-4", f"generator.lr=6e-5 {lead}")
 
 
@@ -139,7 +138,7 @@ def tune(options: argparse.Namespace, name: str) -> None:
     if file.exists():
         return
     chosen, trials = list(START), []
-    for trial, change in enumerate(("", *search(METHODS[name].ttur))):
+    for trial, change in enumerate(("", *search(METHODS[name]))):
         settings = [f"{key}={value}" for key, value in (by_key(chosen) | by_key(change.split())).items()]
         runs = options.out / f"trial-{name}-{trial}.json"
         rows = record(options, name, TUNING_SEED, settings, runs)
@@ -162,12 +161,11 @@ def record(
     if file.exists():
         rows: list[dict[str, Any]] = json.loads(file.read_text())
         return rows
-    steps = int(by_key(settings).get("steps", method.steps))
-    decay = [f"generator.decay={steps}", "generator.floor=0.1", f"steps={steps}", f"ttur={method.ttur}"]
-    settings_of_run = [f"batch={options.batch}", *COMMON, *method.settings, *settings, *decay, f"seed={seed}"]
+    steps = [f"steps={method.steps}", f"generator.decay={method.steps}", "generator.floor=0.1", f"ttur={method.ttur}"]
+    settings_of_run = [f"batch={options.batch}", *COMMON, *method.settings, *settings, *steps, f"seed={seed}"]
     cost, rows = cost_of_step(Training(settings_of_run, method.preset)), []
     training = Training(settings_of_run, method.preset)
-    for end in range(0, steps + 1, method.every):
+    for end in range(0, method.steps + 1, method.every):
         training.run(max(end - method.every, 0), end)
         (figures,) = [row for row in training.figures(seed, options.samples) if row["name"] != "real images"]
         rows.append({"method": name, "seed": seed, "updates": end, "settings": list(settings)} | figures)

@@ -108,13 +108,18 @@ class MlflowRun:
 
     def _note(self) -> str:
         """The run's description on MLflow's page, as markdown."""
-        import yaml
-
-        config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        config = self._config()
         return (
             f"A few-step student of {config['model']['teacher']} ({config['model']['family']}), started for {config['steps']} steps "
             f"of batch {config['batch']}.\n\nFolder: `{self.folder}`. Resume: `flashdmd train {self.folder / 'config.yaml'}`."
         )
+
+    def _config(self) -> dict[str, Any]:
+        """The run folder's configuration."""
+        import yaml
+
+        config: dict[str, Any] = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        return config
 
     def refuses(self, error: Exception) -> bool:
         if getattr(error, "error_code", None) not in REFUSALS:
@@ -135,11 +140,9 @@ class MlflowRun:
 
     def _log_params(self) -> None:
         """The flattened configuration. MLflow's parameters are fixed once set, so what a resumed run changed becomes a tag."""
-        import yaml
         from mlflow.entities import Param, RunTag
 
-        config = flatten(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
-        values = {mlflow_key(key): _cut(str(value)) for key, value in config.items()}
+        values = {mlflow_key(key): _cut(str(value)) for key, value in flatten(self._config()).items()}
         logged = self.client.get_run(self.run_id).data.params
         self._send("params", [Param(key, value) for key, value in values.items() if key not in logged])
         changed = {key: value for key, value in values.items() if logged.get(key, value) != value}

@@ -1,4 +1,4 @@
-"""Where trained networks start, and a student's weights lie."""
+"""Weights that trained networks start from, and where those of a student lie in memory."""
 
 from __future__ import annotations
 
