@@ -4,6 +4,8 @@
     python benchmarks/race.py run [--methods ...] [--seeds 1 2 3 4 5]  # then the race, with what the search found
     python benchmarks/race.py show                                   # the tables, from what is there; race_page.py draws them
 
+--form sd3 races on the demo's flow teacher with adapters; give it an --out of its own.
+
 All methods have the same networks, data, batch, student steps, averaged weights and held-out evaluation. Each has its own number of
 generator updates. Every run leaves a JSON file with the figures of each checkpoint; what is there is not computed again.
 
@@ -73,17 +75,44 @@ METHODS = {
     "per_batch": Method("demo", 1, 60, 10, ("matching.timestep_per=batch",)),
 }
 PICTURES, PICTURES_SEED = 8, 7
-START = ("generator.lr=3e-5", "score.lr=1e-4", "matching.guidance_scale=1")
-"""First settings of the search, for all methods."""
 
 
-def search(method: Method) -> tuple[str, ...]:
-    """Changes that tuning tries one after the other. One that lowers the mean Frechet distance of the checkpoints is kept: speed counts.
+@dataclass(frozen=True)
+class Form:
+    """What a teacher's form asks of every method, and the first rates of the search."""
 
-    The last lets the score estimator learn fast before the generator does: its rate rises first, and both fall together.
-    """
-    lead = f"score.lr=8e-4 score.warmup={2 * method.ttur} score.decay={method.steps * method.ttur} score.floor=0.1"
-    return ("score.lr=3e-4", "generator.lr=6e-5 score.lr=3e-4", f"generator.lr=6e-5 {lead}")
+    settings: tuple[str, ...]
+    generator_lr: float
+    score_lr: float
+
+    def start(self) -> tuple[str, ...]:
+        """First settings of the search, for all methods."""
+        return f"generator.lr={self.generator_lr:g}", f"score.lr={self.score_lr:g}"
+
+    def search(self, method: Method) -> tuple[str, ...]:
+        """Changes that tuning tries one after the other. One that lowers the mean Frechet distance of the checkpoints is kept.
+
+        So speed counts. The last lets the score estimator learn fast before the generator does: its rate rises first, and both fall
+        together.
+        """
+        generator, score = f"generator.lr={2 * self.generator_lr:g}", f"score.lr={3 * self.score_lr:g}"
+        end = method.steps * method.ttur
+        lead = f"score.lr={8 * self.score_lr:g} score.warmup={2 * method.ttur} score.decay={end} score.floor=0.1"
+        return score, f"{generator} {score}", f"{generator} {lead}"
+
+
+FORMS = {
+    "sdxl": Form(("matching.guidance_scale=1",), 3e-5, 1e-4),
+    "sd3": Form(
+        (
+            *("model.family=sd3", "lora.networks=[generator,score]", "lora.rank=16", "rewards=[{kind: pickscore}]"),
+            *("matching.guidance_scale=1.25", "evaluation.guidance_scale=1.25"),
+        ),
+        1e-4,
+        3e-4,
+    ),
+}
+"""sdxl: all weights are trained. sd3, a flow: adapters, which take higher rates."""
 
 
 def main() -> None:
@@ -107,6 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["dmd2", "dmd2_ttur1", "flash", "flash_ttur2"], choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--samples", type=int, default=500, help="held-out prompts per checkpoint")
+    parser.add_argument("--form", choices=FORMS, default="sdxl", help="of the teacher (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="samples of an update")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "race")
@@ -119,6 +149,7 @@ def in_process(options: argparse.Namespace, task: tuple[str, int]) -> None:
     method, seed = task
     command = [sys.executable, __file__, options.what, "--here", "--methods", method, "--seeds", str(seed)]
     command += ["--samples", str(options.samples), "--batch", str(options.batch), "--out", str(options.out)]
+    command += ["--form", options.form]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
@@ -128,17 +159,18 @@ def here(options: argparse.Namespace) -> None:
         tune(options, name)
         return
     tuned = options.out / f"tuned-{METHODS[name].tuned}.json"
-    chosen = json.loads(tuned.read_text())["chosen"] if tuned.exists() else list(START)
+    chosen = json.loads(tuned.read_text())["chosen"] if tuned.exists() else FORMS[options.form].start()
     record(options, name, seed, chosen, options.out / f"{name}-{seed}.json")
 
 
 def tune(options: argparse.Namespace, name: str) -> None:
-    """Search along `search` from `START`; keeps each change that lowers the mean Frechet distance of the checkpoints."""
+    """Search along `Form.search` from `Form.start`; keeps each change that lowers the mean Frechet distance of the checkpoints."""
     file = options.out / f"tuned-{name}.json"
     if file.exists():
         return
-    chosen, trials = list(START), []
-    for trial, change in enumerate(("", *search(METHODS[name]))):
+    form = FORMS[options.form]
+    chosen, trials = list(form.start()), []
+    for trial, change in enumerate(("", *form.search(METHODS[name]))):
         settings = [f"{key}={value}" for key, value in (by_key(chosen) | by_key(change.split())).items()]
         runs = options.out / f"trial-{name}-{trial}.json"
         rows = record(options, name, TUNING_SEED, settings, runs)
@@ -162,7 +194,8 @@ def record(
         rows: list[dict[str, Any]] = json.loads(file.read_text())
         return rows
     steps = [f"steps={method.steps}", f"generator.decay={method.steps}", "generator.floor=0.1", f"ttur={method.ttur}"]
-    settings_of_run = [f"batch={options.batch}", *COMMON, *method.settings, *settings, *steps, f"seed={seed}"]
+    steps += [f"batch={options.batch}", f"seed={seed}"]
+    settings_of_run = [*COMMON, *FORMS[options.form].settings, *method.settings, *settings, *steps]
     cost, rows = cost_of_step(Training(settings_of_run, method.preset)), []
     training = Training(settings_of_run, method.preset)
     for end in range(0, method.steps + 1, method.every):
