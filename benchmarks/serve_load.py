@@ -73,12 +73,18 @@ class Service:
         self.url = url
 
     def processes(self) -> Iterator[tuple[str, psutil.Process]]:
-        """The service's processes by name: "command" (which answers HTTP), "Generator", "ServeController", and Ray's own as "Ray"."""
+        """The service's processes by name: "command" (which answers HTTP), "Generator", "ServeController", and Ray's own as "Ray".
+
+        A worker that starts has no name of its own yet: "default_worker" or "IDLE".
+        """
         yield "command", self._process
         for process in self._process.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 title = " ".join(process.cmdline())
-                yield next((word for word in ("ServeController", "Generator") if word in title), "Ray"), process
+                yield next((word for word in WORKERS if word in title), "Ray"), process
+
+
+WORKERS = ("ServeController", "Generator", "default_worker", "IDLE")
 
 
 @contextlib.contextmanager

@@ -185,10 +185,11 @@ def report(answers: list[Seen], killer: Killer, memory: Memory) -> None:
         slowest = sorted(max(answer.seconds for answer in answers) for answers in moments if answers)
         more = ", ".join(f"{seconds - median(usual):.2f}" for seconds in slowest)
         print(f"the slowest under way {found} was longer than the median by {more} s (bar for a kill: 1)")
-    start, end = memory.seen[len(memory.seen) // 10], memory.seen[-1]
+    tenth = len(memory.seen) // 10
     for kind in ("command", "Ray"):
-        growth = end[kind] / start[kind] - 1
-        print(f"memory of {kind}: {start[kind]:.0f} -> {end[kind]:.0f} MiB, {100 * growth:+.1f} % (bar: 5)")
+        seen = [each[kind] for each in memory.seen[tenth:]]
+        start, end = median(seen[:tenth]), median(seen[-tenth:])
+        print(f"memory of {kind}: {start:.0f} -> {end:.0f} MiB, {100 * (end / start - 1):+.1f} % (bar: 5)")
 
 
 def main() -> None:
