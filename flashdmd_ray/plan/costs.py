@@ -14,7 +14,7 @@ from flashdmd_ray.plan.specs import Spec, key_of
 from flashdmd_ray.run.messages import one_line
 
 TABLE = Path(__file__).with_name("costs.json")
-"""Spec key -> {"spec", "cost"}: those of the demo, of the published models and of the shipped configurations.
+"""Spec key -> {"spec", "cost"}: those of the presets and of all that `flashdmd config new` writes for published teachers.
 `python benchmarks/plan_costs.py` measured them."""
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import yaml
 from flashdmd_ray.config import Config, validated
 from flashdmd_ray.models.trial_loading import try_loading
 from flashdmd_ray.plan.fit import GIB, check_fit
-from flashdmd_ray.plan.models import models_of
+from flashdmd_ray.plan.models import Models, models_of
 from flashdmd_ray.plan.parts import parts_of_models
 from flashdmd_ray.reference.pages import SCHEMAS
 from flashdmd_ray.run.command_line import run_command
@@ -122,17 +122,27 @@ def _try_loading_teacher(config: Config) -> None:
 def first_that_fits(options: argparse.Namespace, name: str, gpus: int, room: float) -> str:
     """The text of the first configuration of the ladder whose plan fits. room: GiB of one GPU. Raises ValueError when none does."""
     refusal: ValueError | None = None
-    for side, batch, at_once in LADDER:
-        text = "\n".join(_lines(options, name, gpus, room, side, batch, at_once)) + "\n"
-        config = validated(Config, yaml.safe_load(text))
-        models = models_of(config)
+    for text, config, models in ladder(options, name, gpus, room):
         try:
             check_fit(config, models, parts_of_models(config, models))
         except ValueError as error:
             refusal = error
             continue
         return text
-    raise ValueError(f"nothing fits into {room:g} GiB, not even 512 pixels: {refusal}")
+    raise ValueError(f"nothing that this command writes fits into {room:g} GiB: {refusal}")
+
+
+def ladder(options: argparse.Namespace, name: str, gpus: int, room: float) -> Iterator[tuple[str, Config, Models]]:
+    """Texts that may be written, the most demanding first, none above the teacher's own size. Without GPUs the first always fits."""
+    own: tuple[int, int] | None = None
+    for side, batch, at_once in LADDER:
+        if side is not None and own is not None and side >= max(own):
+            continue
+        text = "\n".join(_lines(options, name, gpus, room, side, batch, at_once)) + "\n"
+        config = validated(Config, yaml.safe_load(text))
+        models = models_of(config)
+        own = own or models.image
+        yield text, config, models
 
 
 def _lines(

@@ -9,9 +9,13 @@ from diffusers import StableDiffusionXLPipeline
 
 from flashdmd_ray.__main__ import main
 from flashdmd_ray.config import PRESETS, Config, load_config
+from flashdmd_ray.plan.costs import table
+from flashdmd_ray.plan.models import models_of
+from flashdmd_ray.plan.specs import all_of, key_of
 from flashdmd_ray.reference.pages import SCHEMAS, files, schema
 from flashdmd_ray.reference.settings import JOBS, settings_of
 from flashdmd_ray.reward_training.config import RewardTrainingConfig
+from tests.pages import ROOT
 from tests.tiny import save_sdxl, write_single_file
 
 
@@ -97,3 +101,18 @@ def test_a_new_configuration_fits_the_gpus_it_is_written_for(family, gpus, memor
     assert config.placement.learner.workers == ranks
     assert config.adversarial.space == "pixel"
     assert config.placement.learner.gpu_memory_gib == memory - 0.5
+
+
+def test_every_preset_and_all_that_is_written_anew_is_planned_from_the_table_of_costs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from plan_costs import shipped
+
+    configurations = dict(shipped())
+    assert not any("sd15" in name and "768" in name for name in configurations), "above the teacher's own 512 pixels"
+    missing = [
+        f"{name}: {spec['kind']}"
+        for name, config in configurations.items()
+        for spec in all_of(config, models_of(config))
+        if key_of(spec) not in table()
+    ]
+    assert missing == [], "run `python benchmarks/plan_costs.py`"
