@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from flashdmd_ray.config import Config, DataConfig
-from flashdmd_ray.data.datasets import accepted_index, image_format, named_datasets
+from flashdmd_ray.data.datasets import accepted_index, image_format, named_datasets, refuse_missing_captions
 from flashdmd_ray.data.image_reader import BatchReader, ImageReader
 from flashdmd_ray.data.image_source import ImageSource
 from flashdmd_ray.data.index import Index
@@ -40,7 +40,8 @@ def open_reals(config: Config, family: Family) -> ImageSource:
     Raises ValueError when they were made for another model, resolution or data set, or captions are missing that the role reads.
     """
     source = build_images(config.data, config.seed)
-    _check_captions(config, source)
+    if isinstance(images := getattr(source, "images", None), ImageReader):
+        refuse_missing_captions(config, images.index)
     if config.data.latents is None:
         return source
     from flashdmd_ray.data.file_source import FileSource
@@ -49,17 +50,6 @@ def open_reals(config: Config, family: Family) -> ImageSource:
     assert isinstance(source, FileSource), "the configuration refuses latents of the demo source"
     source.stored = open_latents(config.data.latents, family, config.model, source.images.index.content)
     return source
-
-
-def _check_captions(config: Config, source: ImageSource) -> None:
-    """Raises ValueError where a discriminator reads captions that images lack: it would tell real images by the missing text."""
-    reads = "adversarial.space 'latent'" if config.adversarial.space == "latent" else "adversarial.prompt_projection"
-    if config.adversarial.space == "latent" or config.adversarial.prompt_projection:
-        index = getattr(getattr(source, "images", None), "index", None)
-        if index is not None and (missing := int((index.caption_lengths() == 0).sum())):
-            raise ValueError(
-                f"data.source: {missing:,} of {len(index):,} images have no caption, which {reads} needs; add captions, or switch it off"
-            )
 
 
 def open_image_reader(config: DataConfig, seed: int) -> ImageReader:

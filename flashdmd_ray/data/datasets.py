@@ -46,7 +46,7 @@ def data_faults(config: Config) -> list[str]:
     """
     data = config.data
     checks: list[Callable[[], object]] = [
-        partial(_refuse_unusable, data, key) for key in KEYS if _is_in_files(data, key)
+        partial(_refuse_unusable, config, key) for key in KEYS if _is_in_files(data, key)
     ]
     checks += [partial(check_stored, config, what) for what in ("embeddings", "latents")]
     if config.evaluation.prompts is not None:
@@ -60,18 +60,48 @@ def data_faults(config: Config) -> list[str]:
     return faults
 
 
-def _refuse_unusable(config: DataConfig, key: str) -> None:
-    """Raises ValueError for a data set without any sample, or with too many bad ones if it is indexed. A hub's is left to the run."""
-    format = _format(config, key)
+def _refuse_unusable(config: Config, key: str) -> None:
+    """Raises ValueError for a data set that a run would refuse: without any sample, with too many bad ones, or images without captions.
+
+    One that is not indexed is read up to its first sample. A hub's is left to the run.
+    """
+    data = config.data
+    format = _format(data, key)
     if isinstance(format, HubImages):
         return
-    if is_indexed(format, cache_folder(config)):
-        accepted_index(config, key, format)
-    elif not any(isinstance(entry, Sample) for piece in range(format.pieces()) for entry in format.scan(piece)):
+    if is_indexed(format, cache_folder(data)):
+        index = accepted_index(data, key, format)
+        if key == "source":
+            refuse_missing_captions(config, index)
+        return
+    samples = (entry for piece in range(format.pieces()) for entry in format.scan(piece) if isinstance(entry, Sample))
+    first = next(samples, None)
+    if first is None:
         tally = Tally.merged(tally for _, tally in scan_here(format))
         raise ValueError(
-            f"data.{key}: {getattr(config, key)} holds no usable sample ({tally.summary()}); name another, or mend it"
+            f"data.{key}: {getattr(data, key)} holds no usable sample ({tally.summary()}); name another, or mend it"
         )
+    if not first.caption and _reads_captions(config):
+        raise ValueError(f"data.source: {first.key} has no caption; {_captions_needed(config)}")
+
+
+def refuse_missing_captions(config: Config, index: Index) -> None:
+    """Raises ValueError where a discriminator reads captions that images lack: it would tell real images by the missing text."""
+    missing = int((index.caption_lengths() == 0).sum())
+    if missing and _reads_captions(config):
+        raise ValueError(
+            f"data.source: {missing:,} of {len(index):,} images have no caption; {_captions_needed(config)}"
+        )
+
+
+def _reads_captions(config: Config) -> bool:
+    return config.adversarial.space == "latent" or config.adversarial.prompt_projection
+
+
+def _captions_needed(config: Config) -> str:
+    if config.adversarial.space == "latent":
+        return "add captions (docs/data.md), or set adversarial.space to pixel, which reads none and needs Segment Anything"
+    return "add captions (docs/data.md), or switch adversarial.prompt_projection off, which reads them"
 
 
 def check_prompts(key: str, path: str, allowed: float, limit: str = "data.max_bad_fraction") -> None:

@@ -93,7 +93,9 @@ def open_index(format: TextFormat, cache: Path, scan_all: ScanAll = scan_here) -
         _write(path, scan_all(format))
     index = _read(path)
     if not len(index):
-        raise ValueError(f"no usable sample in this {format.kind}: {index.tally.summary()}")
+        raise ValueError(
+            f"no usable sample in this {format.kind}: {index.tally.summary()}; docs/data.md says where images and captions are looked for"
+        )
     return index
 
 

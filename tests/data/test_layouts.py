@@ -223,7 +223,9 @@ def test_images_without_captions_where_prompts_are_others(tmp_path):
     ]
     config = load_config(None, settings)
     assert len(build_images(config.data, 0)) == 4
-    with pytest.raises(ValueError, match=r"3 of 4 images have no caption, which adversarial\.prompt_projection needs"):
+    with pytest.raises(
+        ValueError, match=r"3 of 4 images have no caption; add captions .*adversarial\.prompt_projection"
+    ):
         open_reals(load_config(None, [*settings, "adversarial.prompt_projection=true"]), None)
 
 

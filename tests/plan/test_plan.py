@@ -8,6 +8,7 @@ import socket
 
 import pytest
 import torch
+from PIL import Image
 
 from flashdmd_ray import plan
 from flashdmd_ray.config import parse_config
@@ -162,6 +163,10 @@ ABSENT = {
     ),
     "grid's prompts": ({"evaluation": {"prompts": "/no/where.txt"}}, "evaluation.prompts: no such file"),
     "no grid's prompts": ({"evaluation": {"prompts": "empty.txt"}}, "evaluation.prompts: empty.txt holds no prompt"),
+    "no captions": (
+        {"data": {"source": "bare", "prompts": "good.txt"}, "adversarial": {"prompt_projection": True}},
+        "data.source: a.png has no caption; add captions (docs/data.md), or switch adversarial.prompt_projection off",
+    ),
     "bad ones": (
         {"evaluation": {"prompts": "bad.jsonl"}},
         "evaluation.prompts bad.jsonl: 1 of 3 samples are bad (33.3%",
@@ -172,6 +177,9 @@ ABSENT = {
 @pytest.mark.parametrize("what", ABSENT)
 def test_the_dry_run_and_the_start_refuse_the_same_data(what, settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    Image.new("RGB", (24, 24)).save(tmp_path / "bare" / "a.png")
+    (tmp_path / "good.txt").write_text("a cat\n")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "rows.jsonl").write_text('{"title": "a"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n')
