@@ -11,20 +11,22 @@ import pytest
 import ray
 import requests
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from PIL import Image
 from ray import serve
 from safetensors.torch import load_file
 
 from flashdmd_ray.__main__ import main
+from flashdmd_ray.checkpoint import latest_checkpoint, load_tensors
 from flashdmd_ray.config import load_config
 from flashdmd_ray.results.export_facts import SINGLE_FILE
+from flashdmd_ray.run.metrics_log import read_metrics
 from tests.models.rewards.small_rewards import write_clip
 from tests.pages import ROOT, blocks, flashdmd
 from tests.serving.exports import export_demo
 from tests.serving.test_command import outside_ray
 from tests.serving.test_service import free_port
-from tests.tiny import save_sam, save_sdxl
+from tests.tiny import save_sam, save_sd3, save_sdxl
 
 PAGE = ROOT / "docs" / "own_model.md"
 COMMANDS = [command for block in blocks(PAGE) for command in block.commands]
@@ -44,18 +46,23 @@ def page_commands(name):
     return [words for command in COMMANDS if (words := flashdmd(command)) and words[0] == name]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A user's folder: a small random teacher, SAM and reward, photographs with captions, and prompts."""
-    home = tmp_path_factory.mktemp("home")
-    save_sdxl(home / "models" / "my_sdxl")
-    save_sam(home / "models" / "sam_vit_b_01ec64.pth")
+def write_home(home):
+    """A user's folder: a small reward, photographs with captions, and prompts."""
     write_clip(home / "models" / "pickscore")
     (home / "photos").mkdir()
     for number in range(4):
         Image.effect_noise((64, 64), 50).convert("RGB").save(home / "photos" / f"{number}.jpg")
         (home / "photos" / f"{number}.txt").write_text(f"photograph {number}")
     (home / "prompts.txt").write_text("a cat\na dog\na lighthouse at dusk\n")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A user's folder with a small random teacher and SAM."""
+    home = tmp_path_factory.mktemp("home")
+    save_sdxl(home / "models" / "my_sdxl")
+    save_sam(home / "models" / "sam_vit_b_01ec64.pth")
+    write_home(home)
     return home
 
 
@@ -78,6 +85,23 @@ def run(home):
             assert main([*training, *settings, *SMALL, *given]) == 0
     assert load_config(home / "my_sdxl.yaml").model.teacher == "models/my_sdxl"
     return home / "runs" / "my_sdxl"
+
+
+def test_without_segment_anything_the_discriminator_reads_latents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_home(tmp_path)
+    save_sd3(tmp_path / "teacher")
+    photos = str(tmp_path / "photos")  # a process keeps the data set that it has opened under a name
+    assert main(["config", "new", "sd3", "--images", photos, "--teacher", "teacher", "--gpus", "0"]) == 0
+    assert main(["train", "my_sd3.yaml", "--set", *SMALL, "ttur=2", "evaluation.samples=0"]) == 0
+    run = tmp_path / "runs" / "my_sd3"
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert (last["step"], last["count/score_updates"]) == (2, 4)
+    assert 0 < last["discriminator/loss"] < 5
+    adapter = load_tensors(latest_checkpoint(run / "checkpoints") / "generator.safetensors")
+    assert any("lora_B" in name and weight.any() for name, weight in adapter.items()), "both start at nothing"
+    no_t5 = {"text_encoder_3": None, "tokenizer_3": None}
+    StableDiffusion3Pipeline.from_pretrained(run / "export", use_safetensors=True, **no_t5)
 
 
 def test_the_pages_exports_are_written(run, monkeypatch):

@@ -150,23 +150,6 @@ def test_interrupted_and_resumed_equals_never_stopped(root, finished, monkeypatc
     assert [repeatable(record) for record in one] == [repeatable(record) for record in two]
 
 
-def test_the_dmd2_preset_runs_on_the_same_driver(root):
-    config = small(
-        root,
-        "dmd2",
-        steps=2,
-        ttur=2,
-        matching={"timestep_split": "shared"},
-        score={"ema": 1.0},
-        adversarial={"space": "latent", "loss": "non_saturating", "weight": 5e-3},
-        preference={"updates": 0},
-    )
-    assert job.run_job(config) == 0
-    last = read_metrics(root / "dmd2" / "metrics.jsonl")[-1]
-    assert last["count/score_updates"] == 4
-    assert 0 < last["discriminator/loss"] < 5
-
-
 @pytest.mark.parametrize("timesteps", [(999,), tuple(range(999, 0, -125))])
 def test_one_and_eight_steps_train(root, timesteps):
     preference = {"updates": 1 if len(timesteps) > 1 else 0, "batch": 2}
