@@ -21,6 +21,7 @@ from flashdmd_ray.plan.parts import parts_of_models
 from flashdmd_ray.reference.pages import SCHEMAS
 from flashdmd_ray.run.command_line import run_command
 from flashdmd_ray.run.files import write_atomically
+from flashdmd_ray.run.progress import still
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def _write(options: argparse.Namespace) -> int:
     if gpus < 0:
         raise ValueError(f"--gpus {gpus}: must not be negative")
     memory = options.gpu_memory or (min(here) if here else 24.0)
-    text = first_that_fits(options, out.stem, gpus, round(memory - 0.5, 1))
-    _try_loading_teacher(validated(Config, yaml.safe_load(text)))
+    with still(lambda text: print(text, flush=True), lambda: "still planning and looking at the teacher"):
+        text = first_that_fits(options, out.stem, gpus, round(memory - 0.5, 1))
+        _try_loading_teacher(validated(Config, yaml.safe_load(text)))
     write_atomically(out, text)
     if options.sam is None:
         print(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 from flashdmd_ray.config import Config
+from flashdmd_ray.run.progress import still
 from flashdmd_ray.runtime.environment import limit_threads, on_gpu, use_loopback
 from flashdmd_ray.runtime.local import LocalRuntime
 from flashdmd_ray.runtime.placement import REWARDS, WorkerGroup, create_roles, rewards_of
@@ -109,5 +110,6 @@ def _build_local(config: Config, groups: Sequence[WorkerGroup], say: Callable[[s
     if any(placed.gpus for placed in config.placement.groups()):
         on_gpu()
     (group,) = groups
-    roles = create_roles(group, rank=0, world_size=1)
+    with still(say, lambda: "still loading models"):
+        roles = create_roles(group, rank=0, world_size=1)
     return LocalRuntime(roles, rewards_of(roles))

@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config, gpus = use_gpus(load_config(options.config, options.set))
-        config = fit_micro_batches(config)
+        with still(_say, lambda: "still planning"):
+            config = fit_micro_batches(config)
         if gpus:
             print(gpus, flush=True)
         if options.dry_run:
@@ -48,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(config: Config, gpu: str | None) -> int:
     """Print the plan; what keeps it from being run is refused behind it."""
     run, parts, missing = preview(config)
-    for section in sections(config, run, parts, gpu_of(config, gpu)):
-        print(f"{section}\n", flush=True)
+    with still(_say, lambda: "still planning"):
+        for section in sections(config, run, parts, gpu_of(config, gpu)):
+            print(f"{section}\n", flush=True)
     _print_settings(config)
     if missing:
         raise ValueError("\n".join(missing))
@@ -60,9 +62,13 @@ def _print_settings(config: Config) -> None:
     print(f"settings that differ from the defaults\n{indent(dump_changes(config), '  ')}", flush=True)
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
 def _train(config: Config, run: RunDirectory) -> int:
     print(f"{run.path}: {'opening' if run.exists else 'new run'}, loading libraries and models", flush=True)
-    with still(lambda text: print(text, flush=True), lambda: "still loading libraries"):
+    with still(_say, lambda: "still loading libraries"):
         from flashdmd_ray.training.job import run_job
 
     return run_job(config)

@@ -52,7 +52,7 @@ class TrainingRun:
             Counters(config),
             MetricsRecorder(config, tracker, data_counts),
             BetaCheck(config.preference.beta),
-            SampleGrids(config, directory, grid, tracker),
+            SampleGrids(config, directory, grid, tracker, progress.say),
         ]
         self.checkpoints = Checkpoints(config, directory, runtime, followers, self.watch.monitor, stop)
         self.observers = [*followers, self.checkpoints]
