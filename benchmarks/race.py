@@ -52,67 +52,68 @@ COMMON = (
 class Method:
     """A method of the race.
 
-    steps: generator updates. every: of these, from one checkpoint to the next. tuned: the method whose search it takes.
+    updates: of the generator, unless --updates says otherwise. tuned: the method whose search it takes.
     """
 
     preset: str
     ttur: int
-    steps: int
-    every: int
+    updates: int
     settings: tuple[str, ...] = ()
     tuned: str = "flash"
 
 
 METHODS = {
-    "dmd2": Method("demo_dmd2", 5, 60, 5, tuned="dmd2"),
-    "dmd2_ttur1": Method("demo_dmd2", 1, 60, 10, tuned="dmd2_ttur1"),
-    "flash": Method("demo", 1, 60, 10),
-    "flash_ttur2": Method("demo", 2, 60, 10, tuned="flash_ttur2"),
-    "no_split": Method("demo", 1, 60, 10, ("matching.timestep_split=shared",)),
-    "no_gan": Method("demo", 1, 60, 10, ("adversarial.balance=null", "adversarial.weight=0")),
-    "latent_gan": Method("demo", 1, 60, 10, ("adversarial.space=latent", "score.ema=1")),
-    "no_coupling": Method("demo", 1, 60, 10, ("score.ema=1",)),
-    "per_batch": Method("demo", 1, 60, 10, ("matching.timestep_per=batch",)),
+    "dmd2": Method("demo_dmd2", 5, 60, tuned="dmd2"),
+    "dmd2_ttur1": Method("demo_dmd2", 1, 60, tuned="dmd2_ttur1"),
+    "flash": Method("demo", 1, 60),
+    "flash_ttur2": Method("demo", 2, 60, tuned="flash_ttur2"),
+    "no_split": Method("demo", 1, 60, ("matching.timestep_split=shared",)),
+    "no_gan": Method("demo", 1, 60, ("adversarial.balance=null", "adversarial.weight=0")),
+    "latent_gan": Method("demo", 1, 60, ("adversarial.space=latent", "score.ema=1")),
+    "no_coupling": Method("demo", 1, 60, ("score.ema=1",)),
+    "per_batch": Method("demo", 1, 60, ("matching.timestep_per=batch",)),
 }
 PICTURES, PICTURES_SEED = 8, 7
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a teacher's form asks of every method, and the first rates of the search."""
+    """What a teacher's form asks of every method.
+
+    start: the search's first settings. changes: what it tries on top of the best so far, one after the other; {first} stands for two
+    updates of the generator and {end} for all, both counted in updates of the score estimator.
+    """
 
     settings: tuple[str, ...]
-    generator_lr: float
-    score_lr: float
-
-    def start(self) -> tuple[str, ...]:
-        """First settings of the search, for all methods."""
-        return f"generator.lr={self.generator_lr:g}", f"score.lr={self.score_lr:g}"
-
-    def search(self, method: Method) -> tuple[str, ...]:
-        """Changes that tuning tries one after the other. One that lowers the mean Frechet distance of the checkpoints is kept.
-
-        So speed counts. The last lets the score estimator learn fast before the generator does: its rate rises first, and both fall
-        together.
-        """
-        generator, score = f"generator.lr={2 * self.generator_lr:g}", f"score.lr={3 * self.score_lr:g}"
-        end = method.steps * method.ttur
-        lead = f"score.lr={8 * self.score_lr:g} score.warmup={2 * method.ttur} score.decay={end} score.floor=0.1"
-        return score, f"{generator} {score}", f"{generator} {lead}"
+    start: tuple[str, ...]
+    changes: tuple[str, ...]
 
 
 FORMS = {
-    "sdxl": Form(("matching.guidance_scale=1",), 3e-5, 1e-4),
+    "sdxl": Form(
+        ("matching.guidance_scale=1",),
+        ("generator.lr=3e-5", "score.lr=1e-4"),
+        (
+            "score.lr=3e-4",
+            "generator.lr=6e-5 score.lr=3e-4",
+            "generator.lr=6e-5 score.lr=8e-4 score.warmup={first} score.decay={end} score.floor=0.1",
+        ),
+    ),
     "sd3": Form(
         (
             *("model.family=sd3", "lora.networks=[generator,score]", "lora.rank=16", "rewards=[{kind: pickscore}]"),
             *("matching.guidance_scale=1.25", "evaluation.guidance_scale=1.25"),
         ),
-        1e-4,
-        3e-4,
+        ("generator.lr=6e-4", "score.lr=3e-3"),
+        (
+            "generator.lr=1.5e-3 score.lr=6e-3",
+            "generator.lr=3e-3 score.lr=6e-3",
+            "generator.lr=1.5e-3 generator.warmup=40 score.lr=6e-3 score.warmup={first}",
+        ),
     ),
 }
-"""sdxl: all weights are trained. sd3, a flow: adapters, which take higher rates."""
+"""sdxl: all weights are trained. sd3, a flow: adapters, which take higher rates. The last change of each lets the score estimator learn
+before the generator does."""
 
 
 def main() -> None:
@@ -138,6 +139,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=500, help="held-out prompts per checkpoint")
     parser.add_argument("--form", choices=FORMS, default="sdxl", help="of the teacher (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="samples of an update")
+    parser.add_argument("--updates", type=int, help="of the generator (default: the method's)")
+    parser.add_argument("--every", type=int, default=10, help="updates from one checkpoint to the next")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "race")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
@@ -149,7 +152,9 @@ def in_process(options: argparse.Namespace, task: tuple[str, int]) -> None:
     method, seed = task
     command = [sys.executable, __file__, options.what, "--here", "--methods", method, "--seeds", str(seed)]
     command += ["--samples", str(options.samples), "--batch", str(options.batch), "--out", str(options.out)]
-    command += ["--form", options.form]
+    command += ["--form", options.form, "--every", str(options.every)]
+    if options.updates:
+        command += ["--updates", str(options.updates)]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
@@ -159,19 +164,21 @@ def here(options: argparse.Namespace) -> None:
         tune(options, name)
         return
     tuned = options.out / f"tuned-{METHODS[name].tuned}.json"
-    chosen = json.loads(tuned.read_text())["chosen"] if tuned.exists() else FORMS[options.form].start()
+    chosen = json.loads(tuned.read_text())["chosen"] if tuned.exists() else FORMS[options.form].start
     record(options, name, seed, chosen, options.out / f"{name}-{seed}.json")
 
 
 def tune(options: argparse.Namespace, name: str) -> None:
-    """Search along `Form.search` from `Form.start`; keeps each change that lowers the mean Frechet distance of the checkpoints."""
+    """Keep each change of the form's search that lowers the mean Frechet distance of the checkpoints, so speed counts."""
     file = options.out / f"tuned-{name}.json"
     if file.exists():
         return
-    form = FORMS[options.form]
-    chosen, trials = list(form.start()), []
-    for trial, change in enumerate(("", *form.search(METHODS[name]))):
-        settings = [f"{key}={value}" for key, value in (by_key(chosen) | by_key(change.split())).items()]
+    form, method = FORMS[options.form], METHODS[name]
+    scale = {"first": 2 * method.ttur, "end": (options.updates or method.updates) * method.ttur}
+    chosen, trials = list(form.start), []
+    for trial, change in enumerate(("", *form.changes)):
+        changed = by_key(change.format(**scale).split())
+        settings = [f"{key}={value}" for key, value in (by_key(chosen) | changed).items()]
         runs = options.out / f"trial-{name}-{trial}.json"
         rows = record(options, name, TUNING_SEED, settings, runs)
         trials.append({"settings": settings, "frechet": statistics.mean(row["frechet"] for row in rows)})
@@ -193,19 +200,23 @@ def record(
     if file.exists():
         rows: list[dict[str, Any]] = json.loads(file.read_text())
         return rows
-    steps = [f"steps={method.steps}", f"generator.decay={method.steps}", "generator.floor=0.1", f"ttur={method.ttur}"]
+    updates = options.updates or method.updates
+    steps = [f"steps={updates}", f"generator.decay={updates}", "generator.floor=0.1", f"ttur={method.ttur}"]
     steps += [f"batch={options.batch}", f"seed={seed}"]
     settings_of_run = [*COMMON, *FORMS[options.form].settings, *method.settings, *settings, *steps]
     cost, rows = cost_of_step(Training(settings_of_run, method.preset)), []
     training = Training(settings_of_run, method.preset)
-    for end in range(0, method.steps + 1, method.every):
-        training.run(max(end - method.every, 0), end)
+    done = 0
+    for end in [*range(0, updates, options.every), updates]:
+        training.run(done, end)
+        done = end
         (figures,) = [row for row in training.figures(seed, options.samples) if row["name"] != "real images"]
-        rows.append({"method": name, "seed": seed, "updates": end, "settings": list(settings)} | figures)
-        rows[-1] |= {key: end * value for key, value in cost.items()}
+        row = {"method": name, "seed": seed, "updates": end, "settings": list(settings)} | figures
+        row |= {key: end * value for key, value in cost.items()}
+        rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
         print(f"{name} {seed} at {end}: {figures}", flush=True)
     draw(training, file.with_suffix(".safetensors"))
-    file.write_text(json.dumps(rows, indent=1) + "\n")
+    file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     return rows
 
 
