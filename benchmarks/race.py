@@ -241,12 +241,12 @@ def cost_of_step(training: Training) -> dict[str, float]:
     """Samples that a step generates, and its operations in forwards of the teacher's network for one image. Makes the first steps."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from flashdmd_ray.roles.image_sampling import SampleNoise, teacher_sampler
+    from flashdmd_ray.roles.networks import x0_predictor
 
     config, family = training.config, training.runtime.generator.family
-    conditioning = family.encode(["one prompt"])
+    teacher = x0_predictor(family.teacher, family.schedule, family.encode(["one prompt"]))
     with FlopCounterMode(display=False) as forward:
-        teacher_sampler(family, 1, 1.0).sample(conditioning, SampleNoise([0], family.latent_shape, 0, family.device))
+        teacher(torch.zeros(1, *family.latent_shape), torch.tensor([500]))
     with FlopCounterMode(display=False) as steps:
         training.run(0, COUNTED_STEPS)
     forwards = steps.get_total_flops() / forward.get_total_flops() / COUNTED_STEPS
