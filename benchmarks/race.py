@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from joint_training import Training, interval
+from joint_training import FIGURES, Training, interval
 from safetensors.torch import save_file
 
 from flashdmd_ray.results.page import as_markdown
@@ -211,10 +211,11 @@ def record(
         training.run(done, end)
         done = end
         (figures,) = [row for row in training.figures(seed, options.samples) if row["name"] != "real images"]
-        row = {"method": name, "seed": seed, "updates": end, "settings": list(settings)} | figures
-        row |= {key: end * value for key, value in cost.items()}
-        rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
-        print(f"{name} {seed} at {end}: {figures}", flush=True)
+        spent = {key: end * value for key, value in cost.items()}
+        measured: dict[str, Any] = {key: figures[key] for key in FIGURES} | spent
+        rows.append({"method": name, "seed": seed, "updates": end, "settings": list(settings)})
+        rows[-1] |= {key: round(value, 4) for key, value in measured.items()}
+        print(f"{name}, seed {seed}, {end} updates: Frechet distance {figures['frechet']:.1f}", flush=True)
     draw(training, file.with_suffix(".safetensors"))
     file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     return rows
