@@ -15,7 +15,7 @@ class EvaluationConfig(Section):
     the demo source; for other data its own prompts in the order of a stream of its own, which are prompts of training."""
     samples: Count = 500
     """Samples per row of the final table, and real images they are compared with; from 2, or 0 for no table. Prompts are used again, with
-    other noise, when there are fewer."""
+    other noise, when there are fewer. A Frechet distance needs more of them than it has features: 64 in the demo, 1,024 of PickScore."""
     batch: PositiveInt = 8
     """Images drawn, decoded and judged at a time, on each learner rank and in the final report."""
     teacher_steps: PositiveInt = 25

@@ -117,8 +117,8 @@ class _Evaluation:
         self.repeated = [t for t in self.texts[:DIVERSITY_PROMPTS] for _ in range(DIVERSITY_NOISES) if measured]
         features = [self._features(images) for images in reference.reals] if measured else []
         self.reals = torch.cat(features) if features else None
-        if self.reals is not None and len(self.texts) < 2 * self.reals.shape[1]:
-            say(f"Frechet distances of {len(self.texts)} samples in {self.reals.shape[1]} dimensions are mostly noise")
+        if self.reals is not None and len(self.texts) <= self.reals.shape[1]:
+            say(f"no Frechet distance: it needs evaluation.samples above {self.reals.shape[1]}, the number of features")
 
     @torch.no_grad()
     def row(self, sampler: Sampler) -> Row:
@@ -178,7 +178,7 @@ class _Evaluation:
             name,
             nfe,
             len(self.texts),
-            None if self.reals is None else frechet_distance(self.reals, columns["features"]),
+            None if self.reals is None else fid(columns["features"], self.reals),
             columns["correct"].mean().item() if "correct" in columns else None,
             {label: values.mean().item() for label, values in rewards.items()},
             diversity,
@@ -216,6 +216,13 @@ def mean_pairwise_distance(features: Tensor) -> float:
     count = features.shape[1]
     distances = torch.cdist(features.double(), features.double(), compute_mode="donot_use_mm_for_euclid_dist")
     return (distances.sum(dim=(1, 2)) / (count * (count - 1))).mean().item()
+
+
+def fid(features: Tensor, reals: Tensor) -> float | None:
+    """Frechet distance; None unless there are more samples than features: else their covariance has no full rank."""
+    if min(len(features), len(reals)) <= features.shape[1]:
+        return None
+    return frechet_distance(features, reals)
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:

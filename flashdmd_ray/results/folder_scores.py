@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from flashdmd_ray.results.evaluation import frechet_distance, mean_pairwise_distance, wins
+from flashdmd_ray.results.evaluation import fid, mean_pairwise_distance, wins
 
 RESAMPLES = 2000
 KID_SUBSETS, KID_SIZE = 100, 1000
@@ -74,13 +74,6 @@ def distances(
             found["patch FID"] = fid(mine["patches"], theirs["patches"])
         found["KID x 1000"] = kid(mine["features"], theirs["features"])
     return found
-
-
-def fid(features: Tensor, reals: Tensor) -> float | None:
-    """Frechet distance; None for fewer samples than features: their covariance has no full rank."""
-    if min(len(features), len(reals)) <= features.shape[1]:
-        return None
-    return frechet_distance(features, reals)
 
 
 def kid(features: Tensor, reals: Tensor) -> float | None:

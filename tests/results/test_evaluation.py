@@ -138,7 +138,7 @@ def test_samples_depend_on_seed_and_position_and_not_on_the_batch(tmp_path):
 def test_the_table_tells_a_perfect_sampler_from_a_useless_one():
     """With the shipped judge, reward and autoencoder: one sampler knows the real images, the other draws grey noise."""
     family = SDXL.from_pretrained(str(weights_path("teacher")))
-    held_out, count = demo_held_out(32, 0), 32
+    held_out, count = demo_held_out(80, 0), 80
     latents = family.encode_images(held_out.twins)
     known = {row.numpy().tobytes(): x for row, x in zip(family.encode(held_out.texts).pooled, latents, strict=True)}
 
@@ -157,12 +157,11 @@ def test_the_table_tells_a_perfect_sampler_from_a_useless_one():
     assert perfect.accuracy >= 0.9
     assert useless.accuracy <= 0.1
     assert perfect.frechet == pytest.approx(real.frechet, rel=0.5)
-    assert useless.frechet > 2 * real.frechet, "32 samples alone put real images far from each other"
+    assert useless.frechet > 2 * real.frechet, "so few samples alone put real images far from each other"
     assert perfect.rewards["pickscore"] > useless.rewards["pickscore"]
     assert perfect.diversity == pytest.approx(0, abs=1e-6), "the same image again and again"
     assert real.diversity > 0
-    assert said[0] == "Frechet distances of 32 samples in 64 dimensions are mostly noise"
-    assert [line.split(":")[0] for line in said[1:]] == ["perfect", "useless"]
+    assert [line.split(":")[0] for line in said] == ["perfect", "useless"]
 
 
 def test_teacher_sampler_counts_the_forwards_of_guidance(tmp_path):

@@ -24,9 +24,9 @@ from flashdmd_ray.data.executor import in_threads
 from flashdmd_ray.models.sd3 import SD3
 from flashdmd_ray.models.sdxl import SDXL
 from flashdmd_ray.results.drawing import Drawing, Order, draw
-from flashdmd_ray.results.evaluation import frechet_distance
+from flashdmd_ray.results.evaluation import fid, frechet_distance
 from flashdmd_ray.results.export import export_pipeline
-from flashdmd_ray.results.folder_scores import bootstrap_mean, cmmd, diversity, fid, kid, paired
+from flashdmd_ray.results.folder_scores import bootstrap_mean, cmmd, diversity, kid, paired
 from flashdmd_ray.results.judging import Images, InceptionJudge, LpipsJudge, RewardJudge, judged
 from flashdmd_ray.roles.image_sampling import seed_of
 from flashdmd_ray.runtime.data_stream import on_ray
