@@ -38,12 +38,9 @@ def on_gpus(settings: ServeSettings) -> ServeSettings:
 
 
 def build_replicas(settings: ServeSettings) -> Application:
-    """Build the replicas alone, for a process that answers HTTP itself, as flashdmd serve does.
-
-    A model that cannot be loaded ends the start at once, without further attempts.
-    """
+    """Build the replicas alone, for a process that answers HTTP itself, as flashdmd serve does."""
     settings = on_gpus(settings)
-    return _replicas(settings).options(max_constructor_retry_count=1).bind(settings)
+    return _replicas(settings).bind(settings)
 
 
 def api_over(generator: DeploymentHandle, settings: ServeSettings) -> Starlette:

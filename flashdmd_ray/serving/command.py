@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,16 @@ from flashdmd_ray.serving.model_sources import open_source
 from flashdmd_ray.serving.settings import ServeSettings, parse_settings
 
 if TYPE_CHECKING:
+    from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
+
     from flashdmd_ray.runtime.cluster import Cluster
 
 APPLICATION = "flashdmd_ray"
 SERVE_LOGS = {"enable_access_log": False}
 """Log settings of Serve. Requests have a line of ours in the log; its own would be a second one."""
+START_LOOK_S = 0.2
+"""Between two looks at replicas that start."""
 LOOK_S = 1.0
 """Between two looks at the private Ray: without it no replica is replaced, and later none answers."""
 CONTROLLER_LOGS = {"log_level": "CRITICAL"}
@@ -151,12 +157,7 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
         serve.start(proxy_location="Disabled", logging_config=SERVE_LOGS | CONTROLLER_LOGS)
         if not cluster.private:
             ends.callback(_withdraw)
-        try:
-            generator = serve.run(
-                build_replicas(settings), name=APPLICATION, route_prefix=None, logging_config=SERVE_LOGS
-            )
-        except RuntimeError as error:
-            raise ValueError(_reason(str(error) + _messages(serve.status()))) from None
+        generator = start_replicas(build_replicas(settings))
         stop = until_stopped()
         bounds = default_bounds(settings.limits.connections, settings.limits.connections_per_address)
         with running_server(api_over(generator, settings), listener, stop, settings.replica.drain_s, bounds):
@@ -164,6 +165,23 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
             wait_while_alive(stop, cluster)
             print("stopping: requests that are here are finished", flush=True)
     return 0
+
+
+def start_replicas(replicas: Application) -> DeploymentHandle:
+    """Deploy the replicas and wait until all are up. Raises ValueError with the reason of the first that cannot start.
+
+    Serve would try again, which helps against a process that was lost and not against a model that cannot be loaded.
+    """
+    from ray import serve
+
+    target = serve.RunTarget(replicas, name=APPLICATION, route_prefix=None, logging_config=SERVE_LOGS)
+    (generator,) = serve.run_many([target], wait_for_applications_running=False)
+    while (application := serve.status().applications[APPLICATION]).status != "RUNNING":
+        said = "\n".join([application.message, *(one.message for one in application.deployments.values())])
+        if application.status == "DEPLOY_FAILED" or "failed to start" in said:
+            raise ValueError(_reason(said))
+        time.sleep(START_LOOK_S)
+    return generator
 
 
 def wait_while_alive(stop: threading.Event, cluster: Cluster) -> None:
@@ -187,14 +205,6 @@ def until_stopped() -> threading.Event:
     for number in stop_signals():
         signal.signal(number, lambda *_: stop.set())
     return stop
-
-
-def _messages(status: Any) -> str:
-    """Join Serve's messages about the application's deployments."""
-    application = status.applications.get(APPLICATION)
-    return (
-        "" if application is None else "\n".join(deployment.message for deployment in application.deployments.values())
-    )
 
 
 def _reason(text: str) -> str:

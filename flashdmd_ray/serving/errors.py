@@ -58,6 +58,12 @@ def queue_full() -> ApiError:
     return ApiError(429, message, "queue_full", headers={"Retry-After": "1"})
 
 
+def not_ready() -> ApiError:
+    """Make the answer of a service without a replica."""
+    message = "No replica is ready to draw; try again in a few seconds."
+    return ApiError(503, message, "not_ready", headers={"Retry-After": "5"})
+
+
 def deadline_exceeded(timeout_s: float) -> ApiError:
     """Make the answer to a request whose images were not ready in time."""
     return ApiError(504, f"The images were not ready within {timeout_s:g} s.", "deadline_exceeded")

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from flashdmd_ray.serving import LOGGER
-from flashdmd_ray.serving.errors import ApiError, deadline_exceeded, queue_full
+from flashdmd_ray.serving.errors import deadline_exceeded, not_ready, queue_full
 from flashdmd_ray.serving.messages import ImageJob, ImageResult, ModelInfo, Rejection
 
 log = logging.getLogger(LOGGER)
@@ -46,8 +46,7 @@ class GeneratorClient:
         if self._asking is not None and (not self._models or self._silent_s > STALE_S):
             await asyncio.shield(self._asking)
         if not self._models or self._silent_s > STALE_S:
-            message = "No replica is ready to draw; try again in a few seconds."
-            raise ApiError(503, message, "not_ready", headers={"Retry-After": "5"})
+            raise not_ready()
         return self._models
 
     @property
@@ -58,11 +57,14 @@ class GeneratorClient:
         try:
             self._models = await asyncio.wait_for(_response(self._generator.models.remote()), ASK_S)
             self._asked = self._answered = time.monotonic()
-        except (RayError, BackPressureError, TimeoutError) as error:
+        except (RayError, BackPressureError, DeploymentUnavailableError, TimeoutError) as error:
             log.warning("no replica told its models (%s)", type(error).__name__)
 
     async def generate(self, job: ImageJob) -> ImageResult | Rejection:
-        """Generate images by any replica. Raises ApiError: 429 when all queues are full, 504 after the job's timeout."""
+        """Generate images by any replica. Raises ApiError.
+
+        429 when all queues are full, 503 when Serve has given the replicas up, 504 after the job's timeout.
+        """
         deadline = time.monotonic() + job.timeout_s
         while True:
             left = deadline - time.monotonic()
@@ -76,6 +78,8 @@ class GeneratorClient:
                 return result
             except BackPressureError:
                 raise queue_full() from None
+            except DeploymentUnavailableError:
+                raise not_ready() from None
             except RayTaskError:
                 raise  # a defect: it would come back
             except RayError as error:

@@ -21,6 +21,8 @@ from ray import serve
 from flashdmd_ray.run.http_server import listen_on, running_server
 from flashdmd_ray.serving import generator_client
 from flashdmd_ray.serving.app import api_over, build_app
+from flashdmd_ray.serving.errors import ApiError
+from flashdmd_ray.serving.messages import ImageJob
 from flashdmd_ray.serving.settings import parse_settings
 from tests.serving.exports import export_demo, export_demo_lora
 
@@ -250,6 +252,25 @@ def test_a_service_that_was_idle_is_ready(service, monkeypatch):
         return [model.name for model in await asked.models()]
 
     assert asyncio.run(ask_twice()) == ["demo", "demo:teacher", "style", "style:teacher"]
+
+
+def test_a_service_that_serve_has_given_up_is_not_ready(running):
+    """After too many failed starts, which a lost controller counts anew, Serve refuses calls by an error that is not Ray's."""
+
+    @serve.deployment(max_constructor_retry_count=1, ray_actor_options={"num_cpus": 0})
+    class Broken:
+        def __init__(self) -> None:
+            raise KeyError("broken")
+
+    with pytest.raises(RuntimeError):
+        serve.run(Broken.bind(), name="broken", route_prefix=None)
+    asked = generator_client.GeneratorClient(serve.get_deployment_handle("Broken", app_name="broken"))
+    job = ImageJob("", "demo", PROMPT, (0,), 4, (24, 24), "png", 90, timeout_s=5.0)
+    for call in (asked.models, lambda: asked.generate(job)):
+        with pytest.raises(ApiError) as refused:
+            asyncio.run(call())
+        assert (refused.value.status, refused.value.headers) == (503, {"Retry-After": "5"})
+    serve.delete("broken")
 
 
 def test_metrics_count_what_was_asked(service):
