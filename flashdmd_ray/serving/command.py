@@ -21,6 +21,7 @@ from flashdmd_ray.run.command_line import add_set, run_command
 from flashdmd_ray.run.http_server import default_bounds, listen_on, running_server
 from flashdmd_ray.run.interruption import stop_signals
 from flashdmd_ray.run.messages import one_line
+from flashdmd_ray.run.progress import still
 from flashdmd_ray.run.variables import check_ray_address
 from flashdmd_ray.serving import LOGGER
 from flashdmd_ray.serving.api_keys import VARIABLE, ApiKeys, is_loopback, read_keys
@@ -142,28 +143,27 @@ def run(settings: ServeSettings, host: str, port: int) -> int:
     from flashdmd_ray.runtime.cluster import Cluster
     from flashdmd_ray.serving.app import api_over, build_replicas, on_gpus
 
-    print(f"starting Ray and loading {', '.join(settings.models)}", flush=True)
+    say(f"starting Ray and loading {', '.join(settings.models)}")
     with contextlib.ExitStack() as ends:
-        cluster = Cluster.join()
+        with still(say, lambda: "Ray is starting"):
+            cluster = Cluster.join()
         ends.callback(cluster.leave)
         settings = on_gpus(settings)
         if settings.replica.has_gpu:
-            print(
-                f"GPUs found, used so: {settings.replica.gpus:.3g} by each of {settings.replica.count} replicas",
-                flush=True,
-            )
+            say(f"GPUs found, used so: {settings.replica.gpus:.3g} by each of {settings.replica.count} replicas")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # Serve's own lines; ours, of its child, are all shown
         logging.getLogger(LOGGER).setLevel(logging.INFO)
-        serve.start(proxy_location="Disabled", logging_config=SERVE_LOGS | CONTROLLER_LOGS)
+        with still(say, lambda: "Ray Serve is starting"):
+            serve.start(proxy_location="Disabled", logging_config=SERVE_LOGS | CONTROLLER_LOGS)
         if not cluster.private:
             ends.callback(_withdraw)
         generator = start_replicas(build_replicas(settings))
         stop = until_stopped()
         bounds = default_bounds(settings.limits.connections, settings.limits.connections_per_address)
         with running_server(api_over(generator, settings), listener, stop, settings.replica.drain_s, bounds):
-            print(f"ready: http://{host}:{port}/", flush=True)
+            say(f"ready: http://{host}:{port}/")
             wait_while_alive(stop, cluster)
-            print("stopping: requests that are here are finished", flush=True)
+            say("stopping: requests that are here are finished")
     return 0
 
 
@@ -176,12 +176,22 @@ def start_replicas(replicas: Application) -> DeploymentHandle:
 
     target = serve.RunTarget(replicas, name=APPLICATION, route_prefix=None, logging_config=SERVE_LOGS)
     (generator,) = serve.run_many([target], wait_for_applications_running=False)
-    while (application := serve.status().applications[APPLICATION]).status != "RUNNING":
-        said = "\n".join([application.message, *(one.message for one in application.deployments.values())])
-        if application.status == "DEPLOY_FAILED" or "failed to start" in said:
-            raise ValueError(_reason(said))
-        time.sleep(START_LOOK_S)
+    states = "none yet"
+    with still(say, lambda: f"replicas: {states}"):
+        while (application := serve.status().applications[APPLICATION]).status != "RUNNING":
+            deployments = application.deployments.values()
+            said = "\n".join([application.message, *(deployment.message for deployment in deployments)])
+            if application.status == "DEPLOY_FAILED" or "failed to start" in said:
+                raise ValueError(_reason(said))
+            counts = [count for deployment in deployments for count in deployment.replica_states.items()]
+            states = ", ".join(f"{count} {state.lower()}" for state, count in counts) or states
+            time.sleep(START_LOOK_S)
     return generator
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
 
 
 def wait_while_alive(stop: threading.Event, cluster: Cluster) -> None:
