@@ -94,7 +94,8 @@ def open_index(format: TextFormat, cache: Path, scan_all: ScanAll = scan_here) -
     index = _read(path)
     if not len(index):
         raise ValueError(
-            f"no usable sample in this {format.kind}: {index.tally.summary()}; docs/data.md says where images and captions are looked for"
+            f"no usable sample in this {format.kind}: {index.tally.summary()}; the caption of a.png is read from a.txt beside it, "
+            'or in a folder from a line {"file_name": "a.png", "text": "..."} of metadata.jsonl (all forms: docs/data.md)'
         )
     return index
 

@@ -167,9 +167,10 @@ def test_prompts_from_files(tmp_path, cache, written, kind):
         (lambda p: _touched(p / "data.tar.gz"), "is compressed.*unpack it"),
         (lambda p: _touched(p / "shards" / "0.tgz").parent, "is compressed"),
         (lambda p: _touched(p / "list.txt"), "belong in data.prompts"),
+        (lambda p: _touched(p / "list.json"), "from their folder, under the name metadata.jsonl or metadata.csv"),
         (
             lambda p: _touched(p / "images" / "a.jpg").parent,
-            r"no usable sample in this image folder: missing caption: 1 \(a.jpg",
+            r'no usable sample in this image folder: missing caption: 1 \(a.jpg.*"file_name": "a.png", "text": "..."} of metadata.jsonl',
         ),
         (lambda p: _touched(p / "notes" / "a.md").parent, r"holds no image, no .tar and no .parquet"),
         (

@@ -87,7 +87,8 @@ def _file(path: Path, source: str, columns: Columns) -> ImageFormat:
     if path.name.lower() in METADATA:
         raise ValueError(f"data.source: {source} is a list of images; name its folder")
     raise ValueError(
-        f"data.source: {source} is no .tar and no .parquet file; prompts (.txt, .jsonl, .parquet) belong in data.prompts. "
+        f"data.source: {source} is no .tar and no .parquet file; a list of images and captions is read from their folder, under the name "
+        f"{' or '.join(METADATA)}; prompts (.txt, .jsonl, .parquet) belong in data.prompts. "
         "Without images of your own let the teacher draw some: flashdmd data PROMPTS --teacher-images N --config CONFIG --out DIR"
     )
 
