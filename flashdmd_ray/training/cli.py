@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(gpus, flush=True)
         if options.dry_run:
             return _plan(config, options.gpu)
-        run, _ = check(config)
+        with still(_say, lambda: "still looking at models and data"):
+            run, _ = check(config)
     except ValueError as error:
         return refuse(error)
     _print_settings(config)
@@ -48,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(config: Config, gpu: str | None) -> int:
     """Print the plan; what keeps it from being run is refused behind it."""
-    run, parts, missing = preview(config)
     with still(_say, lambda: "still planning"):
+        run, parts, missing = preview(config)
         for section in sections(config, run, parts, gpu_of(config, gpu)):
             print(f"{section}\n", flush=True)
     _print_settings(config)

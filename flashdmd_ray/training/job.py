@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from flashdmd_ray.batch import Metrics
 from flashdmd_ray.checkpoint import latest_step, manifests, newest_healthy, newest_whole
@@ -46,10 +47,12 @@ def run_job(config: Config) -> int:
 
 
 def _train(config: Config, directory: RunDirectory, root: Location, lock: Lock) -> int:
-    newest_whole(root, config.checkpoint.on_damage)  # a damaged one is set aside or refused before anything starts
-    done = latest_step(root)
-    data = build_images(config.data, config.seed)  # and so is unusable data
-    data_counts = start_report(directory.path, config.data)
+    print("reading checkpoints and data", flush=True)
+    with still(partial(print, flush=True), lambda: "still reading checkpoints and data"):
+        newest_whole(root, config.checkpoint.on_damage)  # a damaged one is set aside or refused before anything starts
+        done = latest_step(root)
+        data = build_images(config.data, config.seed)  # and so is unusable data
+        data_counts = start_report(directory.path, config.data)
     with (
         Tracker(directory, config.tracking, after_step=done) as tracker,
         Progress(config.steps, done) as progress,

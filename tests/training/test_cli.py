@@ -132,3 +132,10 @@ def test_files_that_are_whole_but_no_model_are_one_line_when_loading_finds_out(c
     assert line.startswith("error: cannot load")
     assert "Traceback" not in out
     assert not (tmp_path / "world" / "runs" / "first").exists(), "nothing half-written"
+
+
+def test_what_is_slow_before_a_run_says_that_it_goes_on(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("flashdmd_ray.run.progress.QUIET_S", 1e-4)
+    settings = ["data.source=absent", f"run.dir={tmp_path}", "runtime=local"]
+    assert cli.main([str(config_file), "--set", *settings]) == 2
+    assert "still looking at models and data" in capsys.readouterr().out
