@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 APPLICATION = "flashdmd_ray"
 SERVE_LOGS = {"enable_access_log": False}
 """Log settings of Serve. Requests have a line of ours in the log; its own would be a second one."""
+FAILED_START = "failed to start"
+"""In what Serve says of a replica that it starts again; its status tells only of the last attempt."""
 START_LOOK_S = 0.2
 """Between two looks at replicas that start."""
 LOOK_S = 1.0
@@ -181,7 +183,7 @@ def start_replicas(replicas: Application) -> DeploymentHandle:
         while (application := serve.status().applications[APPLICATION]).status != "RUNNING":
             deployments = application.deployments.values()
             said = "\n".join([application.message, *(deployment.message for deployment in deployments)])
-            if application.status == "DEPLOY_FAILED" or "failed to start" in said:
+            if application.status == "DEPLOY_FAILED" or FAILED_START in said:
                 raise ValueError(_reason(said))
             counts = [count for deployment in deployments for count in deployment.replica_states.items()]
             states = ", ".join(f"{count} {state.lower()}" for state, count in counts) or states
